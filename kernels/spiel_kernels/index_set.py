@@ -1,0 +1,112 @@
+"""The index set of a sparse delta: drawn, checked and edited in one place.
+
+An index set is a one-dimensional integer tensor of flat positions in a weight: sorted, unique and in range. Worked
+example, a 2 x 3 weight of which the entries marked x are trained::
+
+    [[.  x  .]      positions  0 1 2
+     [x  .  x]]                3 4 5      index set = [1, 3, 5]
+
+Replacing position 3 by 2 keeps the set sorted, and ``source`` tells where each new slot came from::
+
+    replace_positions([1, 3, 5], drop=[F, T, F], grown=[2])  ->  [1, 2, 5], source = [0, -1, 2]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def index_dtype(numel: int) -> torch.dtype:
+    """The narrowest supported dtype for positions in a weight of `numel` elements: int32 below 2**31, else int64."""
+    return torch.int32 if numel < 2**31 else torch.int64
+
+
+def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """Draw `k` of `numel` positions uniformly, without replacement.
+
+    Args:
+        numel: size of the weight.
+        k: how many positions, ``0 <= k <= numel``.
+        generator: CPU generator; the result depends on nothing else.
+
+    Returns:
+        int64 ``[k]`` on the CPU, sorted and unique.
+    """
+    if not 0 <= k <= numel:
+        raise ValueError(f"k must be between 0 and numel={numel}, got {k}")
+    if 2 * k > numel:
+        # A dense draw would reject too often; the set left out is the smaller one.
+        left_out = sample_positions(numel, numel - k, generator)
+        mask = torch.ones(numel, dtype=torch.bool)
+        mask[left_out] = False
+        return mask.nonzero().flatten()
+    drawn = torch.empty(0, dtype=torch.int64)
+    while drawn.numel() < k:
+        missing = k - drawn.numel()
+        extra = torch.randint(numel, (missing + missing // 8 + 16,), generator=generator)
+        drawn = torch.unique(torch.cat([drawn, extra]))
+    surplus = drawn.numel() - k
+    if surplus:
+        # Any k of the drawn ones are a uniform choice as long as what is dropped is itself uniform.
+        keep = torch.ones(drawn.numel(), dtype=torch.bool)
+        keep[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
+        drawn = drawn[keep]
+    return drawn
+
+
+def check_index_set(indices: Tensor, numel: int | None) -> str | None:
+    """Say what is wrong with an index set, or None when nothing is.
+
+    Args:
+        indices: the tensor to judge, any dtype and shape, on any device but meta.
+        numel: size of the weight the positions point into; None leaves the upper bound and the width open.
+
+    Returns:
+        A phrase that continues "<tensor name> ...", or None.
+    """
+    if indices.dim() != 1:
+        return f"must be one-dimensional, got shape {tuple(indices.shape)}"
+    allowed = (torch.int32, torch.int64) if numel is None else (index_dtype(numel),)
+    if indices.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        return f"must have dtype {names}, got {indices.dtype}"
+    if indices.numel() == 0:
+        return None
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0:
+        return f"has a negative position ({low})"
+    if numel is not None and high >= numel:
+        return f"has a position out of range ({high} in a weight of {numel} elements)"
+    steps = indices[1:] - indices[:-1]
+    if bool((steps < 0).any()):
+        return "is not sorted"
+    if bool((steps == 0).any()):
+        position = int(indices[1:][steps == 0][0])
+        return f"holds a position more than once ({position})"
+    return None
+
+
+def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop some positions of an index set and add as many others, keeping it sorted.
+
+    Args:
+        indices: ``[k]`` integer, sorted and unique.
+        drop: bool ``[k]``, True for the m slots that leave.
+        grown: integer ``[m]``, positions outside the kept ones, unique, in any order.
+
+    Returns:
+        ``(new, source)``: ``new`` int64 ``[k]`` sorted and unique; ``source`` int64 ``[k]`` with, for every new
+        slot, the old slot it came from, or ``-1 - i`` for the position ``grown[i]``.
+    """
+    kept_slots = (~drop).nonzero().flatten()
+    grown = grown.to(torch.int64)
+    if grown.numel() + kept_slots.numel() != indices.numel():
+        raise ValueError(
+            f"grown must hold as many positions as are dropped ({indices.numel() - kept_slots.numel()}), "
+            f"got {grown.numel()}"
+        )
+    merged = torch.cat([indices.to(torch.int64)[kept_slots], grown])
+    source = torch.cat([kept_slots, -1 - torch.arange(grown.numel(), device=grown.device)])
+    new, order = torch.sort(merged)
+    return new, source[order]

@@ -1,0 +1,38 @@
+"""SpIEL sparse fine-tuning as a PEFT method: put `SpIELConfig` where `LoraConfig` was.
+
+Importing this package makes peft_type "SPIEL" known to PEFT.
+"""
+
+from .callback import SpIELCallback
+from .config import SpIELConfig
+from .cycle import engine as _engine
+from .cycle.growth_registry import GrowthCriterion, GrowthRequest, register_growth_criterion
+from .cycle.report import CycleReport
+from .delta import SparseDelta
+from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
+from .model import SpIELModel
+from .optim import SM3, SpIELOptimizer
+from .registration import register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SM3",
+    "CycleReport",
+    "GrowthCriterion",
+    "GrowthRequest",
+    "SpIELCallback",
+    "SpIELConfig",
+    "SpIELConv",
+    "SpIELEmbedding",
+    "SpIELLayer",
+    "SpIELLinear",
+    "SpIELModel",
+    "SpIELOptimizer",
+    "SparseDelta",
+    "register",
+    "register_growth_criterion",
+]
+
+register()
+_engine.install()

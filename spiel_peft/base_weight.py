@@ -1,0 +1,174 @@
+"""How the weight of a base layer is judged, read, written and kept: everything that differs between kinds of layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR, TRANSPOSED, EMBEDDING, CONV = "linear", "transposed", "embedding", "conv"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SUPPORTED = (
+    "torch.nn.Linear, transformers' Conv1D, torch.nn.Embedding, torch.nn.Conv1d/2d/3d, bitsandbytes' Linear4bit and "
+    "Linear8bitLt, and layers that PEFT can dequantize"
+)
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What a layer needs to know of the layer it wraps.
+
+    Attributes:
+        kind: how the weight is used, one of LINEAR, TRANSPOSED, EMBEDDING, CONV.
+        weight_shape: shape as stored; for a quantized weight the dequantized shape.
+        fan_in, fan_out: the two sizes of which PEFT's LoRA trains r each.
+        backend: PEFT's quantization backend, None for a plain weight.
+    """
+
+    kind: str
+    weight_shape: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+    backend: QuantizationBackend | None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.weight_shape)
+
+
+def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> BaseInfo | str:
+    """Describe a layer that can carry a sparse delta, or say in a phrase why it cannot."""
+    if hasattr(module, "parametrizations"):
+        return "has a parametrized weight; remove the parametrization first"
+    backend = resolve_quantization_backend(module, **(quantization_kwargs or {}))
+    if backend is not None:
+        return _inspect_quantized(module, backend)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return "is not a supported layer"
+    info = _inspect_plain(module, weight)
+    if isinstance(info, str):
+        return info
+    if weight.dtype not in FLOAT_DTYPES:
+        return (
+            f"stores its weight as {weight.dtype}, which cannot be read as a matrix of numbers, and no quantization "
+            "backend of PEFT knows this layer"
+        )
+    return info
+
+
+def _inspect_quantized(module: nn.Module, backend: QuantizationBackend) -> BaseInfo | str:
+    if not backend.supports_merge:
+        return f"is quantized with {backend.backend_name}, whose weights PEFT cannot dequantize"
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return f"is quantized with {backend.backend_name} but has no in_features and out_features"
+    shape = (int(module.out_features), int(module.in_features))
+    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if quant_state is not None and tuple(quant_state.shape) != shape:
+        return f"holds a packed weight of shape {tuple(quant_state.shape)}, not {shape}"
+    return BaseInfo(LINEAR, shape, shape[1], shape[0], backend)
+
+
+def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:
+    shape = tuple(weight.shape)
+    if 0 in shape:
+        return f"has an empty weight of shape {shape}"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "belongs to nn.MultiheadAttention, which reads the weight without calling the layer"
+    if isinstance(module, nn.Linear):
+        return BaseInfo(LINEAR, shape, shape[1], shape[0], None)
+    if isinstance(module, Conv1D):
+        return BaseInfo(TRANSPOSED, shape, shape[0], shape[1], None)
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "is an embedding with max_norm, which rewrites its weight in every forward pass"
+        return BaseInfo(EMBEDDING, shape, shape[1], shape[0], None)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return BaseInfo(CONV, shape, math.prod(shape[1:]), shape[0], None)
+    return "is not a supported layer"
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring the parameters of a layer that accelerate has offloaded to its execution device for a while."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not getattr(hook, "offload", False) or not any(p.is_meta for p in module.parameters(False)):
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, torch.tensor([]))
+
+
+def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `forward` in place of the base layer's own one, with all hooks of the base layer around it."""
+    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    accelerated = hasattr(base, "_hf_hook") and hasattr(base, "_old_forward")
+    if not hooked and not accelerated:
+        return forward(*args, **kwargs)
+    # accelerate has put its wrapper in `forward` and calls what it replaced as `_old_forward`.
+    name = "_old_forward" if accelerated else "forward"
+    own = base.__dict__.get(name)
+    base.__dict__[name] = forward
+    try:
+        return base(*args, **kwargs)
+    finally:
+        if own is None:
+            del base.__dict__[name]
+        else:
+            base.__dict__[name] = own
+
+
+class WeightBackup:
+    """The original of a merged weight, kept until it is restored bit for bit."""
+
+    def restore(self, layer: Any) -> None:
+        raise NotImplementedError
+
+
+class EntryBackup(WeightBackup):
+    """The entries of a plain weight that a merge overwrote: int64 positions ``[u]``, originals in W's dtype."""
+
+    def __init__(self, positions: Tensor, originals: Tensor) -> None:
+        self.positions = positions
+        self.originals = originals
+
+    def restore(self, layer: Any) -> None:
+        weight = layer.get_base_layer().weight.detach()
+        weight.put_(self.positions.to(weight.device), self.originals.to(weight.device, weight.dtype))
+
+
+class ParameterBackup(WeightBackup):
+    """The parameter of a weight that other modules share: merging gives this layer one of its own."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def restore(self, layer: Any) -> None:
+        layer.get_base_layer().weight = self.parameter
+
+
+class QuantizedBackup(WeightBackup):
+    """Packed bytes and quantization state, on the CPU while merged."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.device = base.weight.device
+        self.base = base
+        self.parameter = base.weight if self.device.type == "cpu" else base.weight.to("cpu")
+        state = getattr(base, "state", None)
+        self.state = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
+
+    def restore(self, layer: Any) -> None:
+        base = layer.base_layer = self.base  # HQQ replaces the whole layer
+        base.weight = self.parameter if self.device.type == "cpu" else self.parameter.to(self.device)
+        for name, value in self.state.items():
+            setattr(base.state, name, value)

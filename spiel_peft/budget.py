@@ -1,0 +1,105 @@
+"""How many deltas each targeted weight gets."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+from peft.utils.other import get_pattern_key
+
+from .base_weight import BaseInfo
+from .config import SpIELConfig
+
+
+def allocate_deltas(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    """Split the config's budget over the targeted modules.
+
+    Args:
+        config: with exactly one budget; its patterns override it per module.
+        targets: full module name to the description of its base layer.
+
+    Returns:
+        Full module name to number of deltas, at least 1 each and at most the weight's size.
+
+    Raises:
+        ValueError: a `num_deltas` dict names a module that is not targeted, or a total is too small to give every
+            module one value.
+    """
+    fixed = _pattern_counts(config, targets)
+    if isinstance(config.num_deltas, dict):
+        wanted = _listed_counts(config.num_deltas, targets)
+    elif config.num_deltas is not None:
+        rest = {name: info.numel for name, info in targets.items() if name not in fixed}
+        wanted = _split_total(config.num_deltas - sum(fixed.values()), rest, config.num_deltas)
+    elif config.density is not None:
+        wanted = {name: density_count(config.density, info.numel) for name, info in targets.items()}
+    else:
+        wanted = {name: config.r * (info.fan_in + info.fan_out) for name, info in targets.items()}
+    wanted.update(fixed)
+    return _clamp(wanted, targets)
+
+
+def density_count(density: float, numel: int) -> int:
+    """Number of values at a density: rounded half up, at least one."""
+    return max(1, math.floor(density * numel + 0.5))
+
+
+def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for name, info in targets.items():
+        key = get_pattern_key(config.rank_pattern.keys(), name)
+        if key in config.rank_pattern:
+            counts[name] = config.rank_pattern[key] * (info.fan_in + info.fan_out)
+        key = get_pattern_key(config.density_pattern.keys(), name)
+        if key in config.density_pattern:
+            if name in counts:
+                raise ValueError(
+                    f"rank_pattern and density_pattern both match module {name!r}; let one of them match it"
+                )
+            counts[name] = density_count(config.density_pattern[key], info.numel)
+    return counts
+
+
+def _listed_counts(listed: dict[str, int], targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    unknown = sorted(set(listed) - set(targets))
+    missing = sorted(set(targets) - set(listed))
+    if unknown:
+        raise ValueError(
+            f"num_deltas names modules that are not targeted: {unknown[:5]}; use full module names of supported layers"
+        )
+    if missing:
+        raise ValueError(f"num_deltas has no entry for the targeted modules {missing[:5]}; add one for each")
+    return dict(listed)
+
+
+def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int]:
+    """Largest-remainder split in proportion to size: exact sum, at least one each."""
+    if not sizes:
+        return {}
+    if total < len(sizes):
+        raise ValueError(
+            f"num_deltas={given} is too small: {len(sizes)} modules share {total} of it and need at least one each; "
+            "raise it or target fewer modules"
+        )
+    whole = sum(sizes.values())
+    # One each up front, the rest in proportion: the floors can then not starve a small module.
+    spare = total - len(sizes)
+    quotas = {name: spare * size / whole for name, size in sizes.items()}
+    counts = {name: 1 + math.floor(quota) for name, quota in quotas.items()}
+    left = total - sum(counts.values())
+    by_remainder = sorted(sizes, key=lambda name: (math.floor(quotas[name]) - quotas[name], name))
+    for name in by_remainder[:left]:
+        counts[name] += 1
+    return counts
+
+
+def _clamp(wanted: dict[str, int], targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    too_many = [name for name, count in wanted.items() if count > targets[name].numel]
+    if too_many:
+        shown = ", ".join(too_many[:5]) + (f" and {len(too_many) - 5} more" if len(too_many) > 5 else "")
+        warnings.warn(
+            f"The budget asks for more deltas than some weights have elements; they are trained whole: {shown}.",
+            stacklevel=2,
+        )
+    return {name: min(count, targets[name].numel) for name, count in wanted.items()}

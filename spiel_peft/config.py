@@ -1,0 +1,391 @@
+"""`SpIELConfig`: the fields of a SpIEL adapter and their checks. No tensors, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft.config import PeftConfig
+
+from . import _config_checks as check
+from ._lora_fields import RefusesLoraFields
+from .cycle.growth_registry import get_growth_criterion
+from .registration import spiel_type
+
+DEFAULT_R = 8
+
+_BUDGETS = ("r", "density", "num_deltas")
+_SCHEDULES = ("linear", "cosine", "constant")
+_BIASES = ("none", "all", "spiel_only")
+_DELTA_DTYPES = (None, "float32", "bfloat16", "float16")
+
+_R_REMEDY = "Take the rank LoRA would use here, such as 8 or 64."
+_DENSITY_REMEDY = "It is the trained share of each weight: 0.01 trains 1%."
+_COUNT_REMEDY = (
+    "It counts trainable values: pass a positive integer, or a dict from full module names to such counts."
+)
+_REGEX_REMEDY = "Escape special characters, or pass a list of module names."
+
+
+@dataclass
+class SpIELConfig(RefusesLoraFields, PeftConfig):
+    """Configuration of a SpIEL adapter: sparse deltas to the pretrained weights that move while training.
+
+    Give one budget at most: `r`, `density` or `num_deltas`. Every wrong value raises a ValueError here.
+
+    Args:
+        r (`int`, *optional*): As many trainable values per module as LoRA of this rank would have there,
+            `r * (in + out)`. 8 when no budget is given.
+        density (`float`, *optional*): Trained share of each targeted weight, above 0 and at most 1.
+        num_deltas (`int` or `dict[str, int]`, *optional*): An int is the total number of trainable values,
+            split over the modules in proportion to their size. A dict maps full module names to counts and
+            selects the targets too.
+        rank_pattern (`dict[str, int]`): Regex or suffix of module names to an `r` that overrides the budget
+            there.
+        density_pattern (`dict[str, float]`): Regex or suffix of module names to a `density` that overrides
+            the budget there.
+        growth (`str`): Criterion that chooses the positions to grow: "accumulated_gradient" (SpIEL-AG),
+            "momentum" (SpIEL-MA), "random", "none", or one registered with `register_growth_criterion`.
+        regrow_every (`int`): Optimizer steps between two closes of a cycle.
+        accumulation_steps (`int`): Optimizer steps over which candidates' gradients are summed before a
+            close, and for every criterion the step of the first close. At most `regrow_every` if the
+            criterion gathers.
+        initial_regrow_rate (`float`): Share of the deltas replaced at a close, at the start of the schedule.
+        regrow_schedule (`str`): How that share falls over `total_steps`: "linear", "cosine" or "constant".
+        total_steps (`int`, *optional*): Optimizer steps of the whole run. None: taken from the trainer where
+            it is known, else the share follows the learning rate.
+        stop_regrowing_at (`float`): Fraction of `total_steps` after which closes are skipped.
+        seed (`int`): Seed of the random choices, mixed with module name and cycle number.
+        target_modules (`list[str]` or `str`, *optional*): Modules to adapt: names or name suffixes, a regex,
+            or "all-linear". None: the modules PEFT's LoRA targets by default in this architecture.
+        exclude_modules (`list[str]` or `str`, *optional*): Names, name suffixes or regex of modules to leave
+            alone.
+        layers_to_transform (`list[int]` or `int`, *optional*): Indices of the layers to adapt.
+        layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, such as "layers" or
+            "h"; only with `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*): Further modules to train in full and save with the adapter.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*): Rows of the input
+            embedding, or of the embeddings named, to train in full.
+        ensure_weight_tying (`bool`): Adapt weights that are tied to each other through one delta.
+        bias (`str`): Which biases to train: "none", "all" or "spiel_only" (those of adapted modules).
+        fan_in_fan_out (`bool`): The adapted layers store their weight as (in, out), as transformers' Conv1D
+            does.
+        init_weights (`bool`): True: deltas start at zero. False: at random values, for tests.
+        delta_dtype (`str`, *optional*): Data type of the deltas: "float32", "bfloat16" or "float16". None:
+            PEFT's rule, float32 under `autocast_adapter_dtype=True`, else the weight's.
+    """
+
+    r: int | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: as many trainable values per module as LoRA of this rank, r * (in + out). "
+            f"{DEFAULT_R} when no budget is given."
+        },
+    )
+    density: float | None = field(
+        default=None,
+        metadata={"help": "Budget: trained share of each targeted weight, above 0 and at most 1."},
+    )
+    num_deltas: int | dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: total number of trainable values, split in proportion to size; or a dict from "
+            "full module names to counts, which also selects the targets."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Regex or suffix of module names to an `r` that overrides the budget there."},
+    )
+    density_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Regex or suffix of module names to a `density` that overrides the budget there."},
+    )
+    growth: str = field(
+        default="accumulated_gradient",
+        metadata={
+            "help": "Criterion that chooses the positions to grow: 'accumulated_gradient' (SpIEL-AG), "
+            "'momentum' (SpIEL-MA), 'random', 'none', or one registered with `register_growth_criterion`."
+        },
+    )
+    regrow_every: int = field(default=20, metadata={"help": "Optimizer steps between two closes of a cycle."})
+    accumulation_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Optimizer steps over which candidates' gradients are summed before a close; also the "
+            "step of the first close. At most `regrow_every` if the criterion gathers gradients."
+        },
+    )
+    initial_regrow_rate: float = field(
+        default=0.2,
+        metadata={"help": "Share of the deltas replaced at a close, at the start of the schedule."},
+    )
+    regrow_schedule: Literal["linear", "cosine", "constant"] = field(
+        default="linear",
+        metadata={"help": "How that share falls over `total_steps`: 'linear', 'cosine' or 'constant'."},
+    )
+    total_steps: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps of the whole run. None: asked of the trainer where it is known."},
+    )
+    stop_regrowing_at: float = field(
+        default=1.0, metadata={"help": "Fraction of `total_steps` after which closes are skipped."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the random choices, mixed with module name and cycle number."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: list of names or name suffixes, a regex, or 'all-linear'. None: the "
+            "modules PEFT's LoRA targets by default in this architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: list of names or name suffixes, or a regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": "Indices of the layers to adapt. Only works when `target_modules` is a list of names."
+        },
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the list of layers, such as 'layers' or 'h'. Only with `layers_to_transform`."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Further modules to train in full and save with the adapter, such as a new classifier."
+        },
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the input embedding to train in full, or a dict from embedding names to rows."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Adapt weights that are tied to each other through one delta."}
+    )
+    bias: Literal["none", "all", "spiel_only"] = field(
+        default="none", metadata={"help": "Which biases to train: 'none', 'all' or 'spiel_only'."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={
+            "help": "The adapted layers store their weight as (in, out), as transformers' Conv1D does."
+        },
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: deltas start at zero. False: at random values, for tests."}
+    )
+    delta_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={
+            "help": "Type of the deltas. None: float32 under `autocast_adapter_dtype=True`, else the base's."
+        },
+    )
+
+    # True on configs that were read from a file. Not a field: it says where this object came from, not what
+    # it holds.
+    _from_checkpoint: ClassVar[bool] = False
+    # PEFT reads it off a config whose `target_modules` is None; were it None too, `name in None` would follow.
+    target_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        # PeftConfig.from_pretrained, which is not ours to override, passes the file's contents to the
+        # constructor. Only a file has both keys, and only there is the type still a plain string.
+        if type(self.peft_type) is str and self.peft_version is not None:
+            self._from_checkpoint = True
+        super().__post_init__()
+        self.peft_type = spiel_type()
+        # PEFT's names for what a tuner finds tied in the model. Not fields either.
+        self.modules_to_tie = None
+        self.target_modules_to_tie = None
+        self._check_budget()
+        self._check_patterns()
+        self._check_cycle()
+        self._check_targets()
+        self._check_layers()
+        self._check_extras()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SpIELConfig:
+        """PEFT's `from_pretrained`; the result remembers that it comes from a file."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._from_checkpoint = True
+        return config
+
+    def _check_budget(self) -> None:
+        given = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            values = " and ".join(f"`{name}={check.short(getattr(self, name))}`" for name in given)
+            raise ValueError(
+                f"`r`, `density` and `num_deltas` are three ways to say one thing: give exactly one of them, "
+                f"got {values}. Drop one of them; where `r` came from the default, pass `r=None`."
+            )
+        if not given:
+            self.r = DEFAULT_R
+        if self.r is not None:
+            self.r = check.integer("r", self.r, 1, _R_REMEDY)
+        if self.density is not None:
+            self.density = check.density("density", self.density, _DENSITY_REMEDY)
+        if isinstance(self.num_deltas, dict):
+            self.num_deltas = _counts(self.num_deltas)
+        elif self.num_deltas is not None:
+            self.num_deltas = check.integer("num_deltas", self.num_deltas, 1, _COUNT_REMEDY)
+
+    def _check_patterns(self) -> None:
+        remedy = "Map a regex or suffix of module names to a value, as in {'q_proj': VALUE}, or leave it out."
+        for name in ("rank_pattern", "density_pattern"):
+            value = getattr(self, name)
+            pattern = {} if value is None else check.mapping(name, value, remedy)
+            for key in pattern:
+                check.regex(name, key, "Escape special characters, or use the module's name.")
+            setattr(self, name, pattern)
+        for key, value in self.rank_pattern.items():
+            self.rank_pattern[key] = check.integer(f"rank_pattern[{key!r}]", value, 1, _R_REMEDY)
+        for key, value in self.density_pattern.items():
+            self.density_pattern[key] = check.density(f"density_pattern[{key!r}]", value, _DENSITY_REMEDY)
+        both = self.rank_pattern.keys() & self.density_pattern.keys()
+        if both:
+            remedy = "Keep each pattern in one of the two."
+            check.refuse("rank_pattern", "must not share a key with `density_pattern`", sorted(both), remedy)
+
+    def _check_cycle(self) -> None:
+        criterion = get_growth_criterion(self.growth)
+        steps = "Count optimizer steps, not micro-batches."
+        self.regrow_every = check.integer("regrow_every", self.regrow_every, 1, steps)
+        self.accumulation_steps = check.integer("accumulation_steps", self.accumulation_steps, 1, steps)
+        if self.total_steps is not None:
+            remedy = f"{steps} None leaves it to the trainer."
+            self.total_steps = check.integer("total_steps", self.total_steps, 1, remedy)
+        if criterion.gathers and self.accumulation_steps > self.regrow_every:
+            check.refuse(
+                "accumulation_steps",
+                f"must be at most `regrow_every` ({self.regrow_every}) with growth {self.growth!r}, which "
+                "gathers gradients in windows that must not overlap",
+                self.accumulation_steps,
+                "Lower `accumulation_steps` or raise `regrow_every`.",
+            )
+        remedy = "It is a share of the deltas: 0.2 replaces 20% at the first scheduled close, 0 none."
+        self.initial_regrow_rate = check.fraction("initial_regrow_rate", self.initial_regrow_rate, remedy)
+        remedy = "It is a fraction of `total_steps`: 1.0 regrows to the end."
+        self.stop_regrowing_at = check.fraction("stop_regrowing_at", self.stop_regrowing_at, remedy)
+        check.choice("regrow_schedule", self.regrow_schedule, _SCHEDULES, "'linear' is the default.")
+        self.seed = check.integer("seed", self.seed, 0, "Any non-negative integer will do, such as 0.")
+
+    def _check_targets(self) -> None:
+        remedy = "Pass a list of names or a regex, or None for the default."
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if not value:
+                    check.refuse(name, "must not be an empty string", value, remedy)
+                check.regex(name, value, _REGEX_REMEDY)
+            elif value is not None:
+                setattr(self, name, set(check.names(name, value, remedy)))
+        if isinstance(self.num_deltas, dict):
+            self.target_modules = _targets_of_counts(self.num_deltas, self.target_modules)
+
+    def _check_layers(self) -> None:
+        remedy = "Pass the indices of the layers to adapt, such as [0, 1], or None for all."
+        if isinstance(self.layers_to_transform, (list, tuple, set, frozenset, range)):
+            self.layers_to_transform = check.integers("layers_to_transform", self.layers_to_transform, remedy)
+        elif self.layers_to_transform is not None:
+            self.layers_to_transform = check.integer(
+                "layers_to_transform", self.layers_to_transform, 0, remedy
+            )
+        remedy = "Pass the name of the model's list of layers, such as 'layers' or 'h'."
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            self.layers_pattern = check.names("layers_pattern", self.layers_pattern, remedy)
+        for name in ("layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(self.target_modules, str):
+                remedy = f"Drop `{name}`, or give `target_modules` as a list of names."
+                check.refuse(name, "cannot be used when `target_modules` is a str", value, remedy)
+            if isinstance(self.num_deltas, dict):
+                remedy = f"Drop `{name}`: the dict names every module."
+                check.refuse(name, "cannot be used when `num_deltas` is a dict", value, remedy)
+        if self.layers_pattern and self.layers_to_transform is None:
+            remedy = "Add `layers_to_transform` or drop `layers_pattern`."
+            check.refuse(
+                "layers_pattern", "works only with `layers_to_transform`", self.layers_pattern, remedy
+            )
+
+    def _check_extras(self) -> None:
+        if self.modules_to_save is not None:
+            remedy = "Pass a list such as ['classifier'], or None."
+            self.modules_to_save = check.names("modules_to_save", self.modules_to_save, remedy)
+        if self.trainable_token_indices is not None:
+            self.trainable_token_indices = _token_indices(self.trainable_token_indices)
+        remedy = 'Use "spiel_only" for the biases of adapted modules.'
+        check.choice("bias", self.bias, _BIASES, remedy)
+        remedy = "Pass the name as a string, or None for PEFT's rule."
+        check.choice("delta_dtype", self.delta_dtype, _DELTA_DTYPES, remedy)
+        for name in ("ensure_weight_tying", "fan_in_fan_out", "init_weights"):
+            check.boolean(name, getattr(self, name), "Pass a plain bool.")
+
+
+def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
+    if not num_deltas:
+        check.refuse(
+            "num_deltas", "must name at least one module when it is a dict", num_deltas, _COUNT_REMEDY
+        )
+    counts = check.mapping("num_deltas", num_deltas, _COUNT_REMEDY)
+    return {
+        name: check.integer(f"num_deltas[{name!r}]", count, 1, _COUNT_REMEDY)
+        for name, count in counts.items()
+    }
+
+
+def _targets_of_counts(counts: dict[str, int], targets: set[str] | str | None) -> set[str]:
+    """The names in `counts`, provided that `targets` says the same.
+
+    PEFT shortens 20 names or more to the suffixes that tell them from the model's other modules and saves
+    those, so suffixes that cover all the names, and nothing but these, count as the same.
+    """
+    remedy = "Leave `target_modules` out: the dict selects the targets."
+    if targets is None:
+        return set(counts)
+    if isinstance(targets, str):
+        check.refuse(
+            "target_modules", "must name the keys of `num_deltas` when that is a dict", targets, remedy
+        )
+    suffixes = {name: _suffixes(name) for name in counts}
+    used = set().union(*suffixes.values())
+    foreign = targets - used
+    missing = [name for name in counts if targets.isdisjoint(suffixes[name])]
+    if foreign or missing:
+        differences = [
+            f"{check.listed(names)} only in {where}"
+            for names, where in ((foreign, "`target_modules`"), (missing, "`num_deltas`"))
+            if names
+        ]
+        rule = f"must name the keys of `num_deltas` when that is a dict ({'; '.join(differences)})"
+        check.refuse("target_modules", rule, sorted(targets), remedy)
+    return set(counts)
+
+
+def _suffixes(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def _token_indices(value: Any) -> list[int] | dict[str, list[int]]:
+    remedy = "Pass token ids, such as [0, 1], or a dict such as {'embed_tokens': [0, 1]}."
+    if not isinstance(value, dict):
+        return check.integers("trainable_token_indices", value, remedy)
+    named = check.mapping("trainable_token_indices", value, remedy)
+    return {
+        name: check.integers(f"trainable_token_indices[{name!r}]", indices, remedy)
+        for name, indices in named.items()
+    }

@@ -1,0 +1,91 @@
+"""What a backward pass contributes to a cycle: candidates of the open window and their gradients."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..delta import SparseDelta
+from ..functional import WeightGradient
+from ..training_state import CandidateWindow, StepGradient
+from .growth_registry import get_growth_criterion
+from .schedule import in_window, is_skipped, next_close
+
+_PROBES = 16
+
+
+def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> None:
+    """Called in backward, once per use of the layer.
+
+    Args:
+        delta: whose values get this gradient.
+        gradient: the weight gradient of this use, to be asked for single entries.
+        active: gradient of the delta's values from this use, ``[k]`` float32 or float64.
+    """
+    _note_accumulation(delta)
+    if not _gathers_now(delta):
+        return
+    state, current = delta.state, delta.state.current
+    if state.window is None:
+        positions = gradient.topk(delta.k)
+        zeros = torch.zeros(positions.numel(), dtype=active.dtype, device=active.device)
+        state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
+    if current.pending is None:
+        current.pending = torch.zeros_like(state.window.sums)
+        current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
+        current.probe_sums = torch.zeros_like(active[current.probe])
+    current.pending += gradient.gather(state.window.positions)
+    current.probe_sums += active[current.probe]
+
+
+def _gathers_now(delta: SparseDelta) -> bool:
+    run, config, done = delta.run, delta.run.config, delta.state.step
+    if not get_growth_criterion(config.growth).gathers:
+        return False
+    if not in_window(done, config.regrow_every, config.accumulation_steps):
+        return False
+    close = next_close(done, config.regrow_every, config.accumulation_steps)
+    return not is_skipped(close, run.total_steps, config.stop_regrowing_at)
+
+
+def _note_accumulation(delta: SparseDelta) -> None:
+    """Notice when gradients were thrown away without a step: what was collected for that step goes with them."""
+    state = delta.state
+    task = torch._C._current_graph_task_id()
+    if task != state.current.graph_task and _gradient_is_clear(delta):
+        drop_step(delta)
+        state.unheld_steps += 1
+        if state.unheld_steps == delta.run.config.regrow_every + 1:
+            _warn_unheld(delta)
+    state.current.graph_task = task
+
+
+def _gradient_is_clear(delta: SparseDelta) -> bool:
+    grad, current = delta.values.grad, delta.state.current
+    if grad is None:
+        return True
+    if current.probe is None or current.probe_sums is None:
+        return False
+    # zero_grad(set_to_none=False) leaves zeros behind.
+    return bool((grad[current.probe] == 0).all()) and bool((current.probe_sums != 0).any())
+
+
+def drop_step(delta: SparseDelta) -> None:
+    """Forget the step in progress. A window that it would have opened chooses its candidates anew."""
+    delta.state.current = StepGradient()
+    if delta.state.window is not None and delta.state.window.steps == 0:
+        delta.state.window = None
+
+
+def _warn_unheld(delta: SparseDelta) -> None:
+    if getattr(delta.run, "warned_unheld", False):
+        return
+    delta.run.warned_unheld = True
+    warnings.warn(
+        f"The deltas of adapter {delta.run.adapter_name!r} have been given gradients for a whole cycle "
+        f"({delta.run.config.regrow_every} accumulations) while no torch.optim.Optimizer stepped them: the cycle does "
+        "not run. Pass the model's trainable parameters to the optimizer after get_peft_model.",
+        stacklevel=2,
+    )

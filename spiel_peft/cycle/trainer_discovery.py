@@ -1,0 +1,25 @@
+"""Finds out from the trainer that is running how many optimizer steps the run has."""
+
+from __future__ import annotations
+
+import sys
+
+
+def running_trainer_steps() -> int | None:
+    """`state.max_steps` of the transformers Trainer that called the optimizer, None if there is none.
+
+    An optimizer does not know who steps it, and a trainer offers no registry; but it is on the call stack, and looking
+    there once, at the first step of a run, spares users of Trainer and TRL a callback.
+    """
+    trainer_module = sys.modules.get("transformers.trainer")
+    trainer_class = getattr(trainer_module, "Trainer", None)
+    if trainer_class is None:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, trainer_class):
+            steps = getattr(owner.state, "max_steps", 0)
+            return int(steps) if steps and steps > 0 else None
+        frame = frame.f_back
+    return None

@@ -1,0 +1,375 @@
+"""Forward and backward through an adapted weight: only what needs a gradient gets one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from spiel_kernels import (
+    apply_deltas,
+    gather_conv,
+    gather_dense,
+    gather_embedding,
+    gather_outer,
+    topk_conv,
+    topk_dense,
+    topk_embedding,
+    topk_outer,
+)
+from spiel_kernels.gather import ConvGeometry
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .delta import SparseDelta
+
+
+class WeightGradient(Protocol):
+    """The gradient of a weight in one backward pass, computed only where somebody asks."""
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Gradient ``[k]`` at sorted flat positions ``[k]``, float32 or float64."""
+
+    def topk(self, k: int) -> Tensor:
+        """Ascending int64 positions of the (at most) k largest absolute entries that are not zero."""
+
+    def dense(self) -> Tensor:
+        """The whole gradient, in the shape of the weight."""
+
+
+class OuterGradient:
+    """Weight gradient ``a.T @ b`` of a linear layer; a ``[N, rows]``, b ``[N, cols]``."""
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return gather_outer(self.a, self.b, indices)
+
+    def topk(self, k: int) -> Tensor:
+        return topk_outer(self.a, self.b, k)
+
+    def dense(self) -> Tensor:
+        return self.a.T @ self.b
+
+
+class ConvGradient:
+    """Weight gradient of a convolution."""
+
+    def __init__(self, grad_out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
+        self.grad_out, self.x, self.geometry = grad_out, x, geometry
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return gather_conv(self.grad_out, self.x, self.geometry, indices)
+
+    def topk(self, k: int) -> Tensor:
+        return topk_conv(self.grad_out, self.x, self.geometry, k)
+
+    def dense(self) -> Tensor:
+        every = torch.arange(self.geometry.rows * self.geometry.cols, device=self.x.device)
+        return self.gather(every).view(self.geometry.weight_shape)
+
+
+class EmbeddingGradient:
+    """Weight gradient of an embedding."""
+
+    def __init__(self, grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool) -> None:
+        self.args = (padding_idx, by_frequency)
+        self.grad_out, self.ids = grad_out, ids
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return gather_embedding(self.grad_out, self.ids, indices, *self.args)
+
+    def topk(self, k: int) -> Tensor:
+        return topk_embedding(self.grad_out, self.ids, *self.args, k)
+
+    def dense(self) -> Tensor:
+        raise NotImplementedError("embeddings hand out row gradients only")
+
+
+class DenseGradient:
+    """A gradient that autograd has formed already."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return gather_dense(self.gradient, indices)
+
+    def topk(self, k: int) -> Tensor:
+        return topk_dense(self.gradient, k)
+
+    def dense(self) -> Tensor:
+        return self.gradient
+
+
+class LinearOp:
+    """``x @ W.T + b`` for a weight ``[out, in]``, or ``x @ W + b`` for a transposed one ``[in, out]``."""
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.transposed:
+            return F.linear(x, weight, bias)
+        # The very operation of transformers' Conv1D, so that a merged layer gives the same bits.
+        shape = (*x.shape[:-1], weight.shape[1])
+        flat = x.reshape(-1, x.shape[-1])
+        return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
+
+    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        return grad_out @ (weight.T if self.transposed else weight)
+
+    def gradient(self, grad_out: Tensor, x: Tensor) -> OuterGradient:
+        grad_out = grad_out.reshape(-1, grad_out.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        return OuterGradient(x, grad_out) if self.transposed else OuterGradient(grad_out, x)
+
+    def grad_bias(self, grad_out: Tensor) -> Tensor:
+        return grad_out.reshape(-1, grad_out.shape[-1]).sum(0)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvOp:
+    """A convolution over a batched input ``[batch, in, *spatial]`` with numeric zero padding."""
+
+    def __init__(self, geometry: ConvGeometry) -> None:
+        self.geometry = geometry
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        return _CONVOLUTIONS[len(g.stride)](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        g = self.geometry
+        if x_shape[0] == 0:
+            return grad_out.new_zeros(x_shape)
+        return torch.ops.aten.convolution_backward(
+            grad_out,
+            grad_out.new_empty(1).expand(x_shape),
+            weight,
+            None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            False,
+            [0] * len(g.stride),
+            g.groups,
+            [True, False, False],
+        )[0]
+
+    def gradient(self, grad_out: Tensor, x: Tensor) -> ConvGradient:
+        return ConvGradient(grad_out, x, self.geometry)
+
+    def grad_bias(self, grad_out: Tensor) -> Tensor:
+        return grad_out.transpose(0, 1).reshape(grad_out.shape[1], -1).sum(1)
+
+
+class WeightSource:
+    """Reads a base weight now and again in backward, and notices if it changed in between.
+
+    Args:
+        read: returns the weight, plain or dequantized.
+        parameter: the plain parameter behind it, or None for a quantized weight.
+        dtype: dtype to which the adapted weight is rounded.
+    """
+
+    def __init__(self, read: Callable[[], Tensor], parameter: Tensor | None, dtype: torch.dtype) -> None:
+        self.read = read
+        self.parameter = parameter
+        self.dtype = dtype
+        self.version = parameter._version if parameter is not None else 0
+
+    def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor:
+        if self.parameter is not None and self.parameter._version != self.version:
+            raise RuntimeError(
+                "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward "
+                "pass; finish the backward pass first"
+            )
+        return apply_deltas(self.read(), deltas, self.dtype).to(compute_dtype)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _collect(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, like: Tensor) -> Tensor:
+    """The gradient of one delta's values; its collector sees it as well."""
+    active = gradient.gather(indices)
+    if delta.collector is not None:
+        delta.collector(delta, gradient, active)
+    return active.to(like.dtype)
+
+
+def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    half = len(tensors) // 2
+    return list(zip(tensors[:half], tensors[half:], strict=True))
+
+
+class _Adapted(torch.autograd.Function):
+    """y = op(x, W + deltas, b)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: LinearOp | ConvOp,
+        source: WeightSource,
+        deltas: list[SparseDelta],
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *flat: Tensor,
+    ) -> Tensor:
+        # weight is here for its gradient alone, should somebody train it too; flat: all indices, then all values
+        half = len(flat) // 2
+        trains = any(ctx.needs_input_grad[6 + half :]) or ctx.needs_input_grad[4]
+        ctx.op, ctx.source, ctx.deltas = op, source, deltas
+        ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
+        ctx.save_for_backward(x if trains else None, *flat)
+        with _no_autocast(x):
+            return op.forward(x, source.adapted(_pairs(flat), x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, *flat = ctx.saved_tensors
+        pairs = _pairs(flat)
+        needs = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
+        with _no_autocast(grad_out):
+            if needs[3]:
+                adapted = ctx.source.adapted(pairs, ctx.compute_dtype)
+                grad_x = ctx.op.grad_input(grad_out, adapted, ctx.x_shape)
+                del adapted
+            if needs[5]:
+                grad_bias = ctx.op.grad_bias(grad_out)
+            gradient = ctx.op.gradient(grad_out, x) if x is not None else None
+            if needs[4]:
+                grad_weight = gradient.dense()
+            grads = [
+                _collect(delta, gradient, indices, values) if need else None
+                for delta, (indices, values), need in zip(
+                    ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True
+                )
+            ]
+        return (None, None, None, grad_x, grad_weight, grad_bias, *[None] * len(pairs), *grads)
+
+
+class _AdaptedEmbedding(torch.autograd.Function):
+    """y = (W + deltas)[ids]; only the rows in use are read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        source: WeightSource,
+        deltas: list[SparseDelta],
+        ids: Tensor,
+        weight: Tensor,
+        padding_idx: int | None,
+        by_frequency: bool,
+        *flat: Tensor,
+    ) -> Tensor:
+        ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), weight.shape
+        ctx.save_for_backward(ids, *flat)
+        full = source.read()
+        width = full.shape[1]
+        rows, inverse = torch.unique(ids, return_inverse=True)
+        slot_of_row = torch.full((full.shape[0],), -1, dtype=torch.int64, device=ids.device)
+        slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
+        compact = []
+        for indices, values in _pairs(flat):
+            positions = indices.to(torch.int64)
+            slots = slot_of_row[torch.div(positions, width, rounding_mode="floor")]
+            used = (slots >= 0).nonzero().flatten()
+            compact.append((slots[used] * width + positions[used] % width, values[used]))
+        return apply_deltas(full[rows], compact, source.dtype)[inverse]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        ids, *flat = ctx.saved_tensors
+        pairs = _pairs(flat)
+        needs = ctx.needs_input_grad
+        gradient = EmbeddingGradient(grad_out, ids, *ctx.args)
+        grad_weight = None
+        if needs[3]:
+            grad_weight = torch.ops.aten.embedding_dense_backward(
+                grad_out, ids, ctx.weight_shape[0], -1 if ctx.args[0] is None else ctx.args[0], ctx.args[1]
+            )
+        grads = [
+            _collect(delta, gradient, indices, values) if need else None
+            for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True)
+        ]
+        return (None, None, None, grad_weight, None, None, *[None] * len(pairs), *grads)
+
+
+class _FoldedWeight(torch.autograd.Function):
+    """W + deltas as a tensor, for layers whose forward pass is their own: their weight gradient is dense."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor
+    ) -> Tensor:
+        ctx.deltas = deltas
+        ctx.save_for_backward(*flat)
+        return source.adapted(_pairs(flat), source.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = _pairs(ctx.saved_tensors)
+        needs = ctx.needs_input_grad
+        gradient = DenseGradient(grad_out)
+        grads = [
+            _collect(delta, gradient, indices, values) if need else None
+            for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[3 + len(pairs) :], strict=True)
+        ]
+        return (None, None, grad_out if needs[2] else None, *[None] * len(pairs), *grads)
+
+
+def _tensors(deltas: list[SparseDelta]) -> list[Tensor]:
+    called = [delta() for delta in deltas]
+    return [indices for indices, _ in called] + [values for _, values in called]
+
+
+# The autograd functions hold modules and callables, which torch.compile cannot trace: it runs them as they are.
+
+
+@torch.compiler.disable
+def adapted_forward(
+    op: LinearOp | ConvOp,
+    source: WeightSource,
+    deltas: list[SparseDelta],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Apply `op` with the adapted weight. x has the compute dtype; the bias is cast to it.
+
+    Gradients flow to x, the bias, the deltas' values and, if it requires one, the base weight.
+    """
+    bias = bias.to(x.dtype) if bias is not None else None
+    weight = source.parameter if source.parameter is not None and source.parameter.requires_grad else None
+    return _Adapted.apply(op, source, deltas, x, weight, bias, *_tensors(deltas))
+
+
+@torch.compiler.disable
+def adapted_embedding(
+    source: WeightSource,
+    deltas: list[SparseDelta],
+    ids: Tensor,
+    padding_idx: int | None,
+    by_frequency: bool,
+) -> Tensor:
+    """Look `ids` (integer, any shape) up in the adapted table; returns ``[*ids.shape, width]``."""
+    return _AdaptedEmbedding.apply(
+        source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas)
+    )
+
+
+@torch.compiler.disable
+def folded_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
+    """The adapted weight as a tensor that passes its (dense) gradient on to the deltas."""
+    return _FoldedWeight.apply(source, deltas, source.parameter, *_tensors(deltas))

@@ -1,0 +1,8 @@
+"""Layers that add sparse deltas to a base weight."""
+
+from .base import SpIELLayer
+from .conv import SpIELConv
+from .embedding import SpIELEmbedding
+from .linear import SpIELLinear
+
+__all__ = ["SpIELConv", "SpIELEmbedding", "SpIELLayer", "SpIELLinear"]

@@ -1,0 +1,300 @@
+"""`SpIELLayer`: what all adapted layers have in common: their deltas, the way through a base layer, merging."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import quantization_extra_repr
+from spiel_kernels import adapted_entries, apply_deltas, sample_positions
+from torch import Tensor, nn
+
+from ..base_weight import (
+    FLOAT_DTYPES,
+    BaseInfo,
+    EntryBackup,
+    ParameterBackup,
+    QuantizedBackup,
+    WeightBackup,
+    onloaded,
+    run_with_hooks,
+)
+from ..config import SpIELConfig
+from ..delta import AdapterRun, SparseDelta, new_indices
+from ..functional import WeightSource, folded_weight
+from ..merge_report import MergeLoss, count_lost
+from ..seeding import seeded_generator
+
+
+class SpIELLayer(nn.Module, BaseTunerLayer):
+    """A frozen base layer and the sparse deltas of any number of adapters (SpIEL: Ansell et al., 2024, section 3).
+
+    Args:
+        base_layer: the layer to adapt.
+        info: what `inspect_base` says of it.
+        module_name: its full name in the model, part of every seed.
+    """
+
+    adapter_layer_names = ("spiel_delta",)
+    other_param_names = ()
+    # Forward methods this class reproduces; a base layer with another one runs its own with the weight swapped.
+    known_forwards: tuple[Any, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, info: BaseInfo, module_name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.info = info
+        self.quantization_backend = info.backend
+        self.module_name = module_name
+        self.in_features, self.out_features = info.fan_in, info.fan_out
+        self.spiel_delta = nn.ModuleDict()
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+        # Names of modules that share the base weight; merging must not reach them.
+        self.shared_with: tuple[str, ...] = ()
+        # The layer whose delta this one shares (`ensure_weight_tying`), in a tuple to stay out of the module tree.
+        self.tied_to: tuple[SpIELLayer, ...] = ()
+        self._backup: WeightBackup | None = None
+        self.merge_loss: MergeLoss | None = None
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, config: SpIELConfig, run: AdapterRun, num_deltas: int) -> None:
+        """Add an adapter with `num_deltas` values.
+
+        Positions are drawn from the config's seed, or copied from an adapter that was added with the very same
+        config object (TRL's reference adapters rely on starting equal).
+        """
+        device, dtype = self._delta_device(), self._delta_dtype(config)
+        twin = self._twin_of(config)
+        if twin is not None and twin.k == num_deltas:
+            indices = twin.indices.detach().clone()
+        else:
+            generator = seeded_generator(config.seed, self.module_name, 0)
+            positions = sample_positions(self.info.numel, num_deltas, generator)
+            indices = new_indices(positions, self.info.numel, device)
+        # The global generator, as for every PEFT method: two adapters of one config shall differ.
+        values = torch.zeros(num_deltas) if config.init_weights else torch.randn(num_deltas) * 0.1
+        delta = SparseDelta(
+            run, self.module_name, self.info.weight_shape, indices, values.to(device=device, dtype=dtype)
+        )
+        self._add_delta(adapter_name, delta, config)
+
+    def share_delta(self, adapter_name: str, config: SpIELConfig, source: SpIELLayer) -> None:
+        """Use the delta of another layer whose weight is tied to this one's."""
+        self.tied_to = (source,)
+        self._add_delta(adapter_name, source.spiel_delta[adapter_name], config)
+
+    def _add_delta(self, adapter_name: str, delta: SparseDelta, config: SpIELConfig) -> None:
+        delta.train(self.training)
+        self.spiel_delta[adapter_name] = delta
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _twin_of(self, config: SpIELConfig) -> SparseDelta | None:
+        return next((d for d in self.spiel_delta.values() if d.run.config is config), None)
+
+    def _base_dtype(self) -> torch.dtype:
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype in FLOAT_DTYPES else torch.float32
+
+    def _delta_dtype(self, config: SpIELConfig) -> torch.dtype:
+        return getattr(torch, config.delta_dtype) if config.delta_dtype else self._base_dtype()
+
+    def _delta_device(self) -> torch.device:
+        base = self.get_base_layer()
+        device, _ = self._get_base_layer_device_and_dtype(base)
+        hook = getattr(base, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            return torch.device(hook.execution_device)
+        return device if device is not None else torch.device("cpu")
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # Unlike PEFT's own version this never rounds values to the base's dtype: loading shall not lose precision.
+        if adapter_name not in self.spiel_delta:
+            return
+        delta = self.spiel_delta[adapter_name]
+        target = device if device is not None else self._delta_device()
+        if delta.values.is_meta:
+            return
+        delta.to(target)
+
+    def cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool) -> None:
+        """Apply the dtype rule: the config's `delta_dtype`; else float32 for half-precision bases if asked."""
+        if adapter_name not in self.spiel_delta:
+            return
+        delta = self.spiel_delta[adapter_name]
+        dtype = self._delta_dtype(delta.run.config)
+        if not delta.run.config.delta_dtype and autocast_adapter_dtype and dtype != torch.float64:
+            dtype = torch.float32
+        delta.keep_dtype = dtype
+        delta.restore_dtype()
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "SpIEL does not work under nn.DataParallel; use DistributedDataParallel (torchrun, accelerate launch)"
+            )
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        deltas = [] if self.merged else self._active_deltas()
+        if not deltas:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.get_base_layer()
+        if not self._reproduces(base):
+            return self._swapped_forward(base, deltas, x, *args, **kwargs)
+        return run_with_hooks(base, partial(self._adapted_forward, deltas), x, *args, **kwargs)
+
+    def _active_deltas(self) -> list[SparseDelta]:
+        deltas = [self.spiel_delta[name] for name in self.active_adapters if name in self.spiel_delta]
+        if self.training and torch.is_grad_enabled():
+            for delta in deltas:
+                delta.restore_dtype()
+        return deltas
+
+    def _reproduces(self, base: nn.Module) -> bool:
+        patched = "forward" in base.__dict__ and not hasattr(base, "_hf_hook")
+        return type(base).forward in self.known_forwards and not patched
+
+    def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _swapped_forward(
+        self, base: nn.Module, deltas: list[SparseDelta], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if getattr(getattr(base, "_hf_hook", None), "offload", False):
+            raise RuntimeError(
+                f"{self.module_name}: a {type(base).__name__} with a forward pass of its own cannot be adapted while "
+                "device_map offloads it; keep this layer on a device"
+            )
+        weight = folded_weight(self._source(), deltas)
+        return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
+
+    def _source(self, dtype: torch.dtype | None = None) -> WeightSource:
+        if self.quantization_backend is not None:
+            return WeightSource(self._read_base_weight, None, dtype or self._base_dtype())
+        weight = self.get_base_layer().weight
+        return WeightSource(self._read_base_weight, weight, dtype or weight.dtype)
+
+    def _read_base_weight(self) -> Tensor:
+        base = self.get_base_layer()
+        with onloaded(base):
+            return self.get_base_weight()
+
+    # Merging
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor in the shape of the stored weight and the values' dtype."""
+        delta = self.spiel_delta[adapter]
+        dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
+        return dense.put_(delta.indices.to(torch.int64), delta.values.detach())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
+
+        Args:
+            safe_merge: refuse, and leave the base as it is, if the result is not finite.
+            adapter_names: adapters to merge on top of those merged already; the active ones by default.
+
+        Raises:
+            ValueError: a result is not finite (only with `safe_merge`).
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_delta]
+        if not names:
+            return
+        before = list(self.merged_adapters)
+        # The sum is always taken from the originals, so the order and number of merges leave no trace.
+        self._restore_originals()
+        try:
+            if safe_merge:
+                self.check_finite(before + names)
+            self._write_merged(before + names)
+        except Exception:
+            if before:
+                self._write_merged(before)
+            raise
+
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """Raise a ValueError if adding these adapters gives a value that is not finite in the base's dtype."""
+        pairs = self._pairs(adapter_names)
+        if not pairs:
+            return
+        _, sums = adapted_entries(self._read_base_weight(), pairs)
+        if not torch.isfinite(sums.to(self._base_dtype())).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken"
+            )
+
+    def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
+        deltas = [self.spiel_delta[name] for name in adapter_names if name in self.spiel_delta]
+        return [(delta.indices, delta.values.detach()) for delta in deltas]
+
+    def _write_merged(self, adapter_names: list[str]) -> None:
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            self._write_quantized(base, adapter_names)
+        elif self.shared_with:
+            self._write_shared(base, adapter_names)
+        else:
+            weight = base.weight.detach()
+            positions, sums = adapted_entries(weight, self._pairs(adapter_names))
+            self._backup = EntryBackup(positions, weight.take(positions))
+            weight.put_(positions, sums.to(weight.dtype))
+        self.merged_adapters = list(adapter_names)
+
+    def _write_shared(self, base: nn.Module, adapter_names: list[str]) -> None:
+        original = base.weight
+        partner = next((layer for layer in self.tied_to if layer.merged_adapters == adapter_names), None)
+        if partner is not None:
+            merged = partner.get_base_layer().weight
+        else:
+            data = apply_deltas(original.detach(), self._pairs(adapter_names))
+            merged = nn.Parameter(data, requires_grad=original.requires_grad)
+        self._backup = ParameterBackup(original)
+        base.weight = merged
+
+    def _write_quantized(self, base: nn.Module, adapter_names: list[str]) -> None:
+        backend = self.quantization_backend
+        warnings.warn(
+            f"Merging a SpIEL adapter into {backend.backend_name} weights rounds the result to the quantization grid: "
+            "small deltas are lost and other entries may move. The packed weights are kept in CPU memory until "
+            "unmerge, which restores them exactly. For deployment, merge into the unquantized base model instead.",
+            stacklevel=4,
+        )
+        original = self.get_base_weight()
+        positions, sums = adapted_entries(original, self._pairs(adapter_names))
+        before = original.take(positions)
+        self._backup = QuantizedBackup(base)
+        self.set_base_weight(original.clone().put_(positions, sums.to(original.dtype)))
+        self.merge_loss = count_lost(before, sums, self.get_base_weight().take(positions))
+
+    def _restore_originals(self) -> None:
+        if self._backup is not None:
+            self._backup.restore(self)
+            self._backup = None
+        self.merged_adapters = []
+
+    def unmerge(self) -> None:
+        """Undo `merge`: every overwritten weight gets its original bits back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore_originals()
+
+    def __repr__(self) -> str:
+        return "spiel." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

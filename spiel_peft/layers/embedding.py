@@ -1,0 +1,28 @@
+"""Sparse deltas on embedding tables."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..delta import SparseDelta
+from ..functional import adapted_embedding
+from .base import SpIELLayer
+
+
+class SpIELEmbedding(SpIELLayer):
+    """An embedding with sparse deltas; a scaled one (`embed_scale`, as in Gemma) scales the deltas too."""
+
+    known_forwards = (nn.Embedding.forward,)
+
+    def _reproduces(self, base: nn.Module) -> bool:
+        return super()._reproduces(base) or self._get_embed_scale() is not None
+
+    def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        out = adapted_embedding(self._source(), deltas, x, base.padding_idx, base.scale_grad_by_freq)
+        scale = self._get_embed_scale()
+        return out if scale is None else out * scale.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        base = self.get_base_layer()
+        return f"{base.num_embeddings}, {base.embedding_dim}"

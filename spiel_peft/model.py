@@ -1,0 +1,414 @@
+"""`SpIELModel`: finds the modules to adapt, splits the budget over them and builds the layers."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+
+from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
+from .budget import allocate_deltas
+from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, split_file_key
+from .config import SpIELConfig
+from .cycle.collector import collect
+from .delta import AdapterRun, SparseDelta
+from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
+from .merge_report import MergeLoss
+from .training_state import STATE_KEYS
+
+_LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
+_PEFT_PREFIX = "base_model.model."
+
+
+class _Injection:
+    """One call of `inject_adapter`: what is to be adapted, and with how many deltas."""
+
+    def __init__(self, run: AdapterRun, module_names: set[str] | None, counts: dict[str, int]) -> None:
+        self.run = run
+        self.module_names = module_names
+        self.file_counts = counts
+        self.infos: dict[str, BaseInfo] = {}
+        self.counts: dict[str, int] | None = None
+        self.shared: dict[str, tuple[str, ...]] = {}
+
+
+class SpIELModel(BaseTuner):
+    """A model with SpIEL layers in place of its targeted modules.
+
+    Built by PEFT (`get_peft_model`, `inject_adapter_in_model`, ...), see `peft.tuners.tuners_utils.BaseTuner` for the
+    arguments.
+    """
+
+    prefix = "spiel_"
+    tuner_layer_cls = SpIELLayer
+    target_module_mapping = dict(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+
+    # Injection
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's `inject_adapter`; on any error the model is left as it was.
+
+        Raises:
+            ValueError: an unsupported or shared target, an impossible budget, or an adapter is merged.
+        """
+        merged = sorted({name for layer in self._spiel_layers(model) for name in layer.merged_adapters})
+        if merged:
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be added while {merged} are merged into the base weights; call "
+                "unmerge_adapter() first"
+            )
+        config = self.peft_config[adapter_name]
+        self._injection = _Injection(AdapterRun(config, adapter_name), *_modules_of(state_dict))
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        except Exception:
+            self._roll_back(model, adapter_name)
+            raise
+        finally:
+            del self._injection
+        if isinstance(config.num_deltas, dict):
+            # PEFT may have shortened the names to suffixes; the config must still match the counts when reloaded.
+            config.target_modules = set(config.num_deltas)
+        _warn_about_fused_experts(model, config)
+
+    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, SpIELLayer):
+                continue
+            if adapter_name in layer.spiel_delta:
+                del layer.spiel_delta[adapter_name]
+            if not layer.spiel_delta:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+
+    def _create_and_replace(
+        self,
+        peft_config: SpIELConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        injection = self._injection
+        if injection.counts is None:
+            # The first of all targets: nothing has been changed yet, so this is where everything is checked.
+            self._plan(injection, peft_config)
+        if isinstance(target, SpIELLayer):
+            layer = target
+        else:
+            info = injection.infos[current_key]
+            layer = _LAYER_CLASSES.get(info.kind, SpIELLinear)(target, info, current_key)
+            layer.set_adapter(self.active_adapters)
+            layer.train(target.training)
+        layer.shared_with = injection.shared.get(current_key, layer.shared_with)
+        source = self._tied_source(peft_config, current_key)
+        if source is not None:
+            layer.share_delta(adapter_name, peft_config, source)
+        else:
+            layer.update_layer(adapter_name, peft_config, injection.run, injection.counts[current_key])
+            layer.spiel_delta[adapter_name].collector = collect
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _plan(self, injection: _Injection, config: SpIELConfig) -> None:
+        """Check every target and count its deltas, before the first layer is created."""
+        problems = []
+        kwargs = get_quantization_kwargs(self.model)
+        targets: dict[str, BaseInfo] = {}
+        for name, module in self._targets(injection, config):
+            base = module.get_base_layer() if isinstance(module, SpIELLayer) else module
+            info = inspect_base(base, kwargs)
+            if isinstance(info, str):
+                problems.append(f"{name} ({type(base).__module__}.{type(base).__qualname__}) {info}")
+                continue
+            injection.infos[name] = info
+            if not self._check_tied_module_exists(config, name):
+                targets[name] = info
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise ValueError(
+                f"Target modules that SpIEL cannot adapt: {shown}. Supported are {SUPPORTED}. Narrow target_modules "
+                "or name these in exclude_modules."
+            )
+        injection.shared = _shared_weights(self.model, set(injection.infos))
+        counts = allocate_deltas(config, targets)
+        counts.update({name: k for name, k in injection.file_counts.items() if name in counts})
+        injection.counts = counts
+        if config.fan_in_fan_out and all(info.kind != "transposed" for info in targets.values()):
+            warnings.warn(
+                "fan_in_fan_out=True has no effect: no targeted module stores its weight transposed. SpIEL reads the "
+                "layout off the layer, drop the setting.",
+                stacklevel=2,
+            )
+
+    def _targets(self, injection: _Injection, config: SpIELConfig) -> Iterator[tuple[str, nn.Module]]:
+        """The modules PEFT is about to hand to `_create_and_replace`, in its order."""
+        inside: list[str] = []
+        for name, module in self.model.named_modules():
+            if not name or any(name.startswith(prefix) for prefix in inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside.append(name + ".")
+            if injection.module_names is not None:
+                matched = name.removeprefix("_orig_mod.") in injection.module_names
+            else:
+                matched = bool(self._check_target_module_exists(config, name))
+                matched = matched or bool(self._check_tied_module_exists(config, name))
+            if matched:
+                yield name, module
+
+    def _spiel_layers(self, model: nn.Module | None = None) -> list[SpIELLayer]:
+        return [m for m in (model or self.model).modules() if isinstance(m, SpIELLayer)]
+
+    # Tied weights (`ensure_weight_tying`): the input embedding is adapted, the modules tied to it share its delta.
+
+    def _tied_source(self, config: SpIELConfig, key: str) -> SpIELLayer | None:
+        if not self._check_tied_module_exists(config, key):
+            return None
+        source = self.model.get_input_embeddings()
+        if not isinstance(source, SpIELLayer):
+            raise ValueError(f"ensure_weight_tying: the input embedding that {key!r} is tied to is not adapted")
+        return source
+
+    def _add_targets_to_tie(self, peft_config: SpIELConfig, tied_weight_keys: list[str]) -> None:
+        peft_config.target_modules_to_tie = set(tied_weight_keys)
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        targets = peft_config.target_modules
+        if isinstance(targets, str):
+            peft_config.target_modules = rf"(?:{targets}|{re.escape(embedding)})"
+            return
+        kept = {t for t in targets or () if not any(_names(t, key) for key in tied_weight_keys)}
+        peft_config.target_modules = kept | {embedding}
+
+    def _add_modules_to_save_to_tie(self, peft_config: SpIELConfig, tied_weight_keys: list[str]) -> None:
+        peft_config.modules_to_tie = set(tied_weight_keys)
+        embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
+        saved = peft_config.modules_to_save or []
+        kept = [m for m in saved if not any(_names(m, key) for key in tied_weight_keys)]
+        peft_config.modules_to_save = kept if embedding in kept else [*kept, embedding]
+
+    # Precision
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for module in self.model.modules():
+            if isinstance(module, SpIELLayer):
+                module.cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            elif isinstance(module, BaseTunerLayer):
+                cast_adapter_dtype(module, adapter_name, autocast_adapter_dtype)
+
+    # Forward
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
+        yield
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; all layers or, on an error, none.
+
+        Raises:
+            ValueError: an unknown adapter, or (with `safe_merge`) a result that is not finite.
+        """
+        self._check_before_merge(adapter_names, safe_merge)
+        before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer._restore_originals()
+                    if names:
+                        layer._write_merged(names)
+            raise
+        self._warn_about_merge_loss()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_before_merge(adapter_names, safe_merge)
+        else:
+            for layer in self._spiel_layers():
+                if layer.merged:
+                    layer.unmerge()
+        layers = self._spiel_layers()
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if merge:
+            self._warn_about_merge_loss(layers)
+        return model
+
+    def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            return  # PEFT raises its own TypeError
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+        if not safe_merge:
+            return
+        for layer in self._spiel_layers():
+            if not layer.merged:
+                layer.check_finite(list(names))
+
+    def _warn_about_merge_loss(self, layers: list[SpIELLayer] | None = None) -> None:
+        loss = MergeLoss()
+        for layer in layers if layers is not None else self._spiel_layers():
+            if layer.merge_loss is not None and layer.merged:
+                loss += layer.merge_loss
+        if loss.total:
+            warnings.warn(
+                f"Quantization lost {loss.lost} of {loss.total} merged deltas ({loss.lost / loss.total:.1%}): these "
+                "entries moved by less than half of their delta.",
+                stacklevel=3,
+            )
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: SpIELConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        deltas = {
+            name.removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
+            for name, layer in model.named_modules()
+            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
+        }
+        state_dict = {k.replace("._orig_mod.", "."): v for k, v in state_dict.items()}
+        try:
+            check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
+        except ValueError:
+            _discard_unloaded(model, config, adapter_name, list(deltas.values()))
+            raise
+        if config.inference_mode:
+            state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
+        SizeCheck(model)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return _name_training_state(model, adapter_name, remapped)
+
+    # Inspection
+
+    def cycle_log(self, adapter_name: str | None = None) -> list[Any]:
+        """What every close of an adapter's cycle did so far, oldest first (`CycleReport`)."""
+        name = adapter_name if adapter_name is not None else self.active_adapters[0]
+        for layer in self._spiel_layers():
+            if name in layer.spiel_delta:
+                return list(layer.spiel_delta[name].run.log)
+        raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
+
+
+def _names(target: str, key: str) -> bool:
+    return key == target or key.endswith("." + target)
+
+
+def _modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, dict[str, int]]:
+    """Module names in a state dict that adapters are injected from, and how many deltas each has there."""
+    if state_dict is None:
+        return None, {}
+    names: set[str] = set()
+    counts: dict[str, int] = {}
+    for key, tensor in state_dict.items():
+        # The way PEFT itself reads module names off a state dict.
+        name = key.rsplit(".spiel_", 1)[0].removeprefix("_orig_mod.")
+        names.add(name)
+        parts = split_file_key(key)
+        if parts is not None and parts[1] == "indices":
+            counts[name] = tensor.numel()
+    return names, counts
+
+
+def _shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, ...]]:
+    """For every target whose weight other modules use too: the names of those modules."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(name.replace(".base_layer", ""))
+    shared = {}
+    for names in owners.values():
+        for name in targets & set(names) if len(set(names)) > 1 else ():
+            shared[name] = tuple(sorted(set(names) - {name}))
+    return shared
+
+
+def _warn_about_fused_experts(model: nn.Module, config: SpIELConfig) -> None:
+    """Mixture-of-experts weights fused into one 3-D parameter are out of `target_modules`' reach: say so."""
+    missed = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, BaseTunerLayer)) or ".base_layer" in name:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{parameter_name}"
+            if parameter.dim() == 3 and "expert" in full.lower():
+                missed.append(full)
+    if missed:
+        shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        warnings.warn(
+            f"These fused expert parameters are not modules, so target_modules cannot reach them and they stay frozen: "
+            f"{shown}. SpIEL does not adapt fused experts.",
+            stacklevel=2,
+        )
+
+
+def _discard_unloaded(
+    model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]
+) -> None:
+    """Remove the empty adapter that PEFT added for a file that turned out to be bad."""
+    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    fresh = all(delta.untouched for delta in deltas)
+    if config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter"):
+        model.delete_adapter(adapter_name)
+
+
+def _name_training_state(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Give saved training state the adapter's name; PEFT maps only keys that the model already has."""
+    prefixed = any(name.startswith(_PEFT_PREFIX) for name, _ in model.named_modules())
+    out = {}
+    for key, tensor in state_dict.items():
+        module, _, name = key.rpartition(MARKER)
+        if name in STATE_KEYS:
+            if not prefixed:
+                module = module.removeprefix(_PEFT_PREFIX)
+            key = f"{module}{MARKER}{adapter_name}.{name}"
+        out[key] = tensor
+    return out
+
+

@@ -1,0 +1,105 @@
+"""Makes peft_type "SPIEL" known to PEFT, in memory only. Nothing else in this package touches PEFT's enum.
+
+PEFT has no entry point for third-party methods: `register_peft_method` demands a member of the enum
+`PeftType`, and PEFT and transformers rely on it being one (`PeftType(...)`, `.value`, `in list(PeftType)`).
+So a real member is added.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+
+_TYPE = "SPIEL"
+_PREFIX = "spiel_"
+_LOCK = threading.RLock()
+
+
+def spiel_type() -> PeftType:
+    """PEFT's enum member for SpIEL, added on the first call."""
+    member = PeftType.__members__.get(_TYPE)
+    if member is None:
+        with _LOCK:
+            member = PeftType.__members__.get(_TYPE)
+            if member is None:
+                member = _add_member(PeftType, _TYPE)
+                # Unpickled in a process that has not imported this package, PeftType("SPIEL") would fail.
+                member.__reduce_ex__ = lambda protocol: (spiel_type, ())
+    return member
+
+
+def register() -> None:
+    """Register SpIEL with PEFT. Safe to call any number of times and from several threads.
+
+    Raises:
+        RuntimeError: another package has registered its own "SPIEL" or the prefix "spiel_".
+    """
+    # Outside the lock: these imports take Python's import locks, and a thread that holds one of those may be
+    # waiting for ours.
+    from .config import SpIELConfig
+    from .model import SpIELModel
+
+    with _LOCK:
+        peft_type = spiel_type()
+        if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is SpIELConfig:
+            return
+        _forget_reloaded(peft_type, SpIELConfig)
+        _require_free(peft_type)
+        register_peft_method(name=_TYPE.lower(), config_cls=SpIELConfig, model_cls=SpIELModel, prefix=_PREFIX)
+
+
+def _forget_reloaded(peft_type: PeftType, config_cls: type) -> None:
+    """Drop what an earlier import of this package registered (`importlib.reload`, a cleared sys.modules)."""
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if known is not None and _full_name(known) == _full_name(config_cls):
+        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+            mapping.pop(peft_type, None)
+
+
+def _require_free(peft_type: PeftType) -> None:
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
+        if peft_type in mapping:
+            raise RuntimeError(
+                f"spiel_peft cannot register peft_type {_TYPE!r}: it already belongs to "
+                f"{_full_name(mapping[peft_type])}. Uninstall or stop importing one of the two packages."
+            )
+    owners = [
+        str(getattr(t, "value", t)) for t, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == _PREFIX
+    ]
+    if owners:
+        raise RuntimeError(
+            f"spiel_peft cannot register the parameter prefix {_PREFIX!r}: it already belongs to peft_type "
+            f"{owners[0]!r}. Uninstall or stop importing one of the two packages."
+        )
+
+
+def _full_name(cls: Any) -> str:
+    return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}"
+
+
+def _add_member(enum_cls: type[enum.Enum], name: str) -> Any:
+    """Add member `name`, with `name` as its value, to a `str` enum. Works on Python 3.10 to 3.14.
+
+    The name table comes last: it is what `__members__` reads, so that another thread never finds a half-made
+    member.
+    """
+    member = str.__new__(enum_cls, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = enum_cls
+    member._sort_order_ = len(enum_cls._member_names_)
+    type.__setattr__(
+        enum_cls, name, member
+    )  # EnumMeta's own __setattr__ guards members, this is what it calls
+    enum_cls._value2member_map_[name] = member
+    hashable_values = getattr(enum_cls, "_hashable_values_", None)  # Python 3.13 and later
+    if hashable_values is not None:
+        hashable_values.append(name)
+    enum_cls._member_names_.append(name)
+    enum_cls._member_map_[name] = member
+    return member

@@ -1,0 +1,133 @@
+"""What one sparse delta remembers of its training run, and how that travels in a state dict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PROGRESS = "spiel_progress"
+MAX_LR = "spiel_max_lr"
+CANDIDATES = "spiel_candidates"
+CANDIDATE_SUMS = "spiel_candidate_sums"
+CANDIDATE_SQUARES = "spiel_candidate_squares"
+ROW = "spiel_row"
+COL = "spiel_col"
+STATE_KEYS = (PROGRESS, MAX_LR, CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES, ROW, COL)
+
+_FRESH_CODES = {None: -1, False: 0, True: 1}
+
+
+@dataclass
+class CandidateWindow:
+    """Gradients of the positions that may be grown, collected over the steps of one window.
+
+    Attributes:
+        positions: sorted flat positions ``[c]`` in the index dtype.
+        sums: sum over the window's steps of one gradient per step, ``[c]`` float32 (float64 for float64 deltas).
+        squares: sum over the window's steps of its square, ``[c]``.
+        steps: optimizer steps that counted so far.
+    """
+
+    positions: Tensor
+    sums: Tensor
+    squares: Tensor
+    steps: int = 0
+
+
+@dataclass
+class StepGradient:
+    """What the micro-batches of the optimizer step in progress have contributed; never saved.
+
+    Attributes:
+        pending: raw gradient of the candidates summed over micro-batches, ``[c]``.
+        probe: slots of a few active deltas, int64.
+        probe_sums: their raw gradient summed over micro-batches; compared with ``values.grad`` at the step, it tells
+            by which factor the trainer has scaled, averaged and clipped.
+        graph_task: id of the autograd pass that contributed last.
+    """
+
+    pending: Tensor | None = None
+    probe: Tensor | None = None
+    probe_sums: Tensor | None = None
+    graph_task: int = -1
+
+
+@dataclass
+class TrainingState:
+    """Progress of one delta's training run.
+
+    Attributes:
+        step: optimizer steps that counted since the run began.
+        closes: closed cycles.
+        fresh: whether all deltas of the adapter were zero when the run began; None until the first step.
+        max_lr: highest learning rate seen so far.
+        window: the open window, if any.
+        row, col: SM3 accumulators ``[rows]`` and ``[cols]``, present once used.
+        current: contributions to the step in progress.
+        unheld_steps: gradient accumulations seen since an optimizer last stepped this delta.
+    """
+
+    step: int = 0
+    closes: int = 0
+    fresh: bool | None = None
+    max_lr: float = 0.0
+    window: CandidateWindow | None = None
+    row: Tensor | None = None
+    col: Tensor | None = None
+    current: StepGradient = field(default_factory=StepGradient)
+    unheld_steps: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors; empty before the first step."""
+        if self.step == 0:
+            return {}
+        window_steps = self.window.steps if self.window is not None else 0
+        out = {
+            PROGRESS: torch.tensor([self.step, self.closes, _FRESH_CODES[self.fresh], window_steps]),
+            MAX_LR: torch.tensor([self.max_lr], dtype=torch.float64),
+        }
+        if self.window is not None and window_steps:
+            out[CANDIDATES] = self.window.positions
+            out[CANDIDATE_SUMS] = self.window.sums
+            out[CANDIDATE_SQUARES] = self.window.squares
+        if self.row is not None and self.col is not None:
+            out[ROW], out[COL] = self.row, self.col
+        return out
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device) -> TrainingState:
+        """Inverse of `tensors`; tensors are copied to `device`. No progress entry: a new run."""
+        if PROGRESS not in tensors:
+            return cls()
+        step, closes, fresh, window_steps = (int(v) for v in tensors[PROGRESS].tolist())
+        state = cls(step=step, closes=closes, fresh={v: k for k, v in _FRESH_CODES.items()}[fresh])
+        if MAX_LR in tensors:
+            state.max_lr = float(tensors[MAX_LR].item())
+        if CANDIDATES in tensors:
+            state.window = CandidateWindow(
+                positions=tensors[CANDIDATES].to(device, copy=True),
+                sums=tensors[CANDIDATE_SUMS].to(device, copy=True),
+                squares=tensors[CANDIDATE_SQUARES].to(device, copy=True),
+                steps=window_steps,
+            )
+        if ROW in tensors:
+            state.row = tensors[ROW].to(device, copy=True)
+            state.col = tensors[COL].to(device, copy=True)
+        return state
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Apply `fn` (a move to another device) to every tensor held."""
+        if self.window is not None:
+            self.window.positions = fn(self.window.positions)
+            self.window.sums = fn(self.window.sums)
+            self.window.squares = fn(self.window.squares)
+        if self.row is not None and self.col is not None:
+            self.row, self.col = fn(self.row), fn(self.col)
+        current = self.current
+        if current.pending is not None:
+            current.pending = fn(current.pending)
+        if current.probe is not None and current.probe_sums is not None:
+            current.probe, current.probe_sums = fn(current.probe), fn(current.probe_sums)
