@@ -36,8 +36,10 @@ demo: $(VENV)/.demo-installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune.py --output-dir outputs/demo $(DEMO_ARGS)
 
 # One thread per test process: two processes with two threads each would fight over two cores.
+# Not "python -m pytest", which puts the checkout on the import path, where other packages would take
+# the folder kernels/ for the package of that name.
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

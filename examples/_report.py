@@ -41,27 +41,38 @@ class Clock:
         return f"{sum(self.laps.values()):.0f} s ({parts})"
 
 
+# How each number that SpIELCallback logs at a close is printed, in the order of the table.
+CYCLE_COLUMNS = {
+    "rate": ".3f",
+    "replaced": ",.0f",
+    "kept": ",.0f",
+    "churn": ".3f",
+    "mean_abs_delta": ".2e",
+}
+
+
 def cycle_log(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """One row per close, from what SpIELCallback logged through the Trainer."""
-    rows = []
-    for entry in history:
-        if "spiel/replaced" in entry:
-            replaced, kept = float(entry["spiel/replaced"]), float(entry["spiel/kept"])
-            row = {"step": entry["step"], "rate": replaced / max(1.0, replaced + kept)}
-            row |= {key.removeprefix("spiel/"): v for key, v in entry.items() if key.startswith("spiel/")}
-            rows.append(row)
-    return rows
+    return [
+        {"step": entry["step"]}
+        | {
+            key.removeprefix("spiel/"): float(value)
+            for key, value in entry.items()
+            if key.startswith("spiel/")
+        }
+        for entry in history
+        if "spiel/replaced" in entry
+    ]
 
 
 def print_cycle_log(rows: Sequence[dict[str, float]]) -> None:
     """The closes as a table."""
-    heading("Cycle (at each close the smallest deltas are dropped and as many grown elsewhere)")
-    print(f"  {'step':>6} {'rate':>7} {'replaced':>10} {'kept':>10} {'churn':>7} {'mean |delta|':>13}")
+    heading("Cycle (at a close, the deltas that moved least are dropped and as many are grown elsewhere)")
+    columns = [name for name in CYCLE_COLUMNS if rows and name in rows[0]]
+    print("".join(f"{name:>16}" for name in ["step", *columns]))
     for row in rows:
-        print(
-            f"  {row['step']:>6.0f} {row['rate']:>7.3f} {row['replaced']:>10,.0f} {row['kept']:>10,.0f} "
-            f"{row['churn']:>7.3f} {row['mean_abs_delta']:>13.3e}"
-        )
+        cells = [format(row[name], CYCLE_COLUMNS[name]) for name in columns]
+        print("".join(f"{cell:>16}" for cell in [f"{row['step']:.0f}", *cells]))
 
 
 def save_merged(model: Any, tokenizer: Any, held_out: Sequence[Tokens], folder: Path) -> float:

@@ -161,6 +161,13 @@ class HeldOutCurve(TrainerCallback):
 def build_trainer(base: Any, inputs: Inputs, args: argparse.Namespace, curve: HeldOutCurve) -> Trainer:
     """A plain transformers Trainer around a PEFT model; SpIEL is the config and the callback."""
     model = get_peft_model(base, inputs.config)
+    checkpointing: dict[str, Any] = {}
+    if args.gradient_checkpointing:
+        # Reentrant checkpoints need an input with a gradient, which a frozen embedding does not give.
+        checkpointing = {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        }
     training_args = TrainingArguments(
         output_dir=str(args.output_dir / "trainer"),
         learning_rate=args.learning_rate,
@@ -172,8 +179,6 @@ def build_trainer(base: Any, inputs: Inputs, args: argparse.Namespace, curve: He
         max_steps=args.max_steps or -1,
         num_train_epochs=args.epochs or 1,
         bf16=args.bf16,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=args.seed,
         logging_steps=1,
         disable_tqdm=False,
@@ -181,6 +186,7 @@ def build_trainer(base: Any, inputs: Inputs, args: argparse.Namespace, curve: He
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        **checkpointing,
     )
     trainer = Trainer(
         model=model,

@@ -51,7 +51,7 @@ class RefusesLoraFields:
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        own = {field.name for field in dataclasses.fields(cls)}
+        own = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         errors = [
             f"`{name}` is a field of LoraConfig that {cls.__name__} must not be given, got {short(value)}. "
             f"{LORA_ONLY_FIELDS[name]}"

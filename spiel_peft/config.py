@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 
@@ -190,11 +191,11 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         },
     )
 
-    # True on configs that were read from a file. Not a field: it says where this object came from, not what
-    # it holds.
-    _from_checkpoint: ClassVar[bool] = False
-    # PEFT reads it off a config whose `target_modules` is None; were it None too, `name in None` would follow.
-    target_parameters: ClassVar[tuple[str, ...]] = ()
+    # Without annotations, so that these are no fields and are not saved.
+    # True on configs that were read from a file.
+    _from_checkpoint = False
+    # PEFT reads it off a config whose `target_modules` is None, and fails on `name in None` if both are.
+    target_parameters = ()
 
     def __post_init__(self) -> None:
         # PeftConfig.from_pretrained, which is not ours to override, passes the file's contents to the
@@ -292,7 +293,8 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
             elif value is not None:
                 setattr(self, name, set(check.names(name, value, remedy)))
         if isinstance(self.num_deltas, dict):
-            self.target_modules = _targets_of_counts(self.num_deltas, self.target_modules)
+            # A set although the field says list: LoraConfig has it so, and PEFT expects it.
+            self.target_modules = _targets_of_counts(self.num_deltas, self.target_modules)  # type: ignore
 
     def _check_layers(self) -> None:
         remedy = "Pass the indices of the layers to adapt, such as [0, 1], or None for all."
@@ -347,7 +349,7 @@ def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
     }
 
 
-def _targets_of_counts(counts: dict[str, int], targets: set[str] | str | None) -> set[str]:
+def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) -> set[str]:
     """The names in `counts`, provided that `targets` says the same.
 
     PEFT shortens 20 names or more to the suffixes that tell them from the model's other modules and saves
@@ -361,9 +363,9 @@ def _targets_of_counts(counts: dict[str, int], targets: set[str] | str | None) -
             "target_modules", "must name the keys of `num_deltas` when that is a dict", targets, remedy
         )
     suffixes = {name: _suffixes(name) for name in counts}
-    used = set().union(*suffixes.values())
-    foreign = targets - used
-    missing = [name for name in counts if targets.isdisjoint(suffixes[name])]
+    used: set[str] = set().union(*suffixes.values())
+    foreign = set(targets) - used
+    missing = [name for name in counts if suffixes[name].isdisjoint(targets)]
     if foreign or missing:
         differences = [
             f"{check.listed(names)} only in {where}"

@@ -54,8 +54,8 @@ class SparseDelta(nn.Module):
         values: ``[k]`` floating, the differences.
 
     The parameter `values` and the persistent buffer `indices` keep their length for life; training changes both in
-    place. Training state (see `TrainingState`) travels in the state dict under optional keys that start with
-    ``spiel_``.
+    place. Training state (see `TrainingState`) travels in adapter files under optional keys that start with ``spiel_``
+    and is taken back by `load_state_dict`.
     """
 
     values: nn.Parameter
@@ -138,11 +138,6 @@ class SparseDelta(nn.Module):
         return self
 
     # State dict
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, tensor in self.state.tensors().items():
-            destination[prefix + key] = tensor
 
     def _load_from_state_dict(
         self,

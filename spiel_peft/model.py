@@ -295,7 +295,28 @@ class SpIELModel(BaseTuner):
                 stacklevel=3,
             )
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpIELConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        out = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        if config.inference_mode:
+            return out
+        # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
+        for name, layer in model.named_modules():
+            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
+                for key, tensor in layer.spiel_delta[adapter_name].state.tensors().items():
+                    out[f"{name.removeprefix('_fsdp_wrapped_module.')}{MARKER}{adapter_name}.{key}"] = tensor
+        return out
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -7,7 +7,6 @@ So a real member is added.
 
 from __future__ import annotations
 
-import enum
 import threading
 from typing import Any
 
@@ -82,7 +81,7 @@ def _full_name(cls: Any) -> str:
     return f"{getattr(cls, '__module__', '?')}.{getattr(cls, '__qualname__', cls)}"
 
 
-def _add_member(enum_cls: type[enum.Enum], name: str) -> Any:
+def _add_member(enum_cls: Any, name: str) -> Any:
     """Add member `name`, with `name` as its value, to a `str` enum. Works on Python 3.10 to 3.14.
 
     The name table comes last: it is what `__members__` reads, so that another thread never finds a half-made

@@ -349,10 +349,11 @@ def test_whole_run_on_a_tiny_model(
 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["steps"] == 16 and len(summary["train_loss"]) == 16
-    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.5
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"] - 0.3
     assert set(summary["held_out_loss"]) == {"0", "8", "16"}
     assert [row["step"] for row in summary["cycle"]] == [2, 7, 12]
-    assert summary["cycle"][0]["rate"] > summary["cycle"][1]["rate"] > summary["cycle"][2]["rate"] > 0
+    churn = [row["churn"] for row in summary["cycle"]]
+    assert churn[0] > churn[1] > churn[2] > 0
     assert summary["merge_max_logit_difference"] < 1e-5
 
     for picture in ("loss_curve.png", "deltas.png"):

@@ -7,6 +7,7 @@ import enum
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -53,14 +54,15 @@ def mappings() -> Iterator[None]:
         mapping.update(entries)
 
 
-def run_python(code: str, *, paths: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> str:
-    """The output of `code` in a fresh interpreter that sees this checkout and `paths`."""
+def run_python(code: str, *, only: tuple[str, ...] | None = None) -> str:
+    """What `code` prints in a fresh interpreter that sees this checkout, or `only` the folders given."""
     root = Path(spiel_peft.__file__).parents[1]
-    search = [*paths, str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    checkout = (str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", ""))
+    folders = checkout if only is None else only
     done = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)],
-        env=env,
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders))},
+        cwd=os.sep,  # with -c, Python looks for packages in the working directory first
         capture_output=True,
         text=True,
         timeout=300,
@@ -308,61 +310,62 @@ def test_saved_adapters_name_the_type(tiny: tuple[str, str, torch.Tensor]) -> No
 
 # --- autoload ---
 
+
+@pytest.fixture
+def fakes(tmp_path: Path) -> Path:
+    """A folder with stand-ins for peft and spiel_peft: the hook knows only names, and these are quick."""
+    for name, source in (("peft", "state = 'ready'"), ("spiel_peft", "import peft\nseen = peft.state")):
+        (tmp_path / "fakes" / name).mkdir(parents=True)
+        (tmp_path / "fakes" / name / "__init__.py").write_text(source)
+    (tmp_path / "fakes" / "peft" / "data.txt").write_text("data")
+    return tmp_path / "fakes"
+
+
+def run_with_hook(target: Path, fakes: Path, code: str) -> list[str]:
+    """The words `code` prints where `target` is a site-packages folder and `fakes` holds the packages."""
+    start = f"import site, sys\nsite.addsitedir({str(target)!r})\nsys.path.insert(0, {str(fakes)!r})\n"
+    return run_python(start + textwrap.dedent(code), only=()).split()
+
+
 PROBE = """
-    import site, sys
-    site.addsitedir({target!r})
-    before = "spiel_peft" in sys.modules or "peft" in sys.modules
+    early = "spiel_peft" in sys.modules or "peft" in sys.modules
     import peft
-    print(before, "SPIEL" in peft.PeftType.__members__, "spiel_peft" in sys.modules)
+    print(early, "spiel_peft" in sys.modules)
 """
 
 
-def probe(target: Path, *, paths: tuple[str, ...] = ()) -> list[str]:
-    """Whether peft or the package was imported at startup; whether SPIEL is known, the package imported later."""
-    return run_python(PROBE.format(target=str(target)), paths=paths).split()
+def test_without_autoload_peft_does_not_import_the_package(tmp_path: Path, fakes: Path) -> None:
+    assert run_with_hook(tmp_path, fakes, PROBE) == ["False", "False"]
 
 
-def broken_package(folder: Path, source: str) -> tuple[str, ...]:
-    """A search path on which `spiel_peft` is a package with `source` in it."""
-    (folder / "spiel_peft").mkdir(parents=True)
-    (folder / "spiel_peft" / "__init__.py").write_text(source)
-    return (str(folder),)
-
-
-def test_without_autoload_peft_does_not_import_the_package(tmp_path: Path) -> None:
-    assert probe(tmp_path) == ["False", "False", "False"]
-
-
-def test_autoload_imports_the_package_right_after_peft(tmp_path: Path) -> None:
+def test_autoload_imports_the_package_right_after_peft(tmp_path: Path, fakes: Path) -> None:
     autoload.enable(tmp_path)
-    assert probe(tmp_path) == ["False", "True", "True"]
+    assert run_with_hook(tmp_path, fakes, PROBE) == ["False", "True"]
+    assert run_with_hook(tmp_path, fakes, "import peft; print(sys.modules['spiel_peft'].seen)") == ["ready"]
     autoload.disable(tmp_path)
-    assert list(tmp_path.glob("*.p*")) == []
+    assert run_with_hook(tmp_path, fakes, PROBE) == ["False", "False"]
 
 
-def test_autoload_loads_an_adapter_in_a_program_that_knows_only_peft(
+def test_autoload_serves_a_program_that_knows_only_peft(
     tmp_path: Path, tiny: tuple[str, str, torch.Tensor]
 ) -> None:
     autoload.enable(tmp_path)
     out = run_python(
         f"""
-        import site
+        import site, sys
         site.addsitedir({str(tmp_path)!r})
-        import torch
         from peft import AutoPeftModelForCausalLM
-        model = AutoPeftModelForCausalLM.from_pretrained({tiny[1]!r}).eval()
+        model = AutoPeftModelForCausalLM.from_pretrained({tiny[1]!r})
         print(type(model.peft_config["default"]).__name__)
         """
     )
     assert out.split() == ["SpIELConfig"]
 
 
-def test_autoload_leaves_every_way_of_importing_alone(tmp_path: Path) -> None:
+def test_autoload_leaves_other_imports_alone(tmp_path: Path, fakes: Path) -> None:
     autoload.enable(tmp_path)
-    out = run_python(
-        f"""
-        import importlib, importlib.metadata, importlib.resources, importlib.util, site, sys
-        site.addsitedir({str(tmp_path)!r})
+    code = f"""
+        import importlib, importlib.metadata, importlib.resources, importlib.util
         site.addsitedir({str(tmp_path)!r})
         assert [getattr(f, "__name__", "") for f in sys.meta_path].count("AfterPeft") == 1
         assert importlib.util.find_spec("no_such_package") is None
@@ -370,61 +373,76 @@ def test_autoload_leaves_every_way_of_importing_alone(tmp_path: Path) -> None:
         assert "peft" not in sys.modules
         importlib.invalidate_caches()
         import spiel_peft  # imports peft, which must not import spiel_peft halfway through
+        assert spiel_peft.seen == "ready"
         import peft
-        assert spiel_peft.SpIELConfig().peft_type is peft.PeftType.SPIEL
-        assert importlib.resources.files("peft").joinpath("py.typed").is_file()
-        assert importlib.metadata.version("peft") == peft.__version__
+        assert importlib.resources.files("peft").joinpath("data.txt").read_text() == "data"
+        assert importlib.metadata.version("pytest")
         importlib.reload(peft)
         print("done")
-        """
-    )
-    assert out.split() == ["done"]
+    """
+    assert run_with_hook(tmp_path, fakes, code) == ["done"]
 
 
-def test_autoload_is_silent_when_the_package_is_gone(tmp_path: Path) -> None:
+def test_autoload_works_after_a_first_import_that_failed(tmp_path: Path, fakes: Path) -> None:
     autoload.enable(tmp_path)
-    code = f"""
-        import site, sys
-        site.addsitedir({str(tmp_path)!r})
+    (fakes / "peft" / "__init__.py").write_text("import sys\nstate = sys.gate")
+    code = """
+        try:
+            import peft
+        except AttributeError:
+            assert "spiel_peft" not in sys.modules
+        sys.gate = "open"
+        import peft
+        print(sys.modules["spiel_peft"].seen)
+    """
+    assert run_with_hook(tmp_path, fakes, code) == ["open"]
+
+
+def test_autoload_is_silent_when_a_package_is_gone(tmp_path: Path, fakes: Path) -> None:
+    autoload.enable(tmp_path)
+    (fakes / "spiel_peft" / "__init__.py").unlink()
+    (fakes / "spiel_peft").rmdir()
+    # The tests' own environment may have the real package installed.
+    hide = """
         class Hide:
             def find_spec(name, path=None, target=None):
-                if name == "spiel_peft":
-                    raise ModuleNotFoundError("No module named 'spiel_peft'", name=name)
-        sys.meta_path.insert(0, Hide)
-        import peft
-        print("SPIEL" in peft.PeftType.__members__)
+                if name == HIDDEN:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.meta_path.insert(1, Hide)
+        import warnings
+        warnings.simplefilter("error")
     """
-    assert run_python(code, flags=("-W", "error:spiel_peft")).split() == ["False"]
+    code = textwrap.dedent(hide) + "import peft; print('spiel_peft' in sys.modules)"
+    assert run_with_hook(tmp_path, fakes, code.replace("HIDDEN", "'spiel_peft'")) == ["False"]
+    code = (
+        textwrap.dedent(hide) + "try:\n    import peft\nexcept ModuleNotFoundError as e:\n    print(e.name)"
+    )
+    assert run_with_hook(tmp_path, fakes, code.replace("HIDDEN", "'peft'")) == ["peft"]
 
 
-def test_autoload_warns_but_lets_peft_load_when_the_package_is_broken(tmp_path: Path) -> None:
+def test_autoload_warns_but_lets_peft_load_when_the_package_is_broken(tmp_path: Path, fakes: Path) -> None:
     autoload.enable(tmp_path)
-    paths = broken_package(tmp_path / "broken", "import a_missing_dependency")
-    out = run_python(
-        f"""
-        import site, warnings
-        site.addsitedir({str(tmp_path)!r})
+    (fakes / "spiel_peft" / "__init__.py").write_text("import a_missing_dependency")
+    code = f"""
+        import warnings
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             import peft
-        found = [str(w.message) for w in caught if "spiel_peft" in str(w.message)]
-        assert len(found) == 1 and "a_missing_dependency" in found[0] and {str(tmp_path)!r} in found[0], found
-        print(peft.LoraConfig.__name__)
-        """,
-        paths=paths,
-    )
-    assert out.split() == ["LoraConfig"]
+        (message,) = [str(w.message) for w in caught]
+        assert "a_missing_dependency" in message and {str(tmp_path)!r} in message, message
+        print(peft.state)
+    """
+    assert run_with_hook(tmp_path, fakes, code) == ["ready"]
 
 
 def test_autoload_survives_losing_one_of_its_files(tmp_path: Path) -> None:
     hook, _ = autoload.enable(tmp_path)
     hook.unlink()
-    code = f"import site; site.addsitedir({str(tmp_path)!r}); print('up')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["up"], "")
+    code = f"import site, sys; sys.stderr = sys.stdout; site.addsitedir({str(tmp_path)!r}); print('up')"
+    assert run_python(code).split() == ["up"]
 
 
-def test_autoload_files_import_nothing_heavy_at_startup(tmp_path: Path) -> None:
+def test_autoload_imports_nothing_else_at_startup(tmp_path: Path) -> None:
     autoload.enable(tmp_path)
     code = f"""
         import site, sys
@@ -432,11 +450,7 @@ def test_autoload_files_import_nothing_heavy_at_startup(tmp_path: Path) -> None:
         site.addsitedir({str(tmp_path)!r})
         print(*set(sys.modules) - before)
     """
-    code = textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.split() == ["_spiel_peft_autoload"]
+    assert run_python(code).split() == ["_spiel_peft_autoload"]
 
 
 def test_autoload_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -472,14 +486,9 @@ def test_autoload_works_on_this_environment_by_default() -> None:
     assert autoload.is_enabled() is False, "this environment has autoload on; tests must not leave it so"
 
 
-def test_the_module_runs_as_a_command(tmp_path: Path) -> None:
-    code = f"""
-        import runpy, sys
-        sys.argv = ["autoload", "enable", "--target", {str(tmp_path)!r}]
-        try:
-            runpy.run_module("spiel_peft.autoload", run_name="__main__")
-        except SystemExit as exit:
-            assert exit.code == 0
-    """
-    assert run_python(code).count("wrote") == 2
+def test_the_module_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["autoload", "enable", "--target", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("spiel_peft.autoload", run_name="__main__")
+    assert ended.value.code == 0
     assert autoload.is_enabled(tmp_path)
