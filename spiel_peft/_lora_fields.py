@@ -7,9 +7,7 @@ from typing import Any
 
 from ._config_checks import short
 
-_NO_SCALING = (
-    "SpIEL's deltas are added to the weight as they are: drop it, and tune the learning rate instead."
-)
+_NO_SCALING = "SpIEL's deltas are added to the weight as they are: drop it, and tune the learning rate instead."
 _NO_FACTORS = "It configures a variant of LoRA's two factors, which SpIEL does not have: drop it."
 _INIT = "Drop it. Deltas start at zero; `init_weights=False` starts them at random values, for tests."
 _MEGATRON = "SpIEL does not adapt Megatron's parallel layers: drop it."

@@ -59,9 +59,7 @@ class SpIELCallback(TrainerCallback):
                 run.total_steps = total_steps
         self._logged = {id(run): len(run.log) for run in self._runs}
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if any(len(run.log) > self._logged.get(id(run), 0) for run in self._runs):
             # Logs are written in on_log, so that they carry the trainer's loss and reach every reporter.
             control.should_log = True

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from spiel_kernels import check_index_set
 from torch import Tensor, nn
+
+from spiel_kernels import check_index_set
 
 from .delta import SparseDelta
 from .training_state import CANDIDATE_SQUARES, CANDIDATE_SUMS, CANDIDATES, COL, MAX_LR, PROGRESS, ROW, STATE_KEYS
@@ -43,9 +44,7 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
         problem = _check_module(entries, deltas.get(module))
         if problem is not None:
             name, what = problem
-            raise ValueError(
-                f"The adapter file is refused, nothing was loaded: tensor '{module}{MARKER}{name}' {what}"
-            )
+            raise ValueError(f"The adapter file is refused, nothing was loaded: tensor '{module}{MARKER}{name}' {what}")
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
@@ -74,9 +73,7 @@ def _check_values(values: Tensor, k: int) -> str | None:
     return None
 
 
-def _check_training_state(
-    entries: dict[str, Tensor], delta: SparseDelta | None, k: int
-) -> tuple[str, str] | None:
+def _check_training_state(entries: dict[str, Tensor], delta: SparseDelta | None, k: int) -> tuple[str, str] | None:
     present = [name for name in STATE_KEYS if name in entries]
     if not present:
         return None

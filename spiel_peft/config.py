@@ -22,9 +22,7 @@ _DELTA_DTYPES = (None, "float32", "bfloat16", "float16")
 
 _R_REMEDY = "Take the rank LoRA would use here, such as 8 or 64."
 _DENSITY_REMEDY = "It is the trained share of each weight: 0.01 trains 1%."
-_COUNT_REMEDY = (
-    "It counts trainable values: pass a positive integer, or a dict from full module names to such counts."
-)
+_COUNT_REMEDY = "It counts trainable values: pass a positive integer, or a dict from full module names to such counts."
 _REGEX_REMEDY = "Escape special characters, or pass a list of module names."
 
 
@@ -147,27 +145,19 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     )
     layers_to_transform: list[int] | int | None = field(
         default=None,
-        metadata={
-            "help": "Indices of the layers to adapt. Only works when `target_modules` is a list of names."
-        },
+        metadata={"help": "Indices of the layers to adapt. Only works when `target_modules` is a list of names."},
     )
     layers_pattern: list[str] | str | None = field(
         default=None,
-        metadata={
-            "help": "Name of the list of layers, such as 'layers' or 'h'. Only with `layers_to_transform`."
-        },
+        metadata={"help": "Name of the list of layers, such as 'layers' or 'h'. Only with `layers_to_transform`."},
     )
     modules_to_save: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Further modules to train in full and save with the adapter, such as a new classifier."
-        },
+        metadata={"help": "Further modules to train in full and save with the adapter, such as a new classifier."},
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
-        metadata={
-            "help": "Rows of the input embedding to train in full, or a dict from embedding names to rows."
-        },
+        metadata={"help": "Rows of the input embedding to train in full, or a dict from embedding names to rows."},
     )
     ensure_weight_tying: bool = field(
         default=False, metadata={"help": "Adapt weights that are tied to each other through one delta."}
@@ -177,18 +167,14 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     )
     fan_in_fan_out: bool = field(
         default=False,
-        metadata={
-            "help": "The adapted layers store their weight as (in, out), as transformers' Conv1D does."
-        },
+        metadata={"help": "The adapted layers store their weight as (in, out), as transformers' Conv1D does."},
     )
     init_weights: bool = field(
         default=True, metadata={"help": "True: deltas start at zero. False: at random values, for tests."}
     )
     delta_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None,
-        metadata={
-            "help": "Type of the deltas. None: float32 under `autocast_adapter_dtype=True`, else the base's."
-        },
+        metadata={"help": "Type of the deltas. None: float32 under `autocast_adapter_dtype=True`, else the base's."},
     )
 
     # Without annotations, so that these are no fields and are not saved.
@@ -301,9 +287,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         if isinstance(self.layers_to_transform, (list, tuple, set, frozenset, range)):
             self.layers_to_transform = check.integers("layers_to_transform", self.layers_to_transform, remedy)
         elif self.layers_to_transform is not None:
-            self.layers_to_transform = check.integer(
-                "layers_to_transform", self.layers_to_transform, 0, remedy
-            )
+            self.layers_to_transform = check.integer("layers_to_transform", self.layers_to_transform, 0, remedy)
         remedy = "Pass the name of the model's list of layers, such as 'layers' or 'h'."
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = check.names("layers_pattern", self.layers_pattern, remedy)
@@ -319,9 +303,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
                 check.refuse(name, "cannot be used when `num_deltas` is a dict", value, remedy)
         if self.layers_pattern and self.layers_to_transform is None:
             remedy = "Add `layers_to_transform` or drop `layers_pattern`."
-            check.refuse(
-                "layers_pattern", "works only with `layers_to_transform`", self.layers_pattern, remedy
-            )
+            check.refuse("layers_pattern", "works only with `layers_to_transform`", self.layers_pattern, remedy)
 
     def _check_extras(self) -> None:
         if self.modules_to_save is not None:
@@ -339,14 +321,9 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
 
 def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
     if not num_deltas:
-        check.refuse(
-            "num_deltas", "must name at least one module when it is a dict", num_deltas, _COUNT_REMEDY
-        )
+        check.refuse("num_deltas", "must name at least one module when it is a dict", num_deltas, _COUNT_REMEDY)
     counts = check.mapping("num_deltas", num_deltas, _COUNT_REMEDY)
-    return {
-        name: check.integer(f"num_deltas[{name!r}]", count, 1, _COUNT_REMEDY)
-        for name, count in counts.items()
-    }
+    return {name: check.integer(f"num_deltas[{name!r}]", count, 1, _COUNT_REMEDY) for name, count in counts.items()}
 
 
 def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) -> set[str]:
@@ -359,9 +336,7 @@ def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) 
     if targets is None:
         return set(counts)
     if isinstance(targets, str):
-        check.refuse(
-            "target_modules", "must name the keys of `num_deltas` when that is a dict", targets, remedy
-        )
+        check.refuse("target_modules", "must name the keys of `num_deltas` when that is a dict", targets, remedy)
     suffixes = {name: _suffixes(name) for name in counts}
     used: set[str] = set().union(*suffixes.values())
     foreign = set(targets) - used
@@ -388,6 +363,5 @@ def _token_indices(value: Any) -> list[int] | dict[str, list[int]]:
         return check.integers("trainable_token_indices", value, remedy)
     named = check.mapping("trainable_token_indices", value, remedy)
     return {
-        name: check.integers(f"trainable_token_indices[{name!r}]", indices, remedy)
-        for name, indices in named.items()
+        name: check.integers(f"trainable_token_indices[{name!r}]", indices, remedy) for name, indices in named.items()
     }

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from spiel_kernels import check_index_set, index_dtype
 from torch import Tensor, nn
+
+from spiel_kernels import check_index_set, index_dtype
 
 from .training_state import STATE_KEYS, TrainingState
 

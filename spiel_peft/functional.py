@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
 from spiel_kernels import (
     apply_deltas,
     gather_conv,
@@ -18,9 +22,6 @@ from spiel_kernels import (
     topk_outer,
 )
 from spiel_kernels.gather import ConvGeometry
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .delta import SparseDelta
 
@@ -251,9 +252,7 @@ class _Adapted(torch.autograd.Function):
                 grad_weight = gradient.dense()
             grads = [
                 _collect(delta, gradient, indices, values) if need else None
-                for delta, (indices, values), need in zip(
-                    ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True
-                )
+                for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True)
             ]
         return (None, None, None, grad_x, grad_weight, grad_bias, *[None] * len(pairs), *grads)
 
@@ -310,9 +309,7 @@ class _FoldedWeight(torch.autograd.Function):
     """W + deltas as a tensor, for layers whose forward pass is their own: their weight gradient is dense."""
 
     @staticmethod
-    def forward(
-        ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor) -> Tensor:
         ctx.deltas = deltas
         ctx.save_for_backward(*flat)
         return source.adapted(_pairs(flat), source.dtype)
@@ -364,9 +361,7 @@ def adapted_embedding(
     by_frequency: bool,
 ) -> Tensor:
     """Look `ids` (integer, any shape) up in the adapted table; returns ``[*ids.shape, width]``."""
-    return _AdaptedEmbedding.apply(
-        source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas)
-    )
+    return _AdaptedEmbedding.apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas))
 
 
 @torch.compiler.disable

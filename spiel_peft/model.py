@@ -306,9 +306,7 @@ class SpIELModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        out = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
+        out = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if config.inference_mode:
             return out
         # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
@@ -407,9 +405,7 @@ def _warn_about_fused_experts(model: nn.Module, config: SpIELConfig) -> None:
         )
 
 
-def _discard_unloaded(
-    model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]
-) -> None:
+def _discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]) -> None:
     """Remove the empty adapter that PEFT added for a file that turned out to be bad."""
     others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
     fresh = all(delta.untouched for delta in deltas)
@@ -417,9 +413,7 @@ def _discard_unloaded(
         model.delete_adapter(adapter_name)
 
 
-def _name_training_state(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give saved training state the adapter's name; PEFT maps only keys that the model already has."""
     prefixed = any(name.startswith(_PEFT_PREFIX) for name, _ in model.named_modules())
     out = {}
@@ -431,5 +425,3 @@ def _name_training_state(
             key = f"{module}{MARKER}{adapter_name}.{name}"
         out[key] = tensor
     return out
-
-

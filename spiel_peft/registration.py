@@ -67,9 +67,7 @@ def _require_free(peft_type: PeftType) -> None:
                 f"spiel_peft cannot register peft_type {_TYPE!r}: it already belongs to "
                 f"{_full_name(mapping[peft_type])}. Uninstall or stop importing one of the two packages."
             )
-    owners = [
-        str(getattr(t, "value", t)) for t, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == _PREFIX
-    ]
+    owners = [str(getattr(t, "value", t)) for t, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items() if prefix == _PREFIX]
     if owners:
         raise RuntimeError(
             f"spiel_peft cannot register the parameter prefix {_PREFIX!r}: it already belongs to peft_type "
@@ -92,9 +90,7 @@ def _add_member(enum_cls: Any, name: str) -> Any:
     member._value_ = name
     member.__objclass__ = enum_cls
     member._sort_order_ = len(enum_cls._member_names_)
-    type.__setattr__(
-        enum_cls, name, member
-    )  # EnumMeta's own __setattr__ guards members, this is what it calls
+    type.__setattr__(enum_cls, name, member)  # EnumMeta's own __setattr__ guards members, this is what it calls
     enum_cls._value2member_map_[name] = member
     hashable_values = getattr(enum_cls, "_hashable_values_", None)  # Python 3.13 and later
     if hashable_values is not None:

@@ -12,9 +12,10 @@ import weakref
 from typing import Any
 
 import torch
-from spiel_kernels import replace_positions, sm3_accumulate_
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from spiel_kernels import replace_positions, sm3_accumulate_
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..seeding import seeded_generator
@@ -109,9 +110,7 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
             _after_step_of_run(optimizer, held)
 
 
-def _after_step_of_run(
-    optimizer: torch.optim.Optimizer, held: list[tuple[SparseDelta, dict[str, Any]]]
-) -> None:
+def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[SparseDelta, dict[str, Any]]]) -> None:
     grads = [delta.values.grad for delta, _ in held]
     if all(grad is None for grad in grads):
         return
@@ -138,9 +137,7 @@ def _after_step_of_run(
         _close(optimizer, run, criterion, due)
 
 
-def _count_step(
-    optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any], unscale: float
-) -> None:
+def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any], unscale: float) -> None:
     state = delta.state
     _commit_window(delta, unscale)
     state.current = StepGradient()
@@ -229,9 +226,7 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
     return lr_following_rate(config.initial_regrow_rate, float(group.get("lr", 0.0)), state.max_lr)
 
 
-def _close_matrix(
-    optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, delta: SparseDelta, count: int
-) -> int:
+def _close_matrix(optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, delta: SparseDelta, count: int) -> int:
     state = delta.state
     request = _request(criterion, delta, count)
     proposed = criterion.propose(request) if count else request.indices[:0]

@@ -62,9 +62,7 @@ def _largest_fillable(proposed_rank: Tensor, count: int) -> int:
     Pruning one more delta makes at most one more proposal eligible, so the surplus of proposals never grows with m.
     """
     inactive = int((proposed_rank < 0).sum())
-    returning = torch.bincount(proposed_rank[(proposed_rank >= 0) & (proposed_rank < count)], minlength=count)[
-        :count
-    ]
+    returning = torch.bincount(proposed_rank[(proposed_rank >= 0) & (proposed_rank < count)], minlength=count)[:count]
     pruned = torch.arange(1, count + 1, device=proposed_rank.device)
     fits = inactive + returning.cumsum(0) >= pruned
     return int(fits.sum())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from spiel_kernels import sample_positions, top_outer_positions
 from torch import Tensor
+
+from spiel_kernels import sample_positions, top_outer_positions
 
 from .growth_registry import GrowthRequest, register_growth_criterion
 

@@ -65,9 +65,7 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         )
 
 
-def reseed_state(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
-) -> None:
+def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None) -> None:
     """Bring the state of one delta's values in line with its new indices.
 
     Args:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr
-from spiel_kernels import adapted_entries, apply_deltas, sample_positions
 from torch import Tensor, nn
+
+from spiel_kernels import adapted_entries, apply_deltas, sample_positions
 
 from ..base_weight import (
     FLOAT_DTYPES,
@@ -113,9 +114,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             return torch.device(hook.execution_device)
         return device if device is not None else torch.device("cpu")
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Unlike PEFT's own version this never rounds values to the base's dtype: loading shall not lose precision.
         if adapter_name not in self.spiel_delta:
             return
@@ -233,9 +232,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             return
         _, sums = adapted_entries(self._read_base_weight(), pairs)
         if not torch.isfinite(sums.to(self._base_dtype())).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken")
 
     def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
         deltas = [self.spiel_delta[name] for name in adapter_names if name in self.spiel_delta]

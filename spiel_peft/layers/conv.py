@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from spiel_kernels.gather import ConvGeometry
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from spiel_kernels.gather import ConvGeometry
 
 from ..delta import SparseDelta
 from ..functional import ConvOp, adapted_forward

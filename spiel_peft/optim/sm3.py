@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from spiel_kernels import sm3_accumulate_
 from torch import Tensor
+
+from spiel_kernels import sm3_accumulate_
 
 from ..cycle.engine import accumulators, held_deltas
 
