@@ -82,8 +82,11 @@ def _check_training_state(entries: dict[str, Tensor], delta: SparseDelta | None,
     progress = entries.get(PROGRESS)
     if progress is None:
         return PROGRESS, "is missing, while other training state is there"
-    if progress.dtype != torch.int64 or tuple(progress.shape) != (4,) or bool((progress < -1).any()):
-        return PROGRESS, f"must be four int64 counters, got {progress.dtype} of shape {tuple(progress.shape)}"
+    if progress.dtype != torch.int64 or tuple(progress.shape) != (5,):
+        return PROGRESS, f"must be five int64 counters, got {progress.dtype} of shape {tuple(progress.shape)}"
+    step, closes, fresh, window_steps, total_steps = progress.tolist()
+    if min(step, closes, window_steps, total_steps) < 0 or fresh not in (-1, 0, 1):
+        return PROGRESS, f"has a counter out of range ({progress.tolist()})"
     window = [entries.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)]
     if any(t is not None for t in window):
         problem = _check_window(window, delta)

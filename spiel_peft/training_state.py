@@ -63,6 +63,7 @@ class TrainingState:
         step: optimizer steps that counted since the run began.
         closes: closed cycles.
         fresh: whether all deltas of the adapter were zero when the run began; None until the first step.
+        total_steps: length of the run as far as it was known at the last step; 0 if unknown.
         max_lr: highest learning rate seen so far.
         window: the open window, if any.
         row, col: SM3 accumulators ``[rows]`` and ``[cols]``, present once used.
@@ -73,6 +74,7 @@ class TrainingState:
     step: int = 0
     closes: int = 0
     fresh: bool | None = None
+    total_steps: int = 0
     max_lr: float = 0.0
     window: CandidateWindow | None = None
     row: Tensor | None = None
@@ -80,13 +82,18 @@ class TrainingState:
     current: StepGradient = field(default_factory=StepGradient)
     unheld_steps: int = 0
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached its end: whoever steps the delta again begins a new one."""
+        return 0 < self.total_steps <= self.step
+
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors; empty before the first step."""
         if self.step == 0:
             return {}
         window_steps = self.window.steps if self.window is not None else 0
         out = {
-            PROGRESS: torch.tensor([self.step, self.closes, _FRESH_CODES[self.fresh], window_steps]),
+            PROGRESS: torch.tensor([self.step, self.closes, _FRESH_CODES[self.fresh], window_steps, self.total_steps]),
             MAX_LR: torch.tensor([self.max_lr], dtype=torch.float64),
         }
         if self.window is not None and window_steps:
@@ -102,8 +109,9 @@ class TrainingState:
         """Inverse of `tensors`; tensors are copied to `device`. No progress entry: a new run."""
         if PROGRESS not in tensors:
             return cls()
-        step, closes, fresh, window_steps = (int(v) for v in tensors[PROGRESS].tolist())
-        state = cls(step=step, closes=closes, fresh={v: k for k, v in _FRESH_CODES.items()}[fresh])
+        step, closes, fresh, window_steps, total_steps = (int(v) for v in tensors[PROGRESS].tolist())
+        decoded = {code: value for value, code in _FRESH_CODES.items()}[fresh]
+        state = cls(step=step, closes=closes, fresh=decoded, total_steps=total_steps)
         if MAX_LR in tensors:
             state.max_lr = float(tensors[MAX_LR].item())
         if CANDIDATES in tensors:

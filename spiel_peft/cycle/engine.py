@@ -27,7 +27,7 @@ from .growth_registry import GrowthCriterion, GrowthRequest, get_growth_criterio
 from .moments import GrownSeeds, check_state, permute, reseed_state
 from .report import CycleReport
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
-from .trainer_discovery import running_trainer_steps
+from .trainer_discovery import running_trainer_steps, trainer_starts_anew
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +61,28 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     """Begin a run where a delta sees its first step: decide whether it is a fresh one, learn its length."""
     if getattr(optimizer, "delegates_step", False):
         return
-    for delta, _ in held_deltas(optimizer):
-        owner = _OWNERS.get(delta)
-        if owner is not None and owner() is not optimizer:
+    held = [delta for delta, _ in held_deltas(optimizer)]
+    for delta in held:
+        if _begins_anew(delta, optimizer):
             begin_run(delta)
         _OWNERS[delta] = weakref.ref(optimizer)
+    for delta in held:
         if delta.state.fresh is None:
             _decide_freshness(delta.run)
             _learn_total_steps(delta.run)
+
+
+def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
+    if delta.state.step == 0:
+        return False
+    owner = _OWNERS.get(delta)
+    if owner is None:
+        # Loaded with its training state: to be resumed, unless that run was over.
+        return delta.state.finished or trainer_starts_anew()
+    if owner() is not optimizer:
+        return True
+    return delta.state.finished and trainer_starts_anew()
 
 
 def begin_run(delta: SparseDelta) -> None:
@@ -142,6 +156,7 @@ def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dic
     _commit_window(delta, unscale)
     state.current = StepGradient()
     state.step += 1
+    state.total_steps = delta.run.total_steps or 0
     state.max_lr = max(state.max_lr, float(group.get("lr", 0.0)))
     state.unheld_steps = 0
     delta.untouched = False

@@ -1,0 +1,26 @@
+"""The one entry point: ``python -m benchmarks COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import quality, step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure SpIEL against PEFT's LoRA in one process; results are kept as JSON in benchmarks/results.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for module in (quality, step):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=str(module.__doc__).splitlines()[0])
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
