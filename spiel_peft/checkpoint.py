@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spiel_kernels import check_index_set
 
-from .delta import SparseDelta
+from .delta import SparseDelta, check_pair
 from .training_state import CANDIDATE_SQUARES, CANDIDATE_SUMS, CANDIDATES, COL, MAX_LR, PROGRESS, ROW, STATE_KEYS
 
 MARKER = ".spiel_delta."
@@ -48,29 +48,13 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
-    values, indices = entries.get("values"), entries.get("indices")
-    if indices is None:
-        return ("indices", "is missing, while its values are there") if values is not None else None
     # A file of another budget is PEFT's "size mismatch" (see `size_mismatches`), not a damaged one.
-    numel = delta.numel if delta is not None and delta.k == indices.numel() else None
-    problem = check_index_set(indices, numel)
-    if problem is not None:
-        return "indices", problem
-    if values is not None:
-        problem = _check_values(values, indices.numel())
-        if problem is not None:
-            return "values", problem
+    indices = entries.get("indices")
+    fits = delta is not None and indices is not None and delta.k == indices.numel()
+    problem = check_pair(entries, delta.numel if fits else None)
+    if problem is not None or indices is None:
+        return problem
     return _check_training_state(entries, delta, indices.numel())
-
-
-def _check_values(values: Tensor, k: int) -> str | None:
-    if not values.is_floating_point():
-        return f"must have a floating dtype, got {values.dtype}"
-    if tuple(values.shape) != (k,):
-        return f"must have shape ({k},) as its indices have, got {tuple(values.shape)}"
-    if not bool(torch.isfinite(values).all()):
-        return "has values that are not finite"
-    return None
 
 
 def _check_training_state(entries: dict[str, Tensor], delta: SparseDelta | None, k: int) -> tuple[str, str] | None:

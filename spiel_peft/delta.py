@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class AdapterRun:
         adapter_name: its name.
         total_steps: length of the run in optimizer steps, once somebody knows it.
         log: one entry per close, see `spiel_peft.cycle.report.CycleReport`.
+        refused: what was wrong with the file that the adapter was half loaded from; it cannot be used then.
     """
 
     def __init__(self, config: SpIELConfig, adapter_name: str) -> None:
@@ -38,6 +39,7 @@ class AdapterRun:
         self.adapter_name = adapter_name
         self.total_steps: int | None = config.total_steps
         self.log: list[Any] = []
+        self.refused: str | None = None
 
     def deltas(self) -> list[SparseDelta]:
         """The adapter's deltas, ordered by module name."""
@@ -107,6 +109,8 @@ class SparseDelta(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``(indices, values)``. A call, so that hooks which load offloaded tensors run."""
+        if self.run.refused is not None:
+            raise ValueError(self.run.refused)
         return self.indices, self.values
 
     def extra_repr(self) -> str:
@@ -140,6 +144,29 @@ class SparseDelta(nn.Module):
 
     # State dict
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("values", "indices") and getattr(value, "_is_hf_initialized", False):
+            self._check_assigned(name, value)
+        super().__setattr__(name, value)
+
+    def _check_assigned(self, name: str, tensor: Tensor) -> None:
+        """Judge a tensor that transformers' `load_adapter` assigns: one by one, indices first, past PEFT's loaders."""
+        given = {name: tensor}
+        if name == "values" and getattr(self.indices, "_is_hf_initialized", False):
+            given["indices"] = self.indices
+        problem = None if given.keys() == {"indices"} else check_pair(given, None)
+        if problem is None and name == "indices":
+            text = check_index_set(tensor, self.numel)
+            problem = (name, text) if text is not None else None
+        if problem is not None:
+            self.run.refused = (
+                f"Adapter {self.run.adapter_name!r} is refused: tensor '{self.module_name}.spiel_delta.{problem[0]}' "
+                f"of its file {problem[1]}. Delete the adapter."
+            )
+            raise ValueError(self.run.refused)
+        self.untouched = False
+        self.state = TrainingState()
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -151,20 +178,53 @@ class SparseDelta(nn.Module):
         error_msgs: list[str],
     ) -> None:
         training = {key: state_dict.pop(prefix + key) for key in STATE_KEYS if prefix + key in state_dict}
-        incoming = state_dict.get(prefix + "indices")
-        if incoming is not None and incoming.shape == self.indices.shape:
-            problem = check_index_set(incoming, self.numel)
+        incoming = {name: state_dict[prefix + name] for name in ("indices", "values") if prefix + name in state_dict}
+        if all(tensor.shape == self.indices.shape for tensor in incoming.values()):
+            # PEFT's loaders check whole files first; this guards plain `load_state_dict`. torch reports other shapes.
+            problem = check_pair(incoming, self.numel)
             if problem is not None:
-                # PEFT's loaders check whole files first; this guards plain `load_state_dict`.
-                error_msgs.append(f"{prefix}indices {problem}")
+                error_msgs.append(f"{prefix}{problem[0]} {problem[1]}")
                 return
-        loads = incoming is not None or prefix + "values" in state_dict
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if loads:
+        if incoming:
             self.state = TrainingState.from_tensors(training, self.indices.device)
             self.untouched = False
+
+
+def check_pair(tensors: Mapping[str, Tensor], numel: int | None) -> tuple[str, str] | None:
+    """Say what is wrong with the tensors that a delta is loaded from.
+
+    Args:
+        tensors: ``indices`` and ``values``, or neither.
+        numel: size of the weight, None if it is not known.
+
+    Returns:
+        The name of the bad tensor and a phrase about it, or None when nothing is wrong.
+    """
+    indices, values = tensors.get("indices"), tensors.get("values")
+    if indices is None and values is None:
+        return None
+    if indices is None:
+        return "indices", "is missing, while its values are there"
+    if values is None:
+        return "values", "is missing, while its indices are there"
+    problem = check_index_set(indices, numel)
+    if problem is not None:
+        return "indices", problem
+    if not values.is_floating_point():
+        return "values", f"must have a floating dtype, got {values.dtype}"
+    if values.shape != indices.shape:
+        return "values", f"must have shape {tuple(indices.shape)} as its indices have, got {tuple(values.shape)}"
+    if not bool(torch.isfinite(local_part(values)).all()):
+        return "values", "has values that are not finite"
+    return None
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The tensor, or what this rank holds of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def new_indices(positions: Tensor, numel: int, device: torch.device) -> Tensor:

@@ -182,10 +182,15 @@ class WeightSource:
         self.read = read
         self.parameter = parameter
         self.dtype = dtype
-        self.version = parameter._version if parameter is not None else 0
+        self.version = self._current_version()
+
+    def _current_version(self) -> int:
+        # Inference tensors have no version, and no backward pass either.
+        tracked = self.parameter is not None and not self.parameter.is_inference()
+        return self.parameter._version if tracked else 0
 
     def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor:
-        if self.parameter is not None and self.parameter._version != self.version:
+        if self._current_version() != self.version:
             raise RuntimeError(
                 "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward "
                 "pass; finish the backward pass first"

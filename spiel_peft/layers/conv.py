@@ -24,7 +24,7 @@ class SpIELConv(SpIELLayer):
         source = self._source()
         compute_dtype = autocast_dtype(x, source.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
-            return base.forward(x)  # raises what the base layer raises for a foreign dtype
+            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
         unbatched = x.dim() == len(base.kernel_size) + 1
         padded, padding = _pad(base, x.unsqueeze(0) if unbatched else x)
         geometry = ConvGeometry(self.info.weight_shape, base.stride, padding, base.dilation, base.groups)

@@ -27,7 +27,7 @@ class SpIELLinear(SpIELLayer):
         source = self._source()
         compute_dtype = autocast_dtype(x, source.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
-            return base.forward(x)  # raises what the base layer raises for a foreign dtype
+            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
         op = LinearOp(transposed=self.info.kind == TRANSPOSED)
         return adapted_forward(op, source, deltas, x.to(compute_dtype), base.bias)
 
