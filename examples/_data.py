@@ -64,9 +64,7 @@ def load_corpus(path: Path | None) -> Corpus:
     filled = [e for e in examples if e.question.strip() and e.answer.strip()]
     distinct = list(dict.fromkeys(filled))
     if not distinct:
-        raise InputError(
-            f"{source}: no usable question-answer pairs ({len(examples)} read, all of them blank)"
-        )
+        raise InputError(f"{source}: no usable question-answer pairs ({len(examples)} read, all of them blank)")
     return Corpus(source, distinct, len(examples) - len(filled), len(filled) - len(distinct))
 
 
@@ -78,9 +76,7 @@ def read_chatterbot() -> list[Example]:
     """
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            "no --data given and chatterbot-corpus is not installed: pip install chatterbot-corpus"
-        )
+        raise InputError("no --data given and chatterbot-corpus is not installed: pip install chatterbot-corpus")
     import yaml  # a dependency of this data source only
 
     examples = []

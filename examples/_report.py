@@ -55,11 +55,7 @@ def cycle_log(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """One row per close, from what SpIELCallback logged through the Trainer."""
     return [
         {"step": entry["step"]}
-        | {
-            key.removeprefix("spiel/"): float(value)
-            for key, value in entry.items()
-            if key.startswith("spiel/")
-        }
+        | {key.removeprefix("spiel/"): float(value) for key, value in entry.items() if key.startswith("spiel/")}
         for entry in history
         if "spiel/replaced" in entry
     ]

@@ -100,9 +100,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     config = spiel_config(args)
     source = find_model(args.model)
     if source.gguf_file and args.load_in_4bit:
-        raise InputError(
-            f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model"
-        )
+        raise InputError(f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model")
     corpus = load_corpus(args.data)
     train, held_out = split_examples(corpus.examples, args.held_out)
     held_out = held_out[: args.max_held_out]
@@ -138,9 +136,7 @@ def describe_inputs(inputs: Inputs) -> None:
 class ProgressBar(ProgressCallback):
     """The Trainer's progress bar with the loss beside it, instead of a line printed at every step."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 

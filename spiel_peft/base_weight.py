@@ -13,6 +13,8 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spiel_kernels import write_entries
+
 LINEAR, TRANSPOSED, EMBEDDING, CONV = "linear", "transposed", "embedding", "conv"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SUPPORTED = (
@@ -56,6 +58,8 @@ def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None =
     info = _inspect_plain(module, weight)
     if isinstance(info, str):
         return info
+    if not isinstance(weight, nn.Parameter):
+        return "computes its weight before every forward pass (weight_norm, spectral_norm); remove that first"
     if weight.dtype not in FLOAT_DTYPES:
         return (
             f"stores its weight as {weight.dtype}, which cannot be read as a matrix of numbers, and no quantization "
@@ -70,10 +74,33 @@ def _inspect_quantized(module: nn.Module, backend: QuantizationBackend) -> BaseI
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
         return f"is quantized with {backend.backend_name} but has no in_features and out_features"
     shape = (int(module.out_features), int(module.in_features))
-    quant_state = getattr(getattr(module, "weight", None), "quant_state", None)
+    weight = getattr(module, "weight", None)
+    problem = _inspect_bitsandbytes(weight, shape) if isinstance(weight, Tensor) and not weight.is_meta else None
+    return problem or BaseInfo(LINEAR, shape, shape[1], shape[0], backend)
+
+
+def _inspect_bitsandbytes(weight: Tensor, shape: tuple[int, int]) -> str | None:
+    quant_state = getattr(weight, "quant_state", None)
+    unquantized = hasattr(weight, "quant_state") and quant_state is None
+    if unquantized or (hasattr(weight, "SCB") and weight.dtype != torch.int8):
+        return "has not been quantized yet; move it to its device first (8-bit: with has_fp16_weights=False)"
     if quant_state is not None and tuple(quant_state.shape) != shape:
         return f"holds a packed weight of shape {tuple(quant_state.shape)}, not {shape}"
-    return BaseInfo(LINEAR, shape, shape[1], shape[0], backend)
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        return (
+            "has been evaluated on a CPU, for which bitsandbytes has packed its weight in a way that cannot be "
+            "dequantized; load the model again and add the adapter before the first evaluation"
+        )
+    return None
+
+
+def keep_readable(module: nn.Module) -> None:
+    """Stop bitsandbytes from repacking a 4-bit weight for its CPU kernels at the first evaluation.
+
+    Nothing, bitsandbytes' own functions included, can dequantize the repacked bytes, and the way back is not exact.
+    """
+    if hasattr(module, "support_avx512bf16_for_cpu"):
+        module.support_avx512bf16_for_cpu = False
 
 
 def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:
@@ -95,11 +122,17 @@ def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:
     return "is not a supported layer"
 
 
+def offload_hook(module: nn.Module) -> Any | None:
+    """The hook with which accelerate offloads the parameters of a layer, if it does."""
+    hook = getattr(module, "_hf_hook", None)
+    return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
+
+
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
     """Bring the parameters of a layer that accelerate has offloaded to its execution device for a while."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None or not getattr(hook, "offload", False) or not any(p.is_meta for p in module.parameters(False)):
+    hook = offload_hook(module)
+    if hook is None or not any(p.is_meta for p in module.parameters(False)):
         yield
         return
     hook.pre_forward(module)
@@ -112,6 +145,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `forward` in place of the base layer's own one, with all hooks of the base layer around it."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    hooked = hooked or torch.nn.modules.module._has_any_global_hook()
     accelerated = hasattr(base, "_hf_hook") and hasattr(base, "_old_forward")
     if not hooked and not accelerated:
         return forward(*args, **kwargs)
@@ -144,7 +178,7 @@ class EntryBackup(WeightBackup):
 
     def restore(self, layer: Any) -> None:
         weight = layer.get_base_layer().weight.detach()
-        weight.put_(self.positions.to(weight.device), self.originals.to(weight.device, weight.dtype))
+        write_entries(weight, self.positions.to(weight.device), self.originals.to(weight.device, weight.dtype))
 
 
 class ParameterBackup(WeightBackup):
@@ -158,17 +192,43 @@ class ParameterBackup(WeightBackup):
 
 
 class QuantizedBackup(WeightBackup):
-    """Packed bytes and quantization state, on the CPU while merged."""
+    """A quantized parameter with its packed bytes and quantization state, on the CPU while merged."""
 
     def __init__(self, base: nn.Module) -> None:
-        self.device = base.weight.device
         self.base = base
-        self.parameter = base.weight if self.device.type == "cpu" else base.weight.to("cpu")
+        self.parameter = base.weight
+        # PEFT's way of writing a 4-bit weight edits the attributes of the parameter and the layer that it replaces.
+        self.attributes = dict(vars(base.weight))
+        self.quant_state = getattr(base, "quant_state", None)
         state = getattr(base, "state", None)
         self.state = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
 
+    def pack_away(self) -> None:
+        """Free the device; called once the merged weight is in place."""
+        self._move(torch.device("cpu"))
+
     def restore(self, layer: Any) -> None:
+        self._move(layer.get_base_layer().weight.device)
         base = layer.base_layer = self.base  # HQQ replaces the whole layer
-        base.weight = self.parameter if self.device.type == "cpu" else self.parameter.to(self.device)
+        vars(self.parameter).clear()
+        vars(self.parameter).update(self.attributes)
+        base.weight = self.parameter
+        if hasattr(base, "quant_state"):
+            base.quant_state = self.quant_state
         for name, value in self.state.items():
             setattr(base.state, name, value)
+
+    def _move(self, device: torch.device) -> None:
+        if self.parameter.device == device:
+            return
+        if not {"quant_state", "SCB"} & set(self.attributes):
+            self.parameter = nn.Parameter(self.parameter.to(device), requires_grad=False)
+            return
+        # Not the parameter's own `to`, which forgets the scales of an 8-bit weight that has been used.
+        self.parameter.data = self.parameter.data.to(device)
+        for values in (self.attributes, self.state):
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    values[name] = value.to(device)
+                elif name == "quant_state" and value is not None:
+                    value.to(device)  # in place

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .cycle.attach import attach
-from .cycle.engine import begin_run
+from .cycle.report import CycleReport
+from .cycle.runs import begin_run, set_total_steps
+from .cycle.trainer_discovery import running_trainer
 from .delta import AdapterRun, SparseDelta
 
 
 class SpIELCallback(TrainerCallback):
-    """Optional: the cycle runs without it. It knows the exact number of steps and logs every close.
+    """Optional: the cycle runs without it. It knows the exact number of steps and logs every close as it happens.
 
     Logged are `spiel/replaced`, `spiel/kept` (numbers of deltas), `spiel/churn` (share that moved) and
     `spiel/mean_abs_delta`.
 
     Args:
-        total_steps: optimizer steps of the run; the trainer's `max_steps` by default.
+        total_steps: optimizer steps of the run; by default the config's, else the trainer's `max_steps`.
 
     Raises:
         ValueError: at the start of training, if the trainer's optimizer holds no SpIEL values.
@@ -49,51 +50,35 @@ class SpIELCallback(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        inner = _innermost(optimizer)
-        total_steps = self.total_steps if self.total_steps is not None else (state.max_steps or None)
-        self._runs = attach(inner, model, total_steps)
-        if state.global_step == 0:
-            for delta in (delta for run in self._runs for delta in run.deltas()):
-                begin_run(delta)
-            for run in self._runs:
-                run.total_steps = total_steps
+        self._runs = attach(optimizer, model, self.total_steps)
+        for run in self._runs:
+            if state.global_step == 0:
+                for delta in run.deltas():
+                    begin_run(delta)
+            if self.total_steps is None and run.config.total_steps is None:
+                set_total_steps(run, state.max_steps or None)
         self._logged = {id(run): len(run.log) for run in self._runs}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if any(len(run.log) > self._logged.get(id(run), 0) for run in self._runs):
-            # Logs are written in on_log, so that they carry the trainer's loss and reach every reporter.
-            control.should_log = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
         for run in self._runs:
-            new = run.log[self._logged.get(id(run), 0) :]
+            for report in run.log[self._logged.get(id(run), 0) :]:
+                _log(state, report)
             self._logged[id(run)] = len(run.log)
-            if not new:
-                continue
-            last = new[-1]
-            entry = {
-                "spiel/replaced": last.replaced,
-                "spiel/kept": last.kept,
-                "spiel/churn": last.churn,
-                "spiel/mean_abs_delta": last.mean_abs_delta,
-            }
-            if logs is not None:
-                logs.update(entry)
-            if state.log_history:
-                state.log_history[-1].update(entry)
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """Unwrap accelerate's and our own wrappers."""
-    while True:
-        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
-            return optimizer
-        optimizer = inner
+def _log(state: TrainerState, report: CycleReport) -> None:
+    """An entry of its own: asking the trainer to log would shift the spans over which it averages the loss."""
+    entry = {
+        "spiel/replaced": report.replaced,
+        "spiel/kept": report.kept,
+        "spiel/churn": report.churn,
+        "spiel/mean_abs_delta": report.mean_abs_delta,
+    }
+    trainer = running_trainer()
+    if trainer is not None:
+        from transformers import Trainer
+
+        # The base class's own: subclasses add what they have gathered since their last entry, and forget it.
+        Trainer.log(trainer, entry)
+    else:
+        state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})

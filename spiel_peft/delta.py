@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from spiel_kernels import check_index_set, index_dtype
+from spiel_kernels import index_dtype
 
+from .tensor_checks import check_indices_and_values, check_training_state
 from .training_state import STATE_KEYS, TrainingState
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class SparseDelta(nn.Module):
         self.keep_dtype: torch.dtype = values.dtype
         self.state = TrainingState()
         self.untouched = True  # neither loaded nor trained since it was created
+        self.indices_assigned = False
         self.collector: Collector | None = None
         LIVE_DELTAS.add(self)
 
@@ -151,13 +153,14 @@ class SparseDelta(nn.Module):
 
     def _check_assigned(self, name: str, tensor: Tensor) -> None:
         """Judge a tensor that transformers' `load_adapter` assigns: one by one, indices first, past PEFT's loaders."""
-        given = {name: tensor}
-        if name == "values" and getattr(self.indices, "_is_hf_initialized", False):
-            given["indices"] = self.indices
-        problem = None if given.keys() == {"indices"} else check_pair(given, None)
-        if problem is None and name == "indices":
-            text = check_index_set(tensor, self.numel)
-            problem = (name, text) if text is not None else None
+        if name == "indices":
+            self.indices_assigned = True
+            # Its values come next.
+            problem = check_indices_and_values({"indices": tensor, "values": self.values.detach()}, self.numel)
+        elif self.indices_assigned:
+            problem = check_indices_and_values({"indices": self.indices, "values": tensor.detach()}, self.numel)
+        else:
+            problem = ("indices", "is missing, or of another length than its values")
         if problem is not None:
             self.run.refused = (
                 f"Adapter {self.run.adapter_name!r} is refused: tensor '{self.module_name}.spiel_delta.{problem[0]}' "
@@ -179,52 +182,25 @@ class SparseDelta(nn.Module):
     ) -> None:
         training = {key: state_dict.pop(prefix + key) for key in STATE_KEYS if prefix + key in state_dict}
         incoming = {name: state_dict[prefix + name] for name in ("indices", "values") if prefix + name in state_dict}
-        if all(tensor.shape == self.indices.shape for tensor in incoming.values()):
-            # PEFT's loaders check whole files first; this guards plain `load_state_dict`. torch reports other shapes.
-            problem = check_pair(incoming, self.numel)
-            if problem is not None:
-                error_msgs.append(f"{prefix}{problem[0]} {problem[1]}")
-                return
+        # PEFT's loaders check whole files first; this guards plain `load_state_dict`.
+        wrong_sizes = [
+            f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(tensor.shape)}, the model ({self.k},)"
+            for name, tensor in incoming.items()
+            if tensor.shape != self.indices.shape
+        ]
+        if wrong_sizes:
+            error_msgs.extend(wrong_sizes)
+            return
+        problem = check_indices_and_values(incoming, self.numel) or check_training_state(training, self)
+        if problem is not None:
+            error_msgs.append(f"{prefix}{problem[0]} {problem[1]}")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if incoming:
             self.state = TrainingState.from_tensors(training, self.indices.device)
             self.untouched = False
-
-
-def check_pair(tensors: Mapping[str, Tensor], numel: int | None) -> tuple[str, str] | None:
-    """Say what is wrong with the tensors that a delta is loaded from.
-
-    Args:
-        tensors: ``indices`` and ``values``, or neither.
-        numel: size of the weight, None if it is not known.
-
-    Returns:
-        The name of the bad tensor and a phrase about it, or None when nothing is wrong.
-    """
-    indices, values = tensors.get("indices"), tensors.get("values")
-    if indices is None and values is None:
-        return None
-    if indices is None:
-        return "indices", "is missing, while its values are there"
-    if values is None:
-        return "values", "is missing, while its indices are there"
-    problem = check_index_set(indices, numel)
-    if problem is not None:
-        return "indices", problem
-    if not values.is_floating_point():
-        return "values", f"must have a floating dtype, got {values.dtype}"
-    if values.shape != indices.shape:
-        return "values", f"must have shape {tuple(indices.shape)} as its indices have, got {tuple(values.shape)}"
-    if not bool(torch.isfinite(local_part(values)).all()):
-        return "values", "has values that are not finite"
-    return None
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The tensor, or what this rank holds of a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def new_indices(positions: Tensor, numel: int, device: torch.device) -> Tensor:

@@ -166,15 +166,21 @@ class ConvOp:
         return ConvGradient(grad_out, x, self.geometry)
 
     def grad_bias(self, grad_out: Tensor) -> Tensor:
-        return grad_out.transpose(0, 1).reshape(grad_out.shape[1], -1).sum(1)
+        return grad_out.transpose(0, 1).flatten(1).sum(1)
+
+
+WEIGHT_CHANGED = (
+    "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward pass; finish "
+    "the backward pass first"
+)
 
 
 class WeightSource:
     """Reads a base weight now and again in backward, and notices if it changed in between.
 
     Args:
-        read: returns the weight, plain or dequantized.
-        parameter: the plain parameter behind it, or None for a quantized weight.
+        read: returns the weight, plain or dequantized; raises if it has been merged in the meantime.
+        parameter: the plain parameter behind it, or None for a weight that is quantized or offloaded.
         dtype: dtype to which the adapted weight is rounded.
     """
 
@@ -191,10 +197,7 @@ class WeightSource:
 
     def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor:
         if self._current_version() != self.version:
-            raise RuntimeError(
-                "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward "
-                "pass; finish the backward pass first"
-            )
+            raise RuntimeError(WEIGHT_CHANGED)
         return apply_deltas(self.read(), deltas, self.dtype).to(compute_dtype)
 
 
@@ -271,17 +274,19 @@ class _AdaptedEmbedding(torch.autograd.Function):
         source: WeightSource,
         deltas: list[SparseDelta],
         ids: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         padding_idx: int | None,
         by_frequency: bool,
         *flat: Tensor,
     ) -> Tensor:
-        ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), weight.shape
-        ctx.save_for_backward(ids, *flat)
         full = source.read()
+        ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), full.shape
+        ctx.save_for_backward(ids, *flat)
         width = full.shape[1]
         rows, inverse = torch.unique(ids, return_inverse=True)
         slot_of_row = torch.full((full.shape[0],), -1, dtype=torch.int64, device=ids.device)
+        # Before anything is indexed with them: refuses ids that are out of range, negative ones too.
+        used_rows = F.embedding(rows, full)
         slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
         compact = []
         for indices, values in _pairs(flat):
@@ -289,7 +294,7 @@ class _AdaptedEmbedding(torch.autograd.Function):
             slots = slot_of_row[torch.div(positions, width, rounding_mode="floor")]
             used = (slots >= 0).nonzero().flatten()
             compact.append((slots[used] * width + positions[used] % width, values[used]))
-        return apply_deltas(full[rows], compact, source.dtype)[inverse]
+        return apply_deltas(used_rows, compact, source.dtype)[inverse]
 
     @staticmethod
     @once_differentiable

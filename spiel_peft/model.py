@@ -6,10 +6,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -25,6 +28,8 @@ from .training_state import STATE_KEYS
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
 _PEFT_PREFIX = "base_model.model."
+# What adding an adapter changes in existing layers and in PEFT's wrappers of whole modules, besides their children.
+_INJECTED_ATTRIBUTES = ("_active_adapter", "_adapters", "shared_with", "tied_to")
 
 
 class _Injection:
@@ -37,6 +42,29 @@ class _Injection:
         self.infos: dict[str, BaseInfo] = {}
         self.counts: dict[str, int] | None = None
         self.shared: dict[str, tuple[str, ...]] = {}
+
+
+class _Structure:
+    """The modules of a model and what an injection changes in them, to be put back if it fails."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.children = [(module, dict(module._modules)) for module in model.modules()]
+        self.attributes = [
+            (module, {name: copy(vars(module)[name]) for name in _INJECTED_ATTRIBUTES if name in vars(module)})
+            for module in model.modules()
+            if isinstance(module, (SpIELLayer, AuxiliaryTrainingWrapper))
+        ]
+        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.runs = [delta.run for delta in model.modules() if isinstance(delta, SparseDelta)]
+
+    def restore(self) -> None:
+        for module, children in self.children:
+            module._modules.clear()
+            module._modules.update(children)
+        for module, attributes in self.attributes:
+            vars(module).update(attributes)
+        for parameter, requires_grad in self.requires_grad:
+            parameter.requires_grad = requires_grad
 
 
 class SpIELModel(BaseTuner):
@@ -73,6 +101,7 @@ class SpIELModel(BaseTuner):
             )
         config = self.peft_config[adapter_name]
         self._injection = _Injection(AdapterRun(config, adapter_name), *_modules_of(state_dict))
+        before = _Structure(model)
         try:
             super().inject_adapter(
                 model,
@@ -82,24 +111,20 @@ class SpIELModel(BaseTuner):
                 state_dict=state_dict,
             )
         except Exception:
-            self._roll_back(model, adapter_name)
+            before.restore()
+            # PEFT has put the config there already, in place of that of an adapter of the same name.
+            replaced = [run.config for run in before.runs if run.adapter_name == adapter_name]
+            self.peft_config.pop(adapter_name, None)
+            self.peft_config.update({adapter_name: replaced[0]} if replaced else {})
             raise
         finally:
             del self._injection
         if isinstance(config.num_deltas, dict):
             # PEFT may have shortened the names to suffixes; the config must still match the counts when reloaded.
             config.target_modules = set(config.num_deltas)
+        # PEFT leaves this to `PeftModel`; an adapter that is injected directly shall have the same precision.
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         _warn_about_fused_experts(model, config)
-
-    def _roll_back(self, model: nn.Module, adapter_name: str) -> None:
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, SpIELLayer):
-                continue
-            if adapter_name in layer.spiel_delta:
-                del layer.spiel_delta[adapter_name]
-            if not layer.spiel_delta:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
 
     def _create_and_replace(
         self,
@@ -330,15 +355,16 @@ class SpIELModel(BaseTuner):
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
         state_dict = {k.replace("._orig_mod.", "."): v for k, v in state_dict.items()}
+        discard = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
             check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
         except ValueError:
-            _discard_unloaded(model, config, adapter_name, list(deltas.values()))
+            discard()
             raise
         if config.inference_mode:
             state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
-        SizeCheck(model)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        SizeCheck(model, discard)
         return _name_training_state(model, adapter_name, remapped)
 
     # Inspection
@@ -409,8 +435,13 @@ def _discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, 
     """Remove the empty adapter that PEFT added for a file that turned out to be bad."""
     others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
     fresh = all(delta.untouched for delta in deltas)
-    if config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter"):
-        model.delete_adapter(adapter_name)
+    if not (config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter")):
+        return
+    model.delete_adapter(adapter_name)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SpIELLayer) and not layer.spiel_delta:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class StepGradient:
     graph_task: int = -1
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingState:
     """Progress of one delta's training run.
 

@@ -46,9 +46,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>")
     fast.add_special_tokens({"additional_special_tokens": special[3:]})
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -228,9 +226,7 @@ def test_collator_pads_right_and_ignores_padding() -> None:
     assert batch["labels"].tolist() == [[IGNORED_LABEL, 2, 3], [4, IGNORED_LABEL, IGNORED_LABEL]]
 
 
-def test_held_out_loss_weighs_every_answer_token_the_same(
-    model_dir: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_held_out_loss_weighs_every_answer_token_the_same(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     examples = [pair("what is the sky?", "blue."), pair("the sea?", "it is blue blue blue grey.")]
     encoded = _data.encode_all(examples, tokenizer, 64, "held-out")

@@ -55,4 +55,12 @@ def apply_deltas(weight: Tensor, deltas: Deltas, out_dtype: torch.dtype | None =
     """
     positions, sums = adapted_entries(weight, deltas)
     out = weight.to(dtype=out_dtype or weight.dtype, copy=True)
-    return out.put_(positions, sums.to(out.dtype))
+    return write_entries(out, positions, sums.to(out.dtype))
+
+
+def write_entries(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """Write `values` ``[u]`` to the unique int64 `positions` ``[u]`` of a tensor of any shape and strides, in place."""
+    if torch.are_deterministic_algorithms_enabled():
+        # Unique positions leave no order to depend on, but `put_` refuses to run in this mode.
+        return tensor.index_put_(torch.unravel_index(positions, tensor.shape), values)
+    return tensor.put_(positions, values)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..delta import AdapterRun, SparseDelta
-from . import engine
+from . import engine, runs
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:
     """Check that `optimizer` steps deltas of `model`, and set the length of their runs.
 
     Args:
-        optimizer: the innermost optimizer.
+        optimizer: it may be wrapped.
         model: any module that contains SpIEL layers.
         total_steps: optimizer steps of the run; None keeps what the config says.
 
@@ -27,6 +29,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
         isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
     ):
         raise ValueError(f"total_steps must be a positive int (optimizer steps of the run), got {total_steps!r}")
+    optimizer = _innermost(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
     held = [delta for delta, _ in engine.held_deltas(optimizer) if id(delta) in ours]
     if not held:
@@ -36,8 +39,20 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
         )
     for delta in held:
         delta.restore_dtype()
-    runs = list({id(delta.run): delta.run for delta in held}.values())
+        if runs.owned_by_another(delta, optimizer):
+            runs.begin_run(delta)
+            runs.set_total_steps(delta.run, delta.run.config.total_steps)
+    attached = list({id(delta.run): delta.run for delta in held}.values())
     if total_steps is not None:
-        for run in runs:
-            run.total_steps = total_steps
-    return runs
+        for run in attached:
+            runs.set_total_steps(run, total_steps)
+    return attached
+
+
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """Unwrap accelerate's and our own wrappers."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer):
+            return optimizer
+        optimizer = inner

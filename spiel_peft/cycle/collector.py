@@ -30,6 +30,8 @@ def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> Non
     state, current = delta.state, delta.state.current
     if state.window is None:
         positions = gradient.topk(delta.k)
+        if positions.numel() == 0:
+            return  # an expert without tokens, a batch without labels: the next backward chooses
         zeros = torch.zeros(positions.numel(), dtype=active.dtype, device=active.device)
         state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
     if current.pending is None:

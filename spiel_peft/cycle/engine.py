@@ -1,4 +1,4 @@
-"""The cycle itself: runs before and after every optimizer step that touches sparse deltas (Ansell et al., 2024, sec. 3).
+"""The cycle itself: runs before and after every optimizer step that touches sparse deltas (Ansell et al., 2024).
 
 It hangs on PyTorch's global optimizer step hooks, so no trainer has to know of it. Parameters are looked up at every
 step: trainers and PEFT replace Parameter objects and group dicts between steps.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import weakref
 from typing import Any
 
 import torch
@@ -19,20 +18,18 @@ from spiel_kernels import replace_positions, sm3_accumulate_
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..seeding import seeded_generator
-from ..training_state import StepGradient, TrainingState
+from ..training_state import StepGradient
 from .agreement import agree_on_proposals
 from .collector import drop_step
-from .exchange import decide_exchange
+from .exchange import Exchange, decide_exchange
 from .growth_registry import GrowthCriterion, GrowthRequest, get_growth_criterion
 from .moments import GrownSeeds, check_state, permute, reseed_state
 from .report import CycleReport
+from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
-from .trainer_discovery import running_trainer_steps, trainer_starts_anew
 
 logger = logging.getLogger(__name__)
 
-# Which optimizer steps a delta; a new one begins a new run.
-_OWNERS: weakref.WeakKeyDictionary[SparseDelta, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 _handles: list[Any] = []
 
 
@@ -58,58 +55,12 @@ def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dic
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Begin a run where a delta sees its first step: decide whether it is a fresh one, learn its length."""
+    """Begin a run where a delta sees its first step."""
     if getattr(optimizer, "delegates_step", False):
         return
-    held = [delta for delta, _ in held_deltas(optimizer)]
-    for delta in held:
-        if _begins_anew(delta, optimizer):
-            begin_run(delta)
-        _OWNERS[delta] = weakref.ref(optimizer)
-    for delta in held:
-        if delta.state.fresh is None:
-            _decide_freshness(delta.run)
-            _learn_total_steps(delta.run)
-
-
-def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
-    if delta.state.step == 0:
-        return False
-    owner = _OWNERS.get(delta)
-    if owner is None:
-        # Loaded with its training state: to be resumed, unless that run was over.
-        return delta.state.finished or trainer_starts_anew()
-    if owner() is not optimizer:
-        return True
-    return delta.state.finished and trainer_starts_anew()
-
-
-def begin_run(delta: SparseDelta) -> None:
-    """Start counting steps anew; accumulators of the optimizer's second moments stay."""
-    old = delta.state
-    # Only a run that has stepped is over: gradients gathered for the first step of this one stay.
-    if old.step:
-        delta.state = TrainingState(row=old.row, col=old.col)
-        delta.run.total_steps = delta.run.config.total_steps
-
-
-def _decide_freshness(run: AdapterRun) -> None:
-    deltas = run.deltas()
-    fresh = not any(bool(delta.values.detach().any()) for delta in deltas)
-    for delta in deltas:
-        if delta.state.fresh is None:
-            delta.state.fresh = fresh
-
-
-def _learn_total_steps(run: AdapterRun) -> None:
-    if run.total_steps is None:
-        run.total_steps = running_trainer_steps()
-    if run.total_steps is None and run.config.stop_regrowing_at < 1.0:
-        raise ValueError(
-            f"stop_regrowing_at={run.config.stop_regrowing_at} is a fraction of total_steps, and nothing says how long "
-            "this run is: set total_steps in SpIELConfig, or pass it to SpIELOptimizer or SpIELCallback"
-        )
+    held = held_deltas(optimizer)
+    if held:
+        join(optimizer, [delta for delta, _ in held])
 
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -128,17 +79,14 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
     grads = [delta.values.grad for delta, _ in held]
     if all(grad is None for grad in grads):
         return
-    # A fused optimizer fires its hooks on overflow steps too, and unscales inside its kernel.
-    scale = getattr(optimizer, "grad_scale", None)
-    unscale = 1.0 if scale is None else 1.0 / float(scale)
-    total = sum(grad.detach().double().sum().cpu() for grad in grads if grad is not None)
-    if not math.isfinite(float(total)):
+    if not _step_took_place(optimizer, grads):
         for delta, _ in held:
             drop_step(delta)
             delta.state.unheld_steps = 0
         return
-    for delta, group in held:
-        _count_step(optimizer, delta, group, unscale)
+    factors = _scalings([delta for delta, _ in held])
+    for (delta, group), factor in zip(held, factors, strict=True):
+        _count_step(optimizer, delta, group, factor)
     run = held[0][0].run
     config = run.config
     due = [
@@ -151,9 +99,18 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
         _close(optimizer, run, criterion, due)
 
 
-def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any], unscale: float) -> None:
+def _step_took_place(optimizer: torch.optim.Optimizer, grads: list[Tensor | None]) -> bool:
+    # A fused optimizer fires its hooks on overflow steps too, wherever the overflow was.
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and float(found_inf) > 0:
+        return False
+    total = sum(grad.detach().double().sum().cpu() for grad in grads if grad is not None)
+    return math.isfinite(float(total))
+
+
+def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any], factor: Tensor) -> None:
     state = delta.state
-    _commit_window(delta, unscale)
+    _commit_window(delta, factor)
     state.current = StepGradient()
     state.step += 1
     state.total_steps = delta.run.total_steps or 0
@@ -163,7 +120,7 @@ def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dic
     criterion = get_growth_criterion(delta.run.config.growth)
     if criterion.accumulates and delta.values.grad is not None and not optimizer_accumulates(optimizer):
         row, col = accumulators(delta)
-        sm3_accumulate_(row, col, delta.indices, delta.values.grad.to(row.dtype) * unscale)
+        sm3_accumulate_(row, col, delta.indices, delta.values.grad.to(row.dtype))
     if criterion.propose is not None:
         check_state(optimizer, delta.values)
 
@@ -184,27 +141,50 @@ def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:
     return state.row, state.col
 
 
-def _commit_window(delta: SparseDelta, unscale: float) -> None:
+def _commit_window(delta: SparseDelta, factor: Tensor) -> None:
     """Add the finished step's candidate gradients to the window, scaled and clipped as the active ones were."""
     window, current = delta.state.window, delta.state.current
     if window is None:
         return
     if current.pending is not None:
-        step_gradient = current.pending * _scaling(delta, unscale)
+        step_gradient = current.pending * factor
+        if not bool(torch.isfinite(step_gradient).all()):
+            # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step.
+            drop_step(delta)
+            return
         window.sums += step_gradient
         window.squares += step_gradient.square()
     window.steps += 1
 
 
-def _scaling(delta: SparseDelta, unscale: float) -> Tensor | float:
-    """What unscaling, averaging and clipping made of the raw gradients: ``values.grad`` over the collected probes."""
-    current, grad = delta.state.current, delta.values.grad
-    if grad is None or current.probe is None or current.probe_sums is None:
-        return unscale
-    raw = current.probe_sums
-    seen = grad[current.probe].to(raw.dtype) * unscale
-    norm = (raw * raw).sum()
-    return torch.where(norm > 0, (seen * raw).sum() / norm, torch.full_like(norm, unscale))
+def _scalings(deltas: list[SparseDelta]) -> list[Tensor]:
+    """What unscaling, averaging and clipping made of each delta's raw gradients: ``grad`` over the collected probes.
+
+    Optimizers that unscale inside their kernel write the result back, so this holds for them too. A matrix whose
+    probes are all zero (an embedding whose active rows did not occur) takes the factor of the others.
+    """
+    seen_raw, raw_raw = [], []
+    for delta in deltas:
+        current, grad = delta.state.current, delta.values.grad
+        if grad is None or current.probe is None or current.probe_sums is None:
+            zero = torch.zeros((), dtype=torch.float64, device=delta.values.device)
+            seen_raw.append(zero)
+            raw_raw.append(zero)
+            continue
+        raw = current.probe_sums.double()
+        seen_raw.append((grad[current.probe].double() * raw).sum())
+        raw_raw.append((raw * raw).sum())
+    device = seen_raw[0].device
+    seen_total = torch.stack([value.to(device) for value in seen_raw]).sum()
+    raw_total = torch.stack([value.to(device) for value in raw_raw]).sum()
+    overall = torch.where(raw_total > 0, seen_total / raw_total, torch.ones_like(raw_total))
+    factors = [
+        torch.where(raw > 0, seen / raw, overall.to(raw.device)) for seen, raw in zip(seen_raw, raw_raw, strict=True)
+    ]
+    return [
+        factor.to(delta.state.current.pending.dtype) if delta.state.current.pending is not None else factor
+        for factor, delta in zip(factors, deltas, strict=True)
+    ]
 
 
 def _close(
@@ -218,15 +198,16 @@ def _close(
         for delta, _ in due:
             delta.state.window = None
         return
-    replaced = total = 0
-    magnitude = 0.0
-    rate = 0.0
-    for delta, group in due:
-        rate = _rate(delta, group)
-        magnitude += float(delta.values.abs().double().sum())
-        replaced += _close_matrix(optimizer, criterion, delta, math.floor(rate * delta.k))
-        total += delta.k
-    report = CycleReport(step, rate, replaced, total - replaced, magnitude / total)
+    # Everything is decided, and what a criterion proposes is checked, before anything is changed.
+    rates = [_rate(delta, group) for delta, group in due]
+    exchanges = [
+        _decide(criterion, delta, math.floor(rate * delta.k)) for (delta, _), rate in zip(due, rates, strict=True)
+    ]
+    magnitude = sum(float(delta.values.abs().double().sum()) for delta, _ in due)
+    for (delta, _), exchange in zip(due, exchanges, strict=True):
+        _carry_out(optimizer, delta, exchange)
+    replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta, _ in due)
+    report = CycleReport(step, rates[0], replaced, total - replaced, magnitude / total)
     run.log.append(report)
     logger.info("adapter %s: step %d, %d of %d deltas moved", run.adapter_name, step, replaced, total)
 
@@ -241,14 +222,18 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
     return lr_following_rate(config.initial_regrow_rate, float(group.get("lr", 0.0)), state.max_lr)
 
 
-def _close_matrix(optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, delta: SparseDelta, count: int) -> int:
+def _decide(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Exchange:
+    proposed = delta.indices[:0].to(torch.int64)
+    if count:
+        proposed = _checked(criterion, delta, criterion.propose(_request(criterion, delta, count)))
+    exchange = decide_exchange(delta.indices, delta.values.detach(), agree_on_proposals(proposed), count)
+    # Held for all matrices at once, so no wider than need be.
+    return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
+
+
+def _carry_out(optimizer: torch.optim.Optimizer, delta: SparseDelta, exchange: Exchange) -> None:
     state = delta.state
-    request = _request(criterion, delta, count)
-    proposed = criterion.propose(request) if count else request.indices[:0]
-    proposed = agree_on_proposals(_checked(criterion, delta, proposed))
-    exchange = decide_exchange(delta.indices, delta.values.detach(), proposed, count)
-    moved = exchange.grown.numel()
-    if moved:
+    if exchange.grown.numel():
         new, source = replace_positions(delta.indices, exchange.drop, exchange.grown)
         reseed_state(optimizer, delta.values, source, _seeds(delta, exchange.grown))
         delta.indices.copy_(new)
@@ -257,7 +242,6 @@ def _close_matrix(optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, 
             delta.values.grad.copy_(permute(delta.values.grad, source, 0.0))
     state.closes += 1
     state.window = None
-    return moved
 
 
 def _request(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> GrowthRequest:
@@ -278,14 +262,24 @@ def _request(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Grow
 
 def _checked(criterion: GrowthCriterion, delta: SparseDelta, proposed: Tensor) -> Tensor:
     """A criterion may be anybody's: what it proposes is checked before anything is changed."""
-    proposed = proposed.to(device=delta.indices.device, dtype=torch.int64)
-    bad = proposed.dim() != 1 or bool(((proposed < 0) | (proposed >= delta.numel)).any())
-    if bad or torch.unique(proposed).numel() != proposed.numel():
+    problem = _problem_with(proposed, delta.numel)
+    if problem is not None:
         raise ValueError(
             f"growth criterion {criterion.name!r} must propose distinct positions in [0, {delta.numel}) as a "
-            f"one-dimensional tensor; it did not for {delta.module_name!r}"
+            f"one-dimensional integer tensor; for {delta.module_name!r} it proposed {problem}"
         )
-    return proposed
+    return proposed.to(device=delta.indices.device, dtype=torch.int64)
+
+
+def _problem_with(proposed: Any, numel: int) -> str | None:
+    if not isinstance(proposed, Tensor):
+        return f"a {type(proposed).__name__}"
+    if proposed.dim() != 1 or proposed.dtype not in (torch.int32, torch.int64):
+        return f"a {proposed.dtype} tensor of shape {tuple(proposed.shape)}"
+    if bool(((proposed < 0) | (proposed >= numel)).any()):
+        return f"positions from {int(proposed.min())} to {int(proposed.max())}"
+    repeats = proposed.numel() - torch.unique(proposed).numel()
+    return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None
 
 
 def _seeds(delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
@@ -293,6 +287,7 @@ def _seeds(delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
     if window is None or window.steps == 0 or window.positions.numel() == 0:
         return None
     positions = window.positions.to(torch.int64)
+    grown = grown.to(torch.int64)
     slots = torch.searchsorted(positions, grown).clamp_(max=positions.numel() - 1)
     unknown = positions[slots] != grown
     mean = (window.sums / window.steps)[slots].masked_fill(unknown, math.nan)

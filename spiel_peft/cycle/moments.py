@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "exp_avg_fast", "exp_avg_slow", "m1", "m2", "prev", "state1")
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "exp_avg_fast", "exp_avg_slow", "m1", "m2", "state1")
 SECOND_MOMENTS = (
     "exp_avg_sq",
     "max_exp_avg_sq",
     "square_avg",
     "variance",
-    "sum",
     "exp_inf",
     "nu",
-    "step_size",
     "state2",
 )
+# Corrections to something else, not moments of the gradient: a grown delta has none yet.
+ZERO_SEEDED = ("prev", "grad_avg", "ax")
 # bitsandbytes optimizers whose first state is a second moment
 _SECOND_FIRST = ("rmsprop", "adagrad")
 _QUANT_BLOCK = 256
@@ -54,15 +54,22 @@ def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
 def check_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
     """Raise a TypeError if the optimizer keeps per-entry state that cannot be permuted with the indices."""
     size = parameter.numel()
-    for name, tensor in optimizer.state.get(parameter, {}).items():
-        if not isinstance(tensor, Tensor) or size < 2 or tensor.numel() < size or tensor.shape == parameter.shape:
+    state = optimizer.state.get(parameter, {})
+    for name, entry in state.items():
+        if size < 2 or name.startswith(("qmap", "absmax")):
             continue
-        if name.startswith(("qmap", "absmax")):
-            continue
-        raise TypeError(
-            f"{type(optimizer).__name__} keeps state {name!r} of shape {tuple(tensor.shape)} for {size} deltas, which "
-            "SpIEL cannot permute with the indices; use another optimizer or growth='none'"
-        )
+        if isinstance(entry, Tensor):
+            quantized = entry.dtype == torch.uint8 and f"qmap{name.removeprefix('state')}" in state
+            known = entry.shape == parameter.shape and (quantized or entry.dtype != torch.uint8)
+            bad = [] if known else [entry]
+        else:
+            bad = entry if isinstance(entry, (list, tuple)) else []
+        shapes = [tuple(tensor.shape) for tensor in bad if isinstance(tensor, Tensor) and tensor.numel() >= size]
+        if shapes:
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps state {name!r} of shape {shapes[0]} for {size} deltas, which SpIEL "
+                "cannot permute with the indices; use another optimizer or growth='none'"
+            )
 
 
 def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None) -> None:
@@ -90,15 +97,15 @@ def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Te
 
 
 def _role(name: str, tensor: Tensor, optimizer: torch.optim.Optimizer) -> str:
+    """What a grown entry of a buffer starts with: "zero", "first" or "second" moment, or the "mean" of the kept."""
     if name == "state1" and type(optimizer).__name__.lower().removeprefix("paged").startswith(_SECOND_FIRST):
         return "second"
-    if name in FIRST_MOMENTS:
-        return "first"
-    if name in SECOND_MOMENTS:
-        return "second"
-    # An unknown optimizer: what is never negative divides, and must not be zero; anything else adds up.
-    never_negative = bool((tensor >= 0).all()) and bool((tensor > 0).any())
-    return "second" if never_negative else "first"
+    for role, names in (("zero", ZERO_SEEDED), ("first", FIRST_MOMENTS), ("second", SECOND_MOMENTS)):
+        if name in names:
+            return role
+    # Nobody knows the unit: what is never negative (a sum of squares, a step size) divides or scales, and must not be
+    # zero; anything else adds up.
+    return "mean" if bool((tensor >= 0).all()) and bool((tensor > 0).any()) else "zero"
 
 
 def _seed(
@@ -111,25 +118,28 @@ def _seed(
     seeds: GrownSeeds | None,
 ) -> Tensor:
     m = int((source < 0).sum())
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    if role == "zero" or (role == "first" and seeds is None):
+        return torch.zeros(m, dtype=dtype, device=tensor.device)
     if role == "first":
-        if seeds is None or name == "prev":
-            return torch.zeros(m, dtype=torch.float32, device=tensor.device)
         return torch.nan_to_num(seeds.mean) * _first_correction(name, group, state)
-    fallback = _mean_of_kept(tensor, source)
-    if seeds is None or name in ("step_size", "sum"):
-        return torch.full((m,), fallback, dtype=torch.float32, device=tensor.device)
-    values = seeds.mean_square * _second_correction(group, state)
-    return torch.where(torch.isfinite(values) & (values > 0), values, torch.full_like(values, fallback))
+    values = torch.full((m,), _mean_of_kept(tensor, source), dtype=dtype, device=tensor.device)
+    if role == "second" and seeds is not None:
+        # exp_inf is a norm, in the gradient's unit and without correction.
+        square = seeds.mean_square
+        measured = square.sqrt() if name == "exp_inf" else square * _second_correction(group, state)
+        values = torch.where(measured > 0, measured.to(dtype), values)
+    return values.clamp(min=torch.finfo(tensor.dtype).tiny) if tensor.is_floating_point() else values
 
 
 def _mean_of_kept(tensor: Tensor, source: Tensor) -> float:
     kept = tensor[source[source >= 0]]
     for entries in (kept, tensor):
         if entries.numel():
-            mean = float(entries.float().mean())
+            mean = float(entries.to(torch.promote_types(entries.dtype, torch.float32)).mean())
             if mean > 0:
                 return mean
-    return float(torch.finfo(torch.float32).tiny)
+    return 0.0
 
 
 def _steps(state: dict[str, Any]) -> float | None:
@@ -141,8 +151,9 @@ def _first_correction(name: str, group: dict[str, Any], state: dict[str, Any]) -
     steps = _steps(state)
     if name == "momentum_buffer" and "momentum" in group and "betas" not in group:
         # SGD's buffer is a geometric sum, not a mean; a constant gradient g settles at g (1 - dampening) / (1 - mu).
-        mu = float(group["momentum"])
-        return (1.0 - float(group.get("dampening", 0.0))) / (1.0 - mu) if mu < 1 else 1.0
+        # Without dampening it is not SGD's: RMSprop and SM3 sum preconditioned steps, in another unit.
+        mu = float(group["momentum"]) if "dampening" in group else 1.0
+        return (1.0 - float(group.get("dampening", 0.0))) / (1.0 - mu) if mu < 1 else 0.0
     betas = group.get("betas")
     if betas is None or steps is None:
         return 1.0
@@ -173,5 +184,9 @@ def _reseed_quantized(
     role = _role(name, full, optimizer)
     edited = permute(full, source, _seed(role, name, full, source, group, state, seeds))
     packed, quant_state = quantize_blockwise(edited, code=code, blocksize=_QUANT_BLOCK)
+    if role != "first":
+        # A small second moment must not be rounded to zero: the next update would divide by it.
+        smallest = int((code > 0).nonzero()[0])
+        packed[(edited > 0) & (code[packed.int()] == 0)] = smallest
     state[name].copy_(packed)
     absmax.copy_(quant_state.absmax)

@@ -29,7 +29,8 @@ def in_window(steps_done: int, regrow_every: int, accumulation_steps: int) -> bo
 
 def is_skipped(step: int, total_steps: int | None, stop_regrowing_at: float) -> bool:
     """Whether a close at `step` comes too late in the run to take place."""
-    return total_steps is not None and step > stop_regrowing_at * total_steps
+    # A quotient: 0.29 * 100 is less than 29.
+    return total_steps is not None and step / total_steps > stop_regrowing_at
 
 
 def regrow_rate(schedule: str, initial: float, step: int, total_steps: int) -> float:

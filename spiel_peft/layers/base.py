@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from spiel_kernels import adapted_entries, apply_deltas, sample_positions
+from spiel_kernels import adapted_entries, apply_deltas, sample_positions, write_entries
 
 from ..base_weight import (
     FLOAT_DTYPES,
@@ -20,12 +20,14 @@ from ..base_weight import (
     ParameterBackup,
     QuantizedBackup,
     WeightBackup,
+    keep_readable,
+    offload_hook,
     onloaded,
     run_with_hooks,
 )
 from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
-from ..functional import WeightSource, folded_weight
+from ..functional import WEIGHT_CHANGED, WeightSource, folded_weight
 from ..merge_report import MergeLoss, count_lost
 from ..seeding import seeded_generator
 
@@ -47,6 +49,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, info: BaseInfo, module_name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
+        keep_readable(base_layer)
         self.info = info
         self.quantization_backend = info.backend
         self.module_name = module_name
@@ -109,8 +112,8 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def _delta_device(self) -> torch.device:
         base = self.get_base_layer()
         device, _ = self._get_base_layer_device_and_dtype(base)
-        hook = getattr(base, "_hf_hook", None)
-        if getattr(hook, "offload", False):
+        hook = offload_hook(base)
+        if hook is not None:
             return torch.device(hook.execution_device)
         return device if device is not None else torch.device("cpu")
 
@@ -164,8 +167,13 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         return deltas
 
     def _reproduces(self, base: nn.Module) -> bool:
-        patched = "forward" in base.__dict__ and not hasattr(base, "_hf_hook")
-        return type(base).forward in self.known_forwards and not patched
+        # accelerate keeps what it replaced as `_old_forward`.
+        own = base.__dict__.get("_old_forward" if hasattr(base, "_hf_hook") else "forward")
+        patched = own is not None and getattr(own, "__func__", None) is not type(base).forward
+        return self._knows_forward(base) and not patched
+
+    def _knows_forward(self, base: nn.Module) -> bool:
+        return type(base).forward in self.known_forwards
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -173,7 +181,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def _swapped_forward(
         self, base: nn.Module, deltas: list[SparseDelta], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        if getattr(getattr(base, "_hf_hook", None), "offload", False):
+        if offload_hook(base) is not None:
             raise RuntimeError(
                 f"{self.module_name}: a {type(base).__name__} with a forward pass of its own cannot be adapted while "
                 "device_map offloads it; keep this layer on a device"
@@ -182,10 +190,17 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
 
     def _source(self, dtype: torch.dtype | None = None) -> WeightSource:
+        base = self.get_base_layer()
         if self.quantization_backend is not None:
-            return WeightSource(self._read_base_weight, None, dtype or self._base_dtype())
-        weight = self.get_base_layer().weight
-        return WeightSource(self._read_base_weight, weight, dtype or weight.dtype)
+            return WeightSource(self._read_unmerged, None, dtype or self._base_dtype())
+        # Holding on to an offloaded weight would keep it on the device until the backward pass.
+        parameter = base.weight if offload_hook(base) is None else None
+        return WeightSource(self._read_unmerged, parameter, dtype or base.weight.dtype)
+
+    def _read_unmerged(self) -> Tensor:
+        if self.merged:
+            raise RuntimeError(WEIGHT_CHANGED)
+        return self._read_base_weight()
 
     def _read_base_weight(self) -> Tensor:
         base = self.get_base_layer()
@@ -198,7 +213,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         """The adapter's delta as a dense tensor in the shape of the stored weight and the values' dtype."""
         delta = self.spiel_delta[adapter]
         dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
-        return dense.put_(delta.indices.to(torch.int64), delta.values.detach())
+        return write_entries(dense, delta.indices.to(torch.int64), delta.values.detach())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
@@ -221,6 +236,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
                 self.check_finite(before + names)
             self._write_merged(before + names)
         except Exception:
+            self._restore_originals()
             if before:
                 self._write_merged(before)
             raise
@@ -248,7 +264,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             weight = base.weight.detach()
             positions, sums = adapted_entries(weight, self._pairs(adapter_names))
             self._backup = EntryBackup(positions, weight.take(positions))
-            weight.put_(positions, sums.to(weight.dtype))
+            write_entries(weight, positions, sums.to(weight.dtype))
         self.merged_adapters = list(adapter_names)
 
     def _write_shared(self, base: nn.Module, adapter_names: list[str]) -> None:
@@ -273,8 +289,9 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         original = self.get_base_weight()
         positions, sums = adapted_entries(original, self._pairs(adapter_names))
         before = original.take(positions)
-        self._backup = QuantizedBackup(base)
-        self.set_base_weight(original.clone().put_(positions, sums.to(original.dtype)))
+        self._backup = backup = QuantizedBackup(base)
+        self.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
+        backup.pack_away()
         self.merge_loss = count_lost(before, sums, self.get_base_weight().take(positions))
 
     def _restore_originals(self) -> None:

@@ -14,14 +14,18 @@ class SpIELEmbedding(SpIELLayer):
 
     known_forwards = (nn.Embedding.forward,)
 
-    def _reproduces(self, base: nn.Module) -> bool:
-        return super()._reproduces(base) or self._get_embed_scale() is not None
+    def _knows_forward(self, base: nn.Module) -> bool:
+        return super()._knows_forward(base) or self._get_embed_scale() is not None
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         base = self.get_base_layer()
         out = adapted_embedding(self._source(), deltas, x, base.padding_idx, base.scale_grad_by_freq)
         scale = self._get_embed_scale()
-        return out if scale is None else out * scale.to(out.dtype)
+        if scale is None:
+            return out
+        # A number is not rounded to the dtype of the table, a tensor is: as in the models of either kind.
+        own = base.embed_scale
+        return out * (own if isinstance(own, (int, float)) else scale.to(out.dtype))
 
     def extra_repr(self) -> str:
         base = self.get_base_layer()

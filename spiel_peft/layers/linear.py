@@ -17,8 +17,8 @@ class SpIELLinear(SpIELLayer):
 
     known_forwards = (nn.Linear.forward, Conv1D.forward)
 
-    def _reproduces(self, base: nn.Module) -> bool:
-        return self.quantization_backend is not None or super()._reproduces(base)
+    def _knows_forward(self, base: nn.Module) -> bool:
+        return self.quantization_backend is not None or super()._knows_forward(base)
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         base = self.get_base_layer()

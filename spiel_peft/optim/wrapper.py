@@ -37,8 +37,8 @@ class SpIELOptimizer(torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
         attach(base_optimizer, model, total_steps)
         self.base_optimizer = base_optimizer
-        # Not super().__init__: groups, state and defaults are those of the wrapped optimizer, looked up every time.
-        self._patch_step_function()
+        # Not super().__init__: groups, state and defaults are those of the wrapped optimizer, looked up every time, and
+        # its step runs the hooks.
 
     def __getattr__(self, name: str) -> Any:
         # Hook dictionaries and the like that torch's own Optimizer methods expect to find.
@@ -69,6 +69,38 @@ class SpIELOptimizer(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base_optimizer.defaults = defaults
+
+    # What a GradScaler tells an optimizer that unscales in its own kernel.
+
+    @property
+    def grad_scale(self) -> Any:
+        return self.base_optimizer.grad_scale
+
+    @grad_scale.setter
+    def grad_scale(self, scale: Any) -> None:
+        self.base_optimizer.grad_scale = scale
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.base_optimizer.grad_scale
+
+    @property
+    def found_inf(self) -> Any:
+        return self.base_optimizer.found_inf
+
+    @found_inf.setter
+    def found_inf(self, found: Any) -> None:
+        self.base_optimizer.found_inf = found
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.base_optimizer.found_inf
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer."""

@@ -1,0 +1,304 @@
+"""A damaged or hostile adapter file is refused as a whole, by tensor name, on every way of loading it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from .conftest import Saved
+from .helpers import (
+    PREFIX,
+    adapted,
+    assert_unchanged,
+    deltas_of,
+    key_of,
+    layers_of,
+    logits,
+    read_adapter,
+    same_bits,
+    snapshot,
+    texts,
+)
+
+BAD = "model.layers.1.mlp.down_proj"  # the file's other modules stay intact
+NUMEL = 16 * 24
+Tensors = dict[str, Tensor]
+
+
+def indices_edit(change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key_of(BAD, "indices"): change(tensors[key_of(BAD, "indices")].clone())})
+
+
+def values_edit(change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    return lambda tensors: tensors.update({key_of(BAD, "values"): change(tensors[key_of(BAD, "values")].clone())})
+
+
+def with_entry(slot: int, value: float) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.index_fill_(0, torch.tensor(slot % tensor.numel()), value)
+
+
+DAMAGE = {
+    "out of range": (indices_edit(with_entry(-1, NUMEL)), "indices' has a position out of range"),
+    "far out of range": (indices_edit(with_entry(-1, 2**31 - 1)), "indices' has a position out of range"),
+    "negative": (indices_edit(with_entry(0, -1)), "indices' has a negative position"),
+    "unsorted": (indices_edit(lambda t: t.flip(0)), "indices' is not sorted"),
+    "duplicated": (indices_edit(lambda t: torch.cat([t[:1], t[:-1]])), "indices' holds a position more than once"),
+    "float": (indices_edit(Tensor.float), "indices' must have dtype torch.int32, got torch.float32"),
+    "int64": (indices_edit(Tensor.long), "indices' must have dtype torch.int32, got torch.int64"),
+    "two-dimensional": (indices_edit(lambda t: t[None]), "indices' must be one-dimensional"),
+    "one index short": (indices_edit(lambda t: t[:-1]), "values' must have shape"),
+    "no indices": (lambda ts: ts.pop(key_of(BAD, "indices")), "indices' is missing, while its values are there"),
+    "one value short": (values_edit(lambda t: t[:-1]), "values' must have shape"),
+    "nan": (values_edit(with_entry(3, float("nan"))), "values' has values that are not finite"),
+    "inf": (values_edit(with_entry(-1, float("-inf"))), "values' has values that are not finite"),
+    "integer values": (values_edit(Tensor.int), "values' must have a floating dtype, got torch.int32"),
+    "no values": (lambda ts: ts.pop(key_of(BAD, "values")), "values' is missing, while its indices are there"),
+    "another adapter's key": (
+        lambda ts: ts.update({f"{PREFIX}{BAD}.spiel_delta.default.values": torch.ones(80)}),
+        "values' names an adapter",
+    ),
+}
+damages = pytest.mark.parametrize(("edit", "message"), DAMAGE.values(), ids=DAMAGE)
+low_memory = pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["plain", "low_memory"])
+
+
+def refused(message: str) -> pytest.RaisesExc:
+    module = "" if "names an adapter" in message else rf"{BAD}\.spiel_delta\."
+    return pytest.raises(ValueError, match=rf"refused, nothing was loaded: tensor '.*{module}.*{message}")
+
+
+@damages
+@low_memory
+def test_from_pretrained_refuses_it(damaged, saved: Saved, edit, message: str, low_cpu_mem_usage: bool) -> None:
+    base = saved.load_base()
+    before = snapshot(base)
+    with refused(message):
+        PeftModel.from_pretrained(base, damaged(edit), low_cpu_mem_usage=low_cpu_mem_usage)
+    after = {key.replace(".base_layer", ""): tensor for key, tensor in snapshot(base).items()}
+    assert all(same_bits(tensor, after[key]) for key, tensor in before.items())
+
+
+@damages
+@low_memory
+def test_an_existing_adapter_stays_as_it_was(
+    damaged, saved: Saved, edit, message: str, low_cpu_mem_usage: bool
+) -> None:
+    model = adapted(saved.load_base(), seed=9)
+    before = snapshot(model)
+    with refused(message):
+        model.load_adapter(damaged(edit), "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
+
+
+@damages
+@low_memory
+def test_a_half_added_adapter_does_not_remain(
+    damaged, saved: Saved, edit, message: str, low_cpu_mem_usage: bool
+) -> None:
+    """The file also has modules that the existing adapter lacks: their layers go away again."""
+    model = adapted(saved.load_base(), seed=9, target_modules=["q_proj", "v_proj"])
+    before, grads = snapshot(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    with refused(message):
+        model.load_adapter(damaged(edit), "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_unchanged(model, before)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == grads
+    assert list(model.peft_config) == ["default"] == list(model.active_adapters)
+    model.load_adapter(saved.adapter, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("second")
+    assert same_bits(logits(model), saved.logits)
+
+
+@damages
+def test_set_peft_model_state_dict_refuses_it(damaged, saved: Saved, edit, message: str) -> None:
+    model = adapted(saved.load_base(), seed=9)
+    before = snapshot(model)
+    with refused(message):
+        set_peft_model_state_dict(model, read_adapter(damaged(edit)))
+    assert_unchanged(model, before)
+
+
+# transformers' loader converts dtypes before anybody sees them, reports shapes itself, and ignores unknown keys.
+BY_TRANSFORMERS = [name for name in DAMAGE if name not in ("float", "int64", "integer values", "another adapter's key")]
+
+
+@pytest.mark.parametrize("name", BY_TRANSFORMERS)
+def test_load_adapter_of_transformers_refuses_it(damaged, saved: Saved, name: str) -> None:
+    edit, message = DAMAGE[name]
+    by_shape = name == "one value short"
+    if name in ("two-dimensional", "one index short", "no indices"):
+        message = "indices' is missing, or of another length"
+    model = saved.load_base()
+    model.load_adapter(saved.adapter, adapter_name="good")
+    before = snapshot(model)
+    if name == "no values":
+        # Without its values a module keeps the zeros, or random values, it was made with: transformers warns.
+        info = model.load_adapter(damaged(edit), adapter_name="bad")
+        assert any(BAD in key for key in info.missing_keys)
+        return
+    expected = (RuntimeError, "mismatch") if by_shape else (ValueError, message.replace("' ", "' of its file "))
+    with pytest.raises(expected[0], match=expected[1]):
+        model.load_adapter(damaged(edit), adapter_name="bad")
+    after = snapshot(model)
+    assert all(same_bits(tensor, after[key]) for key, tensor in before.items())
+    check_in_range(model)
+    if not by_shape:
+        with pytest.raises(ValueError, match=f"'bad' is refused: tensor '{BAD}.*Delete the adapter"):
+            logits(model)
+        model.delete_adapter("bad")
+    model.set_adapter("good")
+    assert same_bits(logits(model), saved.logits)
+
+
+def check_in_range(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        for delta in layer.spiel_delta.values():
+            positions = delta.indices.long()
+            assert positions.min() >= 0 and positions.max() < delta.numel
+            assert bool((positions[1:] > positions[:-1]).all())
+
+
+@damages
+def test_plain_load_state_dict_leaves_the_bad_module_alone(damaged, saved: Saved, edit, message: str) -> None:
+    model = adapted(saved.load_base(), seed=9)
+    tensors = {
+        key.replace(".spiel_delta.", ".spiel_delta.default."): tensor
+        for key, tensor in read_adapter(damaged(edit)).items()
+        if not key.endswith("default.values")
+    }
+    if "names an adapter" in message:
+        tensors[f"{PREFIX}{BAD}.spiel_delta.default.values"] = torch.full((80,), float("nan"))
+    before = snapshot(deltas_of(model)[BAD])
+    with pytest.raises(RuntimeError, match=rf"{BAD}\.spiel_delta\.default\.(indices|values)"):
+        model.load_state_dict(tensors, strict=False)
+    assert_unchanged(deltas_of(model)[BAD], before)
+
+
+# --- another budget ---
+
+
+def longer(tensors: Tensors) -> None:
+    """A sound pair of tensors, with more deltas than the config says."""
+    tensors[key_of(BAD, "indices")] = torch.arange(NUMEL, dtype=torch.int32)
+    tensors[key_of(BAD, "values")] = torch.ones(NUMEL)
+
+
+@low_memory
+def test_another_budget_is_a_size_mismatch(damaged, saved: Saved, low_cpu_mem_usage: bool) -> None:
+    folder = damaged(longer)
+    with pytest.raises(RuntimeError, match=f"size mismatch for .*{BAD}"):
+        PeftModel.from_pretrained(saved.load_base(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    model = adapted(saved.load_base(), seed=9, target_modules=["q_proj"])
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match=f"size mismatch for .*{BAD}"):
+        model.load_adapter(folder, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert_unchanged(model, before)
+    assert list(model.peft_config) == ["default"]
+    own = adapted(saved.load_base(), seed=9)
+    before = snapshot(own)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        own.load_adapter(folder, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(own, read_adapter(folder))
+    assert_unchanged(own, before)
+    own.load_state_dict(before)  # the check has left nothing behind
+
+
+def test_a_size_mismatch_of_another_module_changes_nothing_either(damaged, saved: Saved) -> None:
+    model = adapted(saved.load_base(), seed=9, modules_to_save=["lm_head"])
+    before = snapshot(model)
+    folder = damaged(lambda tensors: tensors.update({f"{PREFIX}lm_head.weight": torch.zeros(3, 16)}))
+    with pytest.raises(RuntimeError, match="size mismatch for .*lm_head"):
+        model.load_adapter(folder, "default")
+    assert_unchanged(model, before)
+
+
+def test_ignore_mismatched_sizes_loads_the_rest(damaged, saved: Saved) -> None:
+    model = adapted(saved.load_base(), seed=9)
+    before = snapshot(deltas_of(model)[BAD])
+    with pytest.warns(UserWarning) as record:
+        model.load_adapter(damaged(longer), "default", ignore_mismatched_sizes=True)
+    assert f"{BAD}.spiel_delta.default.values" in texts(record)
+    assert_unchanged(deltas_of(model)[BAD], before)
+    good = read_adapter(saved.adapter)
+    for module, delta in deltas_of(model).items():
+        assert same_bits(delta.values.detach(), good[key_of(module, "values")]) == (module != BAD)
+
+
+def test_ignore_mismatched_sizes_does_not_let_damage_through(damaged, saved: Saved) -> None:
+    model = adapted(saved.load_base(), seed=9)
+    before = snapshot(model)
+    with refused(DAMAGE["negative"][1]):
+        model.load_adapter(damaged(DAMAGE["negative"][0]), "default", ignore_mismatched_sizes=True)
+    assert_unchanged(model, before)
+
+
+def test_a_missing_module_is_reported_as_peft_does(damaged, saved: Saved) -> None:
+    def drop(tensors: Tensors) -> None:
+        for key in [key for key in tensors if BAD in key]:
+            del tensors[key]
+
+    with pytest.warns(UserWarning, match=f"Found missing adapter keys.*{BAD}"):
+        PeftModel.from_pretrained(saved.load_base(), damaged(drop))
+
+
+# --- training state ---
+
+
+def state_edit(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    key = key_of(BAD, f"spiel_{name}")
+    return lambda tensors: tensors.update({key: change(tensors[key].clone())})
+
+
+def without_state(*names: str) -> Callable[[Tensors], None]:
+    return lambda tensors: [tensors.pop(key_of(BAD, f"spiel_{name}")) for name in names]
+
+
+STATE_DAMAGE = {
+    "no progress": (without_state("progress"), "progress' is missing"),
+    "progress of floats": (state_edit("progress", Tensor.float), "progress' must be five int64 counters"),
+    "short progress": (state_edit("progress", lambda t: t[:2]), "progress' must be five int64 counters"),
+    "negative step": (state_edit("progress", with_entry(0, -5)), "progress' has a counter out of range"),
+    "step zero": (state_edit("progress", with_entry(0, 0)), "progress' has a counter out of range"),
+    "unknown freshness": (state_edit("progress", with_entry(2, 7)), "progress' has a counter out of range"),
+    "steps without window": (
+        without_state("candidates", "candidate_sums", "candidate_squares"),
+        "progress' has a counter out of range",
+    ),
+    "no sums": (without_state("candidate_sums"), "candidate_sums' is missing"),
+    "candidates out of range": (state_edit("candidates", with_entry(-1, NUMEL)), "candidates' has a position out"),
+    "too many candidates": (
+        state_edit("candidates", lambda t: torch.arange(NUMEL, dtype=t.dtype)),
+        "candidates' holds 384 positions, more than the 80 deltas",
+    ),
+    "nan sums": (state_edit("candidate_sums", with_entry(0, float("nan"))), "candidate_sums' has values that are"),
+    "short squares": (state_edit("candidate_squares", lambda t: t[:-1]), "candidate_squares' must be floating"),
+    "infinite rate": (state_edit("max_lr", with_entry(0, float("inf"))), "max_lr' has values that are not finite"),
+    "row without column": (
+        lambda ts: ts.update({key_of(BAD, "spiel_row"): torch.ones(16)}),
+        "col' is missing, while the other accumulator is there",
+    ),
+    "accumulators transposed": (
+        lambda ts: ts.update({key_of(BAD, "spiel_row"): torch.ones(24), key_of(BAD, "spiel_col"): torch.ones(16)}),
+        r"row' must be floating of shape \(16,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "message"), STATE_DAMAGE.values(), ids=STATE_DAMAGE)
+def test_damaged_training_state_is_refused(damaged, saved: Saved, edit, message: str) -> None:
+    model = PeftModel.from_pretrained(saved.load_base(), saved.adapter, is_trainable=True)
+    folder, before = damaged(edit), snapshot(model)
+    states = {module: delta.state for module, delta in deltas_of(model).items()}
+    with refused(f"spiel_{message}"):
+        model.load_adapter(folder, "default", is_trainable=True)
+    assert_unchanged(model, before)
+    assert all(delta.state is states[module] for module, delta in deltas_of(model).items())
+    live = {k.replace(".spiel_delta.", ".spiel_delta.default."): t for k, t in read_adapter(folder).items()}
+    with pytest.raises(RuntimeError, match=f"{BAD}.*spiel_"):
+        model.load_state_dict(live, strict=False)
+    assert deltas_of(model)[BAD].state is states[BAD]

@@ -1,0 +1,137 @@
+"""The index set: drawn, checked and edited; properties over all small cases."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spiel_kernels import check_index_set, index_dtype, replace_positions, sample_positions
+
+settings.register_profile("kernels", deadline=None, max_examples=60)
+settings.load_profile("kernels")
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def size_and_count(draw: st.DrawFn) -> tuple[int, int]:
+    numel = draw(st.integers(0, 400))
+    return numel, draw(st.integers(0, numel))
+
+
+@given(size_and_count(), st.integers(0, 2**32))
+def test_sample_is_an_index_set_of_k(size: tuple[int, int], seed: int) -> None:
+    numel, k = size
+    drawn = sample_positions(numel, k, generator(seed))
+    assert drawn.dtype == torch.int64 and drawn.device.type == "cpu"
+    assert drawn.tolist() == sorted(set(drawn.tolist()))
+    assert drawn.numel() == k
+    assert all(0 <= position < numel for position in drawn.tolist())
+    assert torch.equal(drawn, sample_positions(numel, k, generator(seed)))
+
+
+@pytest.mark.parametrize("k", [3, 9, 12], ids=["sparse", "dense", "half-plus"])
+def test_sample_is_uniform(k: int) -> None:
+    """Every position of 16 is drawn k/16 of the time, within five standard deviations."""
+    draws, source = 4000, generator(1)
+    counts = torch.zeros(16)
+    for _ in range(draws):
+        counts[sample_positions(16, k, source)] += 1
+    share = k / 16
+    assert (counts / draws - share).abs().max() < 5 * (share * (1 - share) / draws) ** 0.5
+
+
+def test_sample_of_a_weight_beyond_int32() -> None:
+    drawn = sample_positions(2**40, 1000, generator(0))
+    assert drawn.numel() == 1000 and int(drawn.max()) > 2**31
+
+
+@pytest.mark.parametrize("k", [-1, 6])
+def test_sample_refuses_impossible_counts(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k must be between 0 and numel=5, got {k}"):
+        sample_positions(5, k, generator(0))
+
+
+@pytest.mark.parametrize("numel, dtype", [(1, torch.int32), (2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_index_dtype(numel: int, dtype: torch.dtype) -> None:
+    assert index_dtype(numel) == dtype
+
+
+@given(st.lists(st.integers(-3, 30), max_size=12), st.sampled_from([torch.int32, torch.int64]))
+def test_check_accepts_exactly_the_sorted_unique_positions_in_range(positions: list[int], dtype: torch.dtype) -> None:
+    good = positions == sorted(set(positions)) and all(0 <= p < 25 for p in positions)
+    verdict = check_index_set(torch.tensor(positions, dtype=dtype), 25)
+    assert (verdict is None) == (good and dtype == torch.int32)
+    bound_free = check_index_set(torch.tensor(positions, dtype=dtype), None)
+    assert (bound_free is None) == (positions == sorted(set(positions)) and all(p >= 0 for p in positions))
+
+
+@pytest.mark.parametrize(
+    "indices, phrase",
+    [
+        (torch.zeros(2, 2, dtype=torch.int32), r"must be one-dimensional, got shape \(2, 2\)"),
+        (torch.tensor(3, dtype=torch.int32), r"must be one-dimensional, got shape \(\)"),
+        (torch.tensor([1], dtype=torch.int64), "must have dtype torch.int32, got torch.int64"),
+        (torch.tensor([1.0]), "must have dtype torch.int32, got torch.float32"),
+        (torch.tensor([True]), "must have dtype torch.int32, got torch.bool"),
+        (torch.tensor([-1, 2], dtype=torch.int32), r"has a negative position \(-1\)"),
+        (torch.tensor([1, 10], dtype=torch.int32), r"has a position out of range \(10 in a weight of 10 elements\)"),
+        (torch.tensor([2, 1], dtype=torch.int32), "is not sorted"),
+        (torch.tensor([1, 4, 4], dtype=torch.int32), r"holds a position more than once \(4\)"),
+        (torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32), "has a negative position"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_check_says_what_is_wrong(indices: torch.Tensor, phrase: str) -> None:
+    assert re.match(phrase, check_index_set(indices, 10) or "nothing")
+
+
+def test_check_of_a_large_weight_wants_int64() -> None:
+    assert check_index_set(torch.tensor([0, 2**31]), 2**33) is None
+    assert "must have dtype torch.int64" in (check_index_set(torch.tensor([0], dtype=torch.int32), 2**33) or "")
+    assert check_index_set(torch.empty(0, dtype=torch.int32), 10) is None
+    assert "or" in (check_index_set(torch.empty(0), None) or "")
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> tuple[list[int], list[bool], list[int]]:
+    """An index set, which slots leave, and as many new positions outside the kept ones."""
+    indices = sorted(draw(st.sets(st.integers(0, 60), max_size=15)))
+    drop = draw(st.lists(st.booleans(), min_size=len(indices), max_size=len(indices)))
+    kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}
+    free = [p for p in range(62) if p not in kept]
+    grown = draw(st.permutations(free))[: sum(drop)]
+    return indices, drop, grown
+
+
+@given(exchanges(), st.sampled_from([torch.int32, torch.int64]))
+def test_replace_keeps_the_invariant_and_says_where_slots_come_from(
+    exchange: tuple[list[int], list[bool], list[int]], dtype: torch.dtype
+) -> None:
+    indices, drop, grown = exchange
+    new, source = replace_positions(
+        torch.tensor(indices, dtype=dtype), torch.tensor(drop, dtype=torch.bool), torch.tensor(grown, dtype=dtype)
+    )
+    assert new.dtype == source.dtype == torch.int64
+    kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}
+    assert new.tolist() == sorted(kept | set(grown))
+    for position, origin in zip(new.tolist(), source.tolist(), strict=True):
+        assert position == (indices[origin] if origin >= 0 else grown[-1 - origin])
+        assert origin < 0 or not drop[origin]
+
+
+def test_replace_refuses_another_count() -> None:
+    indices, drop = torch.tensor([1, 3, 5]), torch.tensor([False, True, False])
+    with pytest.raises(ValueError, match=r"as many positions as are dropped \(1\), got 2"):
+        replace_positions(indices, drop, torch.tensor([7, 8]))
+
+
+def test_example_of_the_module_docstring() -> None:
+    new, source = replace_positions(torch.tensor([1, 3, 5]), torch.tensor([False, True, False]), torch.tensor([2]))
+    assert new.tolist() == [1, 2, 5] and source.tolist() == [0, -1, 2]
