@@ -93,27 +93,27 @@ def _read_module(name: str, module: Any, adapter: str) -> ModuleDeltas:
 
 
 def plot_deltas(deltas: Sequence[ModuleDeltas], path: Path) -> None:
-    """Two heat maps of layer by module: the share of all |delta|, and how far the deltas crowd."""
+    """Heat maps of layer by module: share of all |delta|, mean |delta|, and how far the deltas crowd."""
     total = sum(d.mass for d in deltas) or 1.0
+    panels = [
+        ("share of all |delta| (%)", "viridis", [100 * d.mass / total for d in deltas]),
+        ("mean |delta|", "viridis", [d.mass / d.count for d in deltas]),
+        ("deltas in the busiest\n1% of columns (%)", "magma", [100 * d.busiest for d in deltas]),
+    ]
     layers = sorted({d.layer for d in deltas if d.layer is not None})
     rows: list[int | None] = [*layers, *([None] if any(d.layer is None for d in deltas) else [])]
     kinds = list(dict.fromkeys(d.kind for d in deltas))
-    mass = torch.full((len(rows), len(kinds)), float("nan"))
-    crowding = mass.clone()
-    for d in deltas:
-        cell = rows.index(d.layer), kinds.index(d.kind)
-        mass[cell] = 100 * d.mass / total
-        crowding[cell] = 100 * d.busiest
-    width = 3 + 1.0 * len(kinds)
-    height = max(3.5, 1.8 + 0.2 * len(rows))
-    figure, axes = plt.subplots(1, 2, figsize=(width, height), sharey=True, layout="constrained")
-    _heat_map(axes[0], mass, "share of all |delta| (%)", "viridis")
-    _heat_map(axes[1], crowding, "deltas in the busiest 1% of columns (%)", "magma")
-    for ax in axes:
+    size = 2.5 + 1.2 * len(kinds), max(3.5, 1.8 + 0.2 * len(rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    for ax, (title, cmap, values) in zip(axes, panels, strict=True):
+        grid = torch.full((len(rows), len(kinds)), float("nan"))
+        for d, value in zip(deltas, values, strict=True):
+            grid[rows.index(d.layer), kinds.index(d.kind)] = value
+        _heat_map(ax, grid, title, cmap)
         ax.set_xticks(range(len(kinds)), [k.removesuffix("_proj") for k in kinds], rotation=60, ha="right")
-        every = max(1, len(rows) // 15)
-        labels = ["-" if row is None else str(row) for row in rows]
-        ax.set_yticks(range(0, len(rows), every), labels[::every])
+    every = max(1, len(rows) // 15)
+    labels = ["-" if row is None else str(row) for row in rows]
+    axes[0].set_yticks(range(0, len(rows), every), labels[::every])
     axes[0].set_ylabel("layer")
     figure.suptitle(f"Where {sum(d.count for d in deltas):,} deltas landed")
     figure.savefig(path, dpi=DPI)

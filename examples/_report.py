@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _data import AnswerCollator, Tokens
-from _model import probe_logits
+from _model import ModelSource, probe_logits
 
 
 def heading(text: str) -> None:
@@ -99,14 +99,22 @@ def save_plots(model: Any, folder: Path, summary: dict[str, Any]) -> None:
 
 
 def save_results(
-    model: Any, tokenizer: Any, held_out: Sequence[Tokens], args: argparse.Namespace, summary: dict[str, Any]
+    model: Any,
+    source: ModelSource,
+    tokenizer: Any,
+    held_out: Sequence[Tokens],
+    args: argparse.Namespace,
+    summary: dict[str, Any],
 ) -> None:
     """Writes the adapter, the plots and the merged checkpoint, and says where they are."""
     out = args.output_dir
     heading("Saved")
-    model.save_pretrained(out / "adapter")
+    # The script never resizes the vocabulary, so PEFT need not look into the base model for that.
+    model.save_pretrained(out / "adapter", save_embedding_layers=False)
     tokenizer.save_pretrained(out / "adapter")
     field("adapter", out / "adapter")
+    more = f", gguf_file={source.gguf_file!r}" if source.gguf_file else ""
+    field("", f"after import spiel_peft: AutoPeftModelForCausalLM.from_pretrained({str(out / 'adapter')!r}{more})")
     save_plots(model, out, summary)
     if args.no_merge:
         field("merged", "not saved (--no-merge)")

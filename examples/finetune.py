@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,7 @@ def run(inputs: Inputs, args: argparse.Namespace) -> None:
         "answer_after": answer_after,
         "cycle": rows,
     }
-    save_results(model, inputs.tokenizer, inputs.held_out_tokens, args, summary)
+    save_results(model, inputs.source, inputs.tokenizer, inputs.held_out_tokens, args, summary)
     clock.lap("save")
     save_summary(summary | {"seconds": clock.laps}, args.output_dir)
     field("time", clock)
@@ -283,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; 0, or 2 after one line on stderr if the input cannot be used."""
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
+    # PEFT's own use of names that transformers is about to rename; nothing to act on here.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         run(read_inputs(args), args)
     except InputError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -140,6 +141,22 @@ def onloaded(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, torch.tensor([]))
+
+
+@contextmanager
+def writable(layer: Any) -> Iterator[None]:
+    """Bring in the offloaded base weight of a layer to be overwritten, and take the result back to where it is kept."""
+    base = layer.get_base_layer()
+    if not any(p.is_meta for p in base.parameters(False)):
+        yield
+        return
+    with onload_layer(layer):
+        if any(p.is_meta for p in base.parameters(False)):
+            raise RuntimeError(
+                f"{layer.module_name}: cannot write to a base weight that is offloaded or on the meta device; load it "
+                "first (accelerate's remove_hook_from_submodules)"
+            )
+        yield
 
 
 def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

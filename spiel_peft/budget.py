@@ -58,6 +58,15 @@ def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
                     f"rank_pattern and density_pattern both match module {name!r}; let one of them match it"
                 )
             counts[name] = density_count(config.density_pattern[key], info.numel)
+    # PEFT itself says so of rank_pattern.
+    used = {get_pattern_key(config.density_pattern.keys(), name) for name in targets}
+    unused = sorted(set(config.density_pattern) - used)
+    if unused:
+        warnings.warn(
+            f"The following density_pattern keys did not match any targeted module and were ignored: {unused}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return counts
 
 
@@ -74,22 +83,22 @@ def _listed_counts(listed: dict[str, int], targets: Mapping[str, BaseInfo]) -> d
 
 
 def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int]:
-    """Largest-remainder split in proportion to size: exact sum, at least one each."""
-    if not sizes:
-        return {}
-    if total < len(sizes):
-        raise ValueError(
-            f"num_deltas={given} is too small: {len(sizes)} modules share {total} of it and need at least one each; "
-            "raise it or target fewer modules"
-        )
-    whole = sum(sizes.values())
-    # One each up front, the rest in proportion: the floors can then not starve a small module.
-    spare = total - len(sizes)
-    quotas = {name: spare * size / whole for name, size in sizes.items()}
-    counts = {name: 1 + math.floor(quota) for name, quota in quotas.items()}
-    left = total - sum(counts.values())
-    by_remainder = sorted(sizes, key=lambda name: (math.floor(quotas[name]) - quotas[name], name))
-    for name in by_remainder[:left]:
+    """Largest-remainder split in proportion to size: exact sum, at least one each, never more than a size allows."""
+    if total < len(sizes) or (total and not sizes):
+        what = f"{len(sizes)} modules share {total} of it and need at least one each"
+        if not sizes:
+            what = f"rank_pattern and density_pattern, which match every module, leave {total} of it to nobody"
+        raise ValueError(f"num_deltas={given} does not fit: {what}; change it, the patterns or the targets")
+    counts: dict[str, int] = {}
+    rest = dict(sizes)
+    # Who would get less than one gets one. That lowers the shares of the others, so look again.
+    while small := [name for name, size in rest.items() if (total - len(counts)) * size < sum(rest.values())]:
+        counts.update(dict.fromkeys(small, 1))
+        rest = {name: size for name, size in rest.items() if name not in counts}
+    left, whole = total - len(counts), sum(rest.values())
+    counts.update({name: left * size // whole for name, size in rest.items()})
+    by_remainder = sorted(rest, key=lambda name: (-(left * rest[name] % whole), name))
+    for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
 

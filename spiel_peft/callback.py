@@ -27,7 +27,9 @@ class SpIELCallback(TrainerCallback):
     """
 
     def __init__(self, *, total_steps: int | None = None) -> None:
-        if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
+        if total_steps is not None and (
+            isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+        ):
             raise ValueError(f"total_steps must be a positive int (optimizer steps of the run), got {total_steps!r}")
         self.total_steps = total_steps
         self._runs: list[AdapterRun] = []
@@ -60,10 +62,13 @@ class SpIELCallback(TrainerCallback):
         self._logged = {id(run): len(run.log) for run in self._runs}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # The handler of an entry takes the trainer's own, still to come, for done.
+        should_log = control.should_log
         for run in self._runs:
             for report in run.log[self._logged.get(id(run), 0) :]:
                 _log(state, report)
             self._logged[id(run)] = len(run.log)
+        control.should_log = should_log
 
 
 def _log(state: TrainerState, report: CycleReport) -> None:

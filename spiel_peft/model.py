@@ -93,12 +93,7 @@ class SpIELModel(BaseTuner):
         Raises:
             ValueError: an unsupported or shared target, an impossible budget, or an adapter is merged.
         """
-        merged = sorted({name for layer in self._spiel_layers(model) for name in layer.merged_adapters})
-        if merged:
-            raise ValueError(
-                f"Adapter {adapter_name!r} cannot be added while {merged} are merged into the base weights; call "
-                "unmerge_adapter() first"
-            )
+        _check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
         self._injection = _Injection(AdapterRun(config, adapter_name), *_modules_of(state_dict))
         before = _Structure(model)
@@ -158,6 +153,10 @@ class SpIELModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # One of the two holds the other. PEFT's version assigns its weight anew, which fails for trained tokens.
+        setattr(parent, child_name, new_module)
 
     def _plan(self, injection: _Injection, config: SpIELConfig) -> None:
         """Check every target and count its deltas, before the first layer is created."""
@@ -349,6 +348,7 @@ class SpIELModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        _check_unmerged(model, adapter_name, "loaded")
         deltas = {
             name.removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
             for name, layer in model.named_modules()
@@ -428,6 +428,16 @@ def _warn_about_fused_experts(model: nn.Module, config: SpIELConfig) -> None:
             f"These fused expert parameters are not modules, so target_modules cannot reach them and they stay frozen: "
             f"{shown}. SpIEL does not adapt fused experts.",
             stacklevel=2,
+        )
+
+
+def _check_unmerged(model: nn.Module, adapter_name: str, what: str) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, SpIELLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"Adapter {adapter_name!r} cannot be {what} while {merged} are merged into the base weights; call "
+            "unmerge_adapter() first"
         )
 
 

@@ -117,7 +117,7 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float, name: str = "t
 
 def assert_same_bits(got: Tensor, expected: Tensor, name: str = "tensor") -> None:
     assert got.dtype == expected.dtype and got.shape == expected.shape, name
-    assert torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)), (
+    assert torch.equal(got.flatten().view(torch.uint8), expected.flatten().view(torch.uint8)), (
         f"{name}: {int((got != expected).sum())} of {got.numel()} entries differ"
     )
 

@@ -94,8 +94,7 @@ def test_inputs_embeds() -> None:
     assert embeds.grad is not None and embeds.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_model_gives_the_same_loss_and_gradients(backend: str) -> None:
+def test_compiled_model_gives_the_same_loss_and_gradients() -> None:
     torch._dynamo.reset()
     stack, x = Stack(), torch.randn(4, 5)
     config = SpIELConfig(density=0.3, target_modules=["first", "middle"], init_weights=False)
@@ -103,7 +102,7 @@ def test_compiled_model_gives_the_same_loss_and_gradients(backend: str) -> None:
     loss = model(x).square().sum()
     loss.backward()
     expected = values_grads(model)
-    compiled = torch.compile(model, backend=backend)(x).square().sum()
+    compiled = torch.compile(model, backend="aot_eager")(x).square().sum()
     compiled.backward()
     assert_close(compiled, loss, 1e-6, "loss")
     assert_same_grads(values_grads(model), expected, 1e-5)

@@ -44,6 +44,8 @@ def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> Non
 
 def _gathers_now(delta: SparseDelta) -> bool:
     run, config, done = delta.run, delta.run.config, delta.state.step
+    if delta.state.finished and done == delta.state.total_steps:
+        done = 0  # if anything follows, it is the first step of another run
     if not get_growth_criterion(config.growth).gathers:
         return False
     if not in_window(done, config.regrow_every, config.accumulation_steps):

@@ -27,9 +27,12 @@ def owned_by_another(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bo
 def begin_run(delta: SparseDelta) -> None:
     """Start counting steps anew; accumulators of the optimizer's second moments stay."""
     old = delta.state
-    # Only a run that has stepped is over: gradients gathered for the first step of this one stay.
-    if old.step:
-        delta.state = TrainingState(row=old.row, col=old.col)
+    # Only a run that has stepped is over: what was gathered for the first step of this one stays.
+    if not old.step:
+        return
+    delta.state = TrainingState(row=old.row, col=old.col)
+    if old.finished and old.window is not None and old.window.steps == 0:
+        delta.state.window, delta.state.current = old.window, old.current
 
 
 def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:

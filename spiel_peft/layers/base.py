@@ -24,6 +24,7 @@ from ..base_weight import (
     offload_hook,
     onloaded,
     run_with_hooks,
+    writable,
 )
 from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
@@ -229,17 +230,18 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         before = list(self.merged_adapters)
-        # The sum is always taken from the originals, so the order and number of merges leave no trace.
-        self._restore_originals()
-        try:
-            if safe_merge:
-                self.check_finite(before + names)
-            self._write_merged(before + names)
-        except Exception:
+        with writable(self):
+            # The sum is always taken from the originals, so the order and number of merges leave no trace.
             self._restore_originals()
-            if before:
-                self._write_merged(before)
-            raise
+            try:
+                if safe_merge:
+                    self.check_finite(before + names)
+                self._write_merged(before + names)
+            except Exception:
+                self._restore_originals()
+                if before:
+                    self._write_merged(before)
+                raise
 
     def check_finite(self, adapter_names: list[str]) -> None:
         """Raise a ValueError if adding these adapters gives a value that is not finite in the base's dtype."""
@@ -296,7 +298,8 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
 
     def _restore_originals(self) -> None:
         if self._backup is not None:
-            self._backup.restore(self)
+            with writable(self):
+                self._backup.restore(self)
             self._backup = None
         self.merged_adapters = []
 

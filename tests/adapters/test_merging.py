@@ -7,7 +7,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from .helpers import adapted, assert_unchanged, deltas_of, layers_of, logits, same_bits, snapshot, spiel_config, tiny_llama
+from .helpers import (
+    adapted,
+    assert_unchanged,
+    deltas_of,
+    layers_of,
+    logits,
+    same_bits,
+    snapshot,
+    spiel_config,
+    tiny_llama,
+)
 
 ALL = "all-linear"
 
@@ -101,9 +111,7 @@ def test_safe_merge_refuses_a_broken_adapter_everywhere(dtype: torch.dtype, valu
     deltas_of(model)["model.layers.1.mlp.down_proj"].values.data[7] = value
     before = snapshot(model)
     merge = model.merge_and_unload if unload else model.merge_adapter
-    with pytest.raises(
-        ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"
-    ):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         merge(safe_merge=True)
     assert_unchanged(model, before)
     assert all(layer.merged_adapters == [] for layer in layers_of(model))

@@ -59,7 +59,7 @@ def test_a_close_keeps_the_set_sound_and_moves_values_with_their_positions(
     indices = torch.tensor(active)
     exchange = decide_exchange(indices, torch.tensor(values), torch.tensor(proposed, dtype=torch.int64), count)
     new, source = replace_positions(indices, exchange.drop, exchange.grown)
-    assert check_index_set(new, NUMEL) is None
+    assert check_index_set(new.to(torch.int32), NUMEL) is None
     assert new.numel() == len(active)
     grown = exchange.grown.tolist()
     # A tag that names its position; grown ones get the negative.
@@ -69,9 +69,7 @@ def test_a_close_keeps_the_set_sound_and_moves_values_with_their_positions(
 
 
 def test_a_pruned_position_that_is_proposed_stays() -> None:
-    exchange = decide_exchange(
-        torch.tensor([2, 5, 9]), torch.tensor([0.1, 3.0, 0.2]), torch.tensor([9, 2, 4]), count=2
-    )
+    exchange = decide_exchange(torch.tensor([2, 5, 9]), torch.tensor([0.1, 3.0, 0.2]), torch.tensor([9, 2, 4]), count=2)
     assert not exchange.drop.any()
     assert exchange.grown.numel() == 0
 

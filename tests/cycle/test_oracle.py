@@ -102,9 +102,7 @@ class Pair:
         s = self.settings
         if s.optimizer == "sgd":
             return torch.optim.SGD(trainable(self.ours), lr=s.lr, momentum=s.momentum)
-        return torch.optim.AdamW(
-            trainable(self.ours), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay
-        )
+        return torch.optim.AdamW(trainable(self.ours), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
 
     def step(self, number: int, micro_batches: int) -> bool:
         """One step of both; whether a cycle closed."""

@@ -1,0 +1,74 @@
+"""bitsandbytes layers for the tests, quantized on the CPU, and what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+
+# A multiple of the block size of 64: on CPUs bitsandbytes misreads blocks that straddle rows.
+ROWS, COLS = 64, 128
+
+
+def linear_4bit(
+    quant_type: str = "nf4", double: bool = True, compute: torch.dtype | None = torch.float32, rows: int = ROWS
+) -> nn.Module:
+    layer = bnb.nn.Linear4bit(COLS, rows, compute_dtype=compute, quant_type=quant_type, compress_statistics=double)
+    return layer.to("cpu")
+
+
+def linear_8bit() -> nn.Module:
+    return bnb.nn.Linear8bitLt(COLS, ROWS, has_fp16_weights=False).to("cpu")
+
+
+QUANTIZED = {
+    "nf4": lambda: linear_4bit("nf4", double=False),
+    "nf4-double": lambda: linear_4bit("nf4", double=True),
+    "fp4": lambda: linear_4bit("fp4", double=False),
+    "fp4-double": lambda: linear_4bit("fp4", double=True),
+    "nf4-bf16": lambda: linear_4bit("nf4", compute=torch.bfloat16),
+    "nf4-odd-rows": lambda: linear_4bit("nf4", rows=50),
+    "nf4-compute-unset": lambda: linear_4bit("nf4", compute=None),
+    "8bit": linear_8bit,
+}
+
+
+def dequantized(layer: nn.Module) -> Tensor:
+    """The weight that the packed bytes stand for, written down independently of PEFT."""
+    weight = layer.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+    return weight.data.float() * scales.float()[:, None] / 127
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, bnb.functional.QuantState):
+        return {name: _held(entry) for name, entry in vars(value).items()}
+    return value if not isinstance(value, nn.Module) else id(value)
+
+
+def everything_held(layer: nn.Module) -> dict[str, Any]:
+    """Packed bytes, attributes of the parameter, quantization state."""
+    state = getattr(layer, "state", None)
+    return {
+        "bytes": layer.weight.data.clone(),
+        "parameter": {name: _held(value) for name, value in vars(layer.weight).items()},
+        "quant_state": _held(getattr(layer, "quant_state", None)),
+        "state": {name: _held(getattr(state, name, None)) for name in ("CB", "SCB")},
+    }
+
+
+def assert_holds_the_same(got: Any, expected: Any, path: str = "layer") -> None:
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys(), path
+        for name in expected:
+            assert_holds_the_same(got[name], expected[name], f"{path}.{name}")
+    elif isinstance(expected, Tensor):
+        assert got.dtype == expected.dtype and torch.equal(got, expected), path
+    else:
+        assert got == expected, path

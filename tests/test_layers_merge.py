@@ -1,0 +1,174 @@
+"""Merging: the merged output has the bits of the unmerged one, and unmerging restores the bits of the base."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import CASES, HALF_AND_FULL, LayerCase, adapt, assert_close, assert_same_bits, spiel_layer, values_of
+from torch import nn
+
+NAN_MESSAGE = "NaNs detected in the merged weights"
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_dtype = pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("adapters", [("a",), ("a", "b")], ids=["one", "two"])
+def test_merged_and_unmerged_outputs_are_bitwise_equal(
+    case: LayerCase, dtype: torch.dtype, adapters: tuple[str, ...]
+) -> None:
+    layer, x = case.build(dtype)
+    before = layer.weight.detach().clone()
+    model = adapt(layer, layer.weight.numel() // 2, adapters)
+    with torch.no_grad():
+        out = model(x)
+        model.merge_adapter()
+        assert_same_bits(model(x), out, "merged output")
+        model.unmerge_adapter()
+        assert_same_bits(layer.weight.detach(), before, "base weight")
+        assert_same_bits(model(x), out, "output after unmerging")
+
+
+@every_case
+@every_dtype
+def test_merged_weight_is_the_sum_rounded_once(case: LayerCase, dtype: torch.dtype) -> None:
+    layer, _ = case.build(dtype)
+    model = adapt(layer, 8, ("a", "b"))
+    wrapped = spiel_layer(model)
+    expected = layer.weight.detach().float()
+    for name in ("a", "b"):
+        expected = expected + wrapped.get_delta_weight(name)
+    model.merge_adapter()
+    assert_same_bits(layer.weight.detach(), expected.to(dtype))
+
+
+@every_case
+def test_merging_one_by_one_equals_merging_together(case: LayerCase) -> None:
+    layer, _ = case.build(torch.bfloat16)
+    before = layer.weight.detach().clone()
+    model = adapt(layer, 8, ("a", "b", "c"))
+    model.merge_adapter()
+    together = layer.weight.detach().clone()
+    model.unmerge_adapter()
+    for name in ("a", "b", "c"):
+        model.merge_adapter([name])
+    assert spiel_layer(model).merged_adapters == ["a", "b", "c"]
+    assert_same_bits(layer.weight.detach(), together)
+    model.unmerge_adapter()
+    assert_same_bits(layer.weight.detach(), before)
+
+
+@every_case
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
+def test_disable_adapter_gives_the_exact_base_outputs(case: LayerCase, merged: bool) -> None:
+    layer, x = case.build()
+    with torch.no_grad():
+        expected = copy.deepcopy(layer)(x)
+        model = adapt(layer)
+        adapted = model(x)
+        if merged:
+            model.merge_adapter()
+        with model.disable_adapter():
+            assert_same_bits(model(x), expected)
+        assert not torch.equal(adapted, expected)
+        assert_same_bits(model(x), adapted)
+
+
+@every_case
+def test_merge_and_unload_gives_a_plain_layer_with_the_same_outputs(case: LayerCase) -> None:
+    layer, x = case.build()
+    with torch.no_grad():
+        model = adapt(layer)
+        out = model(x)
+        plain = model.merge_and_unload()
+        assert plain.layer is layer
+        assert_same_bits(plain(x), out)
+
+
+def test_delta_weight_is_dense_in_the_shape_of_the_weight() -> None:
+    for case in CASES.values():
+        layer = case.make()
+        wrapped = spiel_layer(adapt(layer, 8))
+        delta = wrapped.spiel_delta["default"]
+        dense = wrapped.get_delta_weight("default")
+        assert dense.shape == layer.weight.shape and dense.dtype == delta.values.dtype
+        assert not dense.requires_grad and int((dense != 0).sum()) == 8
+        assert_same_bits(dense.flatten()[delta.indices.long()], delta.values.detach())
+
+
+@every_case
+def test_strided_weight_is_merged_and_restored(case: LayerCase) -> None:
+    layer, x = case.build()
+    weight = layer.weight.detach().transpose(0, -1).contiguous().transpose(0, -1)
+    layer.weight = nn.Parameter(weight.clone(memory_format=torch.preserve_format))
+    model = adapt(layer)
+    with torch.no_grad():
+        out = model(x)
+        model.merge_adapter()
+        assert_close(model(x), out, 1e-6)
+        model.unmerge_adapter()
+    assert_same_bits(layer.weight.detach(), weight)
+
+
+def test_safe_merge_refuses_what_is_not_finite_and_leaves_the_base_alone() -> None:
+    layer, x = CASES["linear"].build()
+    before = layer.weight.detach().clone()
+    model = adapt(layer, adapters=("good", "bad"))
+    model.merge_adapter(["good"])
+    merged = layer.weight.detach().clone()
+    with torch.no_grad():
+        values_of(model, "bad")[2] = float("nan")
+    with pytest.raises(ValueError, match=NAN_MESSAGE):
+        spiel_layer(model).merge(safe_merge=True, adapter_names=["bad"])
+    assert spiel_layer(model).merged_adapters == ["good"]
+    assert_same_bits(layer.weight.detach(), merged)
+    model.unmerge_adapter()
+    assert_same_bits(layer.weight.detach(), before)
+
+
+def test_safe_merge_sees_an_overflow_of_the_narrow_dtype() -> None:
+    layer = nn.Linear(9, 13).half()
+    model = adapt(layer)
+    with torch.no_grad():
+        values_of(model)[0] = 1e5
+    with pytest.raises(ValueError, match=NAN_MESSAGE):
+        model.merge_adapter(safe_merge=True)
+
+
+def test_parameter_keeps_its_identity() -> None:
+    """Optimizers and trainers hold on to parameters."""
+    layer, _ = CASES["linear"].build()
+    weight, model = layer.weight, adapt(layer)
+    model.merge_adapter()
+    assert layer.weight is weight
+    model.unmerge_adapter()
+    assert layer.weight is weight
+
+
+@pytest.mark.parametrize("change", ["merge", "write"])
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d"])
+def test_weight_changed_between_forward_and_backward_is_noticed(name: str, change: str) -> None:
+    layer, x = CASES[name].build()
+    model = adapt(layer)
+    out = model(x.requires_grad_())
+    with torch.no_grad():
+        model.merge_adapter() if change == "merge" else layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="a base weight was changed .* between a forward pass and its backward"):
+        out.sum().backward()
+
+
+def test_shared_weight_merged_between_forward_and_backward_is_noticed() -> None:
+    """Merging a shared weight gives the layer a parameter of its own, so the old one's version tells nothing."""
+    layer, x = CASES["linear"].build()
+    model = adapt(layer)
+    spiel_layer(model).shared_with = ("other",)
+    weight = layer.weight
+    out = model(x.requires_grad_())
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="a base weight was changed"):
+        out.sum().backward()
+    model.unmerge_adapter()
+    assert layer.weight is weight
