@@ -32,8 +32,10 @@ $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(PIP) install -c constraints.txt -e ".[demo,test]"
 	@touch $@
 
+# Passive waiting: where other programs want the cores too, OpenMP's spinning threads cost far more
+# (measured: 10 times the time per step and more) than they save where none do.
 demo: $(VENV)/.demo-installed
-	HF_HUB_OFFLINE=1 $(BIN)/python examples/finetune.py --output-dir outputs/demo $(DEMO_ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/finetune.py --output-dir outputs/demo $(DEMO_ARGS)
 
 # One thread per test process: two processes with two threads each would fight over two cores.
 # Not "python -m pytest", which puts the checkout on the import path, where other packages would take

@@ -176,6 +176,7 @@ def build_trainer(base: Any, inputs: Inputs, args: argparse.Namespace, curve: He
         max_steps=args.max_steps or -1,
         num_train_epochs=args.epochs or 1,
         bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),  # without which the Trainer refuses bf16 on a CPU
         seed=args.seed,
         logging_steps=1,
         disable_tqdm=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,21 +88,28 @@ def _inspect_bitsandbytes(weight: Tensor, shape: tuple[int, int]) -> str | None:
         return "has not been quantized yet; move it to its device first (8-bit: with has_fp16_weights=False)"
     if quant_state is not None and tuple(quant_state.shape) != shape:
         return f"holds a packed weight of shape {tuple(quant_state.shape)}, not {shape}"
-    if getattr(quant_state, "packing_format_for_cpu", False):
-        return (
-            "has been evaluated on a CPU, for which bitsandbytes has packed its weight in a way that cannot be "
-            "dequantized; load the model again and add the adapter before the first evaluation"
-        )
     return None
 
 
 def keep_readable(module: nn.Module) -> None:
-    """Stop bitsandbytes from repacking a 4-bit weight for its CPU kernels at the first evaluation.
+    """Undo, and stop from happening, bitsandbytes' repacking of a 4-bit weight at the first evaluation on some CPUs.
 
-    Nothing, bitsandbytes' own functions included, can dequantize the repacked bytes, and the way back is not exact.
+    bitsandbytes' `dequantize_4bit`, and so PEFT, would take the repacked bytes for the usual ones.
     """
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+    if not hasattr(module, "support_avx512bf16_for_cpu"):
+        return
+    module.support_avx512bf16_for_cpu = False
+    packed = getattr(module.weight, "quant_state", None)
+    if not getattr(packed, "packing_format_for_cpu", False):
+        return
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    # Scales have been rounded to bfloat16 by then. They are kept as they are: quantizing them anew would lose more.
+    state = copy.copy(packed)
+    state.original_nested, state.state2, state.offset = False, None, None
+    module.weight.data, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
+    state.absmax = packed.absmax.T.flatten().float()
+    module.weight.quant_state = module.quant_state = state
 
 
 def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:

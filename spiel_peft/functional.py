@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,7 @@ from torch.nn import functional as F
 
 from spiel_kernels import (
     apply_deltas,
+    folded,
     gather_conv,
     gather_dense,
     gather_embedding,
@@ -175,6 +178,9 @@ WEIGHT_CHANGED = (
 )
 
 
+_FOLDING = threading.RLock()
+
+
 class WeightSource:
     """Reads a base weight now and again in backward, and notices if it changed in between.
 
@@ -195,10 +201,33 @@ class WeightSource:
         tracked = self.parameter is not None and not self.parameter.is_inference()
         return self.parameter._version if tracked else 0
 
-    def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor:
+    def _read_unchanged(self) -> Tensor:
         if self._current_version() != self.version:
             raise RuntimeError(WEIGHT_CHANGED)
-        return apply_deltas(self.read(), deltas, self.dtype).to(compute_dtype)
+        return self.read()
+
+    def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The adapted weight as a tensor of its own."""
+        return apply_deltas(self._read_unchanged(), deltas, self.dtype)
+
+    @contextmanager
+    def weight(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Iterator[Tensor]:
+        """The adapted weight for the length of one operation: in place where that can be done, else a copy.
+
+        The operation must not keep the tensor. Another thread that adapts a weight waits; one that reads the base
+        weight meanwhile would see the deltas in it.
+        """
+        weight = self._read_unchanged()
+        if not self._writable(weight):
+            yield apply_deltas(weight, deltas, self.dtype).to(compute_dtype)
+            return
+        with _FOLDING, folded(weight, deltas):
+            yield weight.to(compute_dtype)
+
+    def _writable(self, weight: Tensor) -> bool:
+        # Sharded weights are a subclass, expanded ones share memory between entries.
+        plain = self.parameter is not None and type(weight) is Tensor and not weight.is_inference()
+        return plain and 0 not in weight.stride()
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
@@ -239,7 +268,8 @@ class _Adapted(torch.autograd.Function):
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.save_for_backward(x if trains else None, *flat)
         with _no_autocast(x):
-            return op.forward(x, source.adapted(_pairs(flat), x.dtype), bias)
+            with source.weight(_pairs(flat), x.dtype) as weight:
+                return op.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -250,9 +280,8 @@ class _Adapted(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with _no_autocast(grad_out):
             if needs[3]:
-                adapted = ctx.source.adapted(pairs, ctx.compute_dtype)
-                grad_x = ctx.op.grad_input(grad_out, adapted, ctx.x_shape)
-                del adapted
+                with ctx.source.weight(pairs, ctx.compute_dtype) as weight:
+                    grad_x = ctx.op.grad_input(grad_out, weight, ctx.x_shape)
             if needs[5]:
                 grad_bias = ctx.op.grad_bias(grad_out)
             gradient = ctx.op.gradient(grad_out, x) if x is not None else None
@@ -322,7 +351,7 @@ class _FoldedWeight(torch.autograd.Function):
     def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor) -> Tensor:
         ctx.deltas = deltas
         ctx.save_for_backward(*flat)
-        return source.adapted(_pairs(flat), source.dtype)
+        return source.adapted(_pairs(flat))
 
     @staticmethod
     @once_differentiable

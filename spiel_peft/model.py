@@ -6,13 +6,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -21,15 +19,14 @@ from .budget import allocate_deltas
 from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, split_file_key
 from .config import SpIELConfig
 from .cycle.collector import collect
-from .delta import AdapterRun, SparseDelta
+from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .merge_report import MergeLoss
+from .structure import ModelStructure, check_unmerged, discard_unloaded
 from .training_state import STATE_KEYS
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
 _PEFT_PREFIX = "base_model.model."
-# What adding an adapter changes in existing layers and in PEFT's wrappers of whole modules, besides their children.
-_INJECTED_ATTRIBUTES = ("_active_adapter", "_adapters", "shared_with", "tied_to")
 
 
 class _Injection:
@@ -42,29 +39,6 @@ class _Injection:
         self.infos: dict[str, BaseInfo] = {}
         self.counts: dict[str, int] | None = None
         self.shared: dict[str, tuple[str, ...]] = {}
-
-
-class _Structure:
-    """The modules of a model and what an injection changes in them, to be put back if it fails."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.children = [(module, dict(module._modules)) for module in model.modules()]
-        self.attributes = [
-            (module, {name: copy(vars(module)[name]) for name in _INJECTED_ATTRIBUTES if name in vars(module)})
-            for module in model.modules()
-            if isinstance(module, (SpIELLayer, AuxiliaryTrainingWrapper))
-        ]
-        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.runs = [delta.run for delta in model.modules() if isinstance(delta, SparseDelta)]
-
-    def restore(self) -> None:
-        for module, children in self.children:
-            module._modules.clear()
-            module._modules.update(children)
-        for module, attributes in self.attributes:
-            vars(module).update(attributes)
-        for parameter, requires_grad in self.requires_grad:
-            parameter.requires_grad = requires_grad
 
 
 class SpIELModel(BaseTuner):
@@ -93,10 +67,10 @@ class SpIELModel(BaseTuner):
         Raises:
             ValueError: an unsupported or shared target, an impossible budget, or an adapter is merged.
         """
-        _check_unmerged(model, adapter_name, "added")
+        check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
         self._injection = _Injection(AdapterRun(config, adapter_name), *_modules_of(state_dict))
-        before = _Structure(model)
+        before = ModelStructure(model)
         try:
             super().inject_adapter(
                 model,
@@ -348,14 +322,14 @@ class SpIELModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        _check_unmerged(model, adapter_name, "loaded")
+        check_unmerged(model, adapter_name, "loaded")
         deltas = {
             name.removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
         state_dict = {k.replace("._orig_mod.", "."): v for k, v in state_dict.items()}
-        discard = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
+        discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
             check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
         except ValueError:
@@ -429,29 +403,6 @@ def _warn_about_fused_experts(model: nn.Module, config: SpIELConfig) -> None:
             f"{shown}. SpIEL does not adapt fused experts.",
             stacklevel=2,
         )
-
-
-def _check_unmerged(model: nn.Module, adapter_name: str, what: str) -> None:
-    layers = [layer for layer in model.modules() if isinstance(layer, SpIELLayer)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"Adapter {adapter_name!r} cannot be {what} while {merged} are merged into the base weights; call "
-            "unmerge_adapter() first"
-        )
-
-
-def _discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]) -> None:
-    """Remove the empty adapter that PEFT added for a file that turned out to be bad."""
-    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
-    fresh = all(delta.untouched for delta in deltas)
-    if not (config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter")):
-        return
-    model.delete_adapter(adapter_name)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SpIELLayer) and not layer.spiel_delta:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

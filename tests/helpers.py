@@ -31,14 +31,12 @@ class Single(nn.Module):
         return self.layer(x)
 
 
-def adapt(layer: nn.Module, k: int | None = None, adapters: tuple[str, ...] = ("default",), **config: Any) -> PeftModel:
+def adapt(layer: nn.Module, k: int = 7, adapters: tuple[str, ...] = ("default",), **config: Any) -> PeftModel:
     """A PEFT model of one layer with random deltas; every adapter has positions of its own, all are active."""
-    k = k if k is not None else 7
+    config = {"target_modules": ["layer"], "init_weights": False, "growth": "none", **config}
     model: PeftModel | None = None
     for number, name in enumerate(adapters):
-        settings = SpIELConfig(
-            num_deltas=k, target_modules=["layer"], init_weights=False, growth="none", seed=number, **config
-        )
+        settings = SpIELConfig(num_deltas=k, seed=number, **config)
         if model is None:
             model = get_peft_model(Single(layer), settings, adapter_name=name)
         else:

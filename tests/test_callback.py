@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, mlp
+from trainer_helpers import Regression, arguments, regression, total_deltas, trainer
 from transformers import TrainerCallback
 
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, mlp
 from spiel_peft import SpIELCallback, SpIELOptimizer
-from trainer_helpers import Regression, arguments, regression, total_deltas, trainer
 
 KEYS = {"spiel/replaced", "spiel/kept", "spiel/churn", "spiel/mean_abs_delta"}
 
@@ -123,6 +123,18 @@ def test_a_second_trainer_of_another_length(tmp_path: Path) -> None:
         model = regression()
         trainer(model, tmp_path, callbacks).train()
         trainer(model, tmp_path, callbacks, max_steps=30).train()
+        rates = [report.rate for report in log_of(model)[3:]]
+        assert rates == pytest.approx([0.2 * (1 - step / 30) for step in range(2, 31, 4)])
+
+
+def test_a_second_train_of_another_length(tmp_path: Path) -> None:
+    """The same trainer and optimizer, told to train longer."""
+    for callbacks in ([], [SpIELCallback()]):
+        model = regression()
+        training = trainer(model, tmp_path, callbacks)
+        training.train()
+        training.args.max_steps = 30
+        training.train()
         rates = [report.rate for report in log_of(model)[3:]]
         assert rates == pytest.approx([0.2 * (1 - step / 30) for step in range(2, 31, 4)])
 

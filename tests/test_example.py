@@ -365,3 +365,25 @@ def test_whole_run_on_a_tiny_model(
     text = capsys.readouterr().out
     for expected in ("trainable params:", "held out", "Cycle", "before", "after", "reference", "Saved"):
         assert expected in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--load-in-4bit", "--bf16 --gradient-checkpointing --grad-accum 2", "--growth momentum --epochs 0.2 --no-merge"],
+    ids=["4bit", "bf16", "momentum"],
+)
+def test_other_ways_to_run(
+    options: str, tmp_path: Path, model_dir: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "4bit" in options:
+        pytest.importorskip("bitsandbytes")
+    arguments = ["--model", str(model_dir), "--data", str(pairs_file), "--output-dir", str(tmp_path), *options.split()]
+    if "--epochs" not in options:
+        arguments += ["--max-steps", "3"]
+    assert finetune.main([*arguments, "--density", "0.2", "--learning-rate", "1e-2", "--max-new-tokens", "2"]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
+    unmerged = "4bit" in options or "--no-merge" in options
+    assert (tmp_path / "merged").exists() != unmerged
+    text = capsys.readouterr().out
+    assert ("not saved: rounding back to 4 bits" in text) == ("4bit" in options)

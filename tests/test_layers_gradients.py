@@ -83,8 +83,12 @@ def test_inactive_adapter_takes_no_part() -> None:
 
 @pytest.mark.parametrize("name", ["linear", "linear-no-bias", "transposed", "conv2d"])
 @pytest.mark.parametrize("needs_input_grad", [False, True], ids=["frozen-input", "input-grad"])
-def test_no_dense_weight_gradient_in_backward(name: str, needs_input_grad: bool) -> None:
-    """The adapted weight is made again where the input needs a gradient; the weight's gradient never is."""
+@pytest.mark.parametrize("growth", ["none", "accumulated_gradient"])
+def test_no_dense_weight_gradient_in_backward(name: str, needs_input_grad: bool, growth: str) -> None:
+    """Nothing of the weight's size is allocated: deltas are folded in place, the weight's gradient is never whole.
+
+    Under accumulated_gradient the first backward pass opens a window and selects candidates: in row blocks.
+    """
     layers = {
         "linear": nn.Linear(40, 64),
         "linear-no-bias": nn.Linear(40, 64, bias=False),
@@ -94,11 +98,26 @@ def test_no_dense_weight_gradient_in_backward(name: str, needs_input_grad: bool)
     layer = layers[name]
     x = torch.randn(2, 24, 4, 4) if name == "conv2d" else torch.randn(5, 40)
     x.requires_grad_(needs_input_grad)
-    recorder = backward_ops(adapt(layer, 30), x)
+    model = adapt(layer, 30, growth=growth)
+    recorder = backward_ops(model, x)
+    assert (spiel_layer(model).spiel_delta["default"].state.window is None) == (growth == "none")
     numel = layer.weight.numel()
-    full_size = [op for op in recorder.ops if numel in op.out_numels]
-    assert all(op.name in {"_to_copy", "clone"} for op in full_size), "only copies of the weight itself"
-    assert len(full_size) == int(needs_input_grad)
+    assert [op.name for op in recorder.ops if numel in op.out_numels] == []
+
+
+@pytest.mark.parametrize("name", ["linear", "transposed", "conv2d"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_no_copy_of_the_weight_in_forward(name: str, grad: bool) -> None:
+    layers = {"linear": nn.Linear(40, 64), "transposed": transposed(40, 64), "conv2d": nn.Conv2d(24, 64, 3)}
+    layer = layers[name]
+    x = torch.randn(2, 24, 4, 4) if name == "conv2d" else torch.randn(5, 40)
+    model = adapt(layer, 30)
+    before = layer.weight.detach().clone()
+    with torch.set_grad_enabled(grad), OpRecorder() as recorder:
+        model(x)
+    assert recorder.matmuls
+    assert [op.name for op in recorder.ops if layer.weight.numel() in op.out_numels] == []
+    assert torch.equal(layer.weight, before)
 
 
 def test_gradients_add_up_over_uses_and_passes() -> None:

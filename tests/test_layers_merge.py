@@ -138,6 +138,20 @@ def test_safe_merge_sees_an_overflow_of_the_narrow_dtype() -> None:
         model.merge_adapter(safe_merge=True)
 
 
+@pytest.mark.parametrize("name", ["linear", "embedding"])
+def test_copy_of_a_merged_model_unmerges_by_itself(name: str) -> None:
+    layer, x = CASES[name].build()
+    before, model = layer.weight.detach().clone(), adapt(layer)
+    model.merge_adapter()
+    merged = layer.weight.detach().clone()
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert_same_bits(spiel_layer(twin).base_layer.weight.detach(), before)
+    assert_same_bits(layer.weight.detach(), merged)
+    model.unmerge_adapter()
+    assert_same_bits(twin(x).detach(), model(x).detach())
+
+
 def test_parameter_keeps_its_identity() -> None:
     """Optimizers and trainers hold on to parameters."""
     layer, _ = CASES["linear"].build()

@@ -70,6 +70,23 @@ def test_evaluation_never_changes_what_is_read(make: Callable[[], nn.Module]) ->
         assert_close(disabled, x @ dequantized(layer).T + layer.bias, tolerance)
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp4", "fp4-double", "nf4-bf16"])
+def test_weight_repacked_by_an_earlier_evaluation_is_read_rightly(name: str) -> None:
+    """bitsandbytes has rounded its scales to bfloat16 by then, and nothing more may be lost."""
+    layer = QUANTIZED[name]()
+    weight = dequantized(layer).float()
+    layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu(
+        layer.weight.data, layer.weight.quant_state
+    )
+    assert state.packing_format_for_cpu and layer.weight.quant_state is state
+    wrapped = spiel_layer(adapt(layer, 500))
+    assert_close(wrapped.get_base_weight().float(), weight, torch.finfo(torch.bfloat16).eps)
+    x = torch.randn(3, COLS)
+    with torch.no_grad():
+        expected = x @ (wrapped.get_base_weight().float() + wrapped.get_delta_weight("default")).T + layer.bias
+        assert_close(wrapped(x), expected, 1e-2 if name == "nf4-bf16" else 1e-5)
+
+
 @every_kind
 @pytest.mark.parametrize("used", [False, True], ids=["never-run", "run-before"])
 def test_merge_then_unmerge_restores_every_bit(make: Callable[[], nn.Module], used: bool) -> None:
@@ -100,6 +117,21 @@ def test_layer_can_be_moved_and_copied_after_unmerge(make: Callable[[], nn.Modul
     model.unmerge_adapter()
     assert_same_bits(model.to("cpu")(x).detach(), expected)
     assert_same_bits(copy.deepcopy(model)(x).detach(), expected)
+
+
+@every_kind
+def test_copy_of_a_merged_model_unmerges_by_itself(make: Callable[[], nn.Module]) -> None:
+    layer, x = make(), torch.randn(3, COLS)
+    model = adapt(layer, 500)
+    expected = model(x).detach()
+    model.merge_adapter()
+    merged = everything_held(layer)
+    twin = copy.deepcopy(model)
+    twin.unmerge_adapter()
+    assert_same_bits(twin(x).detach(), expected)
+    assert_holds_the_same(everything_held(layer), merged)
+    model.unmerge_adapter()
+    assert_same_bits(model(x).detach(), expected)
 
 
 @every_kind
@@ -143,12 +175,6 @@ def fresh_4bit() -> nn.Module:
     return bnb.nn.Linear4bit(COLS, 64)
 
 
-def repacked_4bit() -> nn.Module:
-    layer = linear_4bit()
-    layer.weight.quant_state.packing_format_for_cpu = True
-    return layer
-
-
 def transposed_4bit() -> nn.Module:
     layer = linear_4bit()
     layer.in_features, layer.out_features = layer.out_features, layer.in_features
@@ -159,7 +185,6 @@ UNREADABLE = {
     "4bit-not-quantized": (fresh_4bit, "has not been quantized yet"),
     "8bit-not-quantized": (lambda: bnb.nn.Linear8bitLt(COLS, 64, has_fp16_weights=False), "not been quantized yet"),
     "8bit-training-in-half": (lambda: bnb.nn.Linear8bitLt(COLS, 64).to("cpu"), "with has_fp16_weights=False"),
-    "4bit-repacked-for-cpu": (repacked_4bit, "has been evaluated on a CPU"),
     "4bit-other-shape": (transposed_4bit, r"holds a packed weight of shape \(64, 128\), not \(128, 64\)"),
 }
 

@@ -8,9 +8,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from cycle.helpers import adapt, assert_same_run, batch, deltas_of, first_delta, log_of, loss_of, train, trainable
 from torch import Tensor, nn
 
-from cycle.helpers import adapt, assert_same_run, batch, deltas_of, first_delta, log_of, loss_of, train, trainable
 from spiel_peft import SM3
 
 LR, EPS = 0.05, 1e-8

@@ -9,10 +9,10 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
+from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, mlp, train, trainable
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, mlp, train, trainable
 from spiel_peft import SM3, SpIELOptimizer
 
 

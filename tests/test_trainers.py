@@ -11,17 +11,17 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from adapters.helpers import tiny_llama
+from cycle.helpers import assert_same_run, assert_sound, deltas_of, indices_of, log_of, moved
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from trainer_helpers import arguments
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from adapters.helpers import tiny_llama
-from cycle.helpers import assert_same_run, assert_sound, deltas_of, indices_of, log_of, moved
 from spiel_peft import SpIELCallback, SpIELConfig
-from trainer_helpers import arguments
 
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(37))]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from cycle.helpers import adapt, batch, mlp
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-
-from cycle.helpers import adapt, batch, mlp
 
 
 class Regression(nn.Module):

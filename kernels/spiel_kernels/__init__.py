@@ -4,7 +4,7 @@ Positions are row-major flat indices into a matrix (or a higher-dimensional weig
 dimension). An index set is a one-dimensional tensor of positions, sorted and without repeats.
 """
 
-from .fold import adapted_entries, apply_deltas, write_entries
+from .fold import adapted_entries, apply_deltas, folded, write_entries
 from .gather import gather_conv, gather_dense, gather_embedding, gather_outer
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
 from .momentum import sm3_accumulate_, top_outer_positions
@@ -15,6 +15,7 @@ __all__ = [
     "adapted_entries",
     "apply_deltas",
     "check_index_set",
+    "folded",
     "gather_conv",
     "gather_dense",
     "gather_embedding",

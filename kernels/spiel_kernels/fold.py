@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,6 +57,25 @@ def apply_deltas(weight: Tensor, deltas: Deltas, out_dtype: torch.dtype | None =
     positions, sums = adapted_entries(weight, deltas)
     out = weight.to(dtype=out_dtype or weight.dtype, copy=True)
     return write_entries(out, positions, sums.to(out.dtype))
+
+
+@contextmanager
+def folded(weight: Tensor, deltas: Deltas) -> Iterator[None]:
+    """Add all deltas to `weight` in place for a while, then restore its bits: no copy of the weight is made.
+
+    The adapted entries are those of `apply_deltas`. Whoever reads the weight in between sees them, so keep it short.
+
+    Args:
+        weight: ``[*shape]``, floating, writable, tracked by nobody (a parameter's ``.data``).
+        deltas: pairs of ``indices`` ``[k]`` and ``values`` ``[k]``.
+    """
+    positions, sums = adapted_entries(weight, deltas)
+    originals = weight.take(positions)
+    try:
+        write_entries(weight, positions, sums.to(weight.dtype))
+        yield
+    finally:
+        write_entries(weight, positions, originals)
 
 
 def write_entries(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import torch
 from torch import Tensor
 
-from ..delta import SparseDelta
+from ..delta import AdapterRun, SparseDelta
 from ..functional import WeightGradient
 from ..training_state import CandidateWindow, StepGradient
 from .growth_registry import get_growth_criterion
 from .schedule import in_window, is_skipped, next_close
 
 _PROBES = 16
+# Runs whose user has been told that nobody steps their deltas.
+_WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
 def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> None:
@@ -34,7 +37,7 @@ def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> Non
             return  # an expert without tokens, a batch without labels: the next backward chooses
         zeros = torch.zeros(positions.numel(), dtype=active.dtype, device=active.device)
         state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
-    if current.pending is None:
+    if current.pending is None or current.probe_sums is None:
         current.pending = torch.zeros_like(state.window.sums)
         current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
         current.probe_sums = torch.zeros_like(active[current.probe])
@@ -84,9 +87,9 @@ def drop_step(delta: SparseDelta) -> None:
 
 
 def _warn_unheld(delta: SparseDelta) -> None:
-    if getattr(delta.run, "warned_unheld", False):
+    if delta.run in _WARNED_UNHELD:
         return
-    delta.run.warned_unheld = True
+    _WARNED_UNHELD.add(delta.run)
     warnings.warn(
         f"The deltas of adapter {delta.run.adapter_name!r} have been given gradients for a whole cycle "
         f"({delta.run.config.regrow_every} accumulations) while no torch.optim.Optimizer stepped them: the cycle does "

@@ -17,13 +17,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from spiel_kernels import replace_positions, sm3_accumulate_
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
-from ..seeding import seeded_generator
 from ..training_state import StepGradient
-from .agreement import agree_on_proposals
+from .agreement import agree_on_proposals, agree_on_values
 from .collector import drop_step
 from .exchange import Exchange, decide_exchange
-from .growth_registry import GrowthCriterion, GrowthRequest, get_growth_criterion
+from .growth_registry import GrowthCriterion, get_growth_criterion
 from .moments import GrownSeeds, check_state, permute, reseed_state
+from .proposals import accumulators, propose
 from .report import CycleReport
 from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
@@ -85,8 +85,9 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
             delta.state.unheld_steps = 0
         return
     factors = _scalings([delta for delta, _ in held])
-    for (delta, group), factor in zip(held, factors, strict=True):
-        _count_step(optimizer, delta, group, factor)
+    for delta, group in held:
+        _commit_window(delta, factors.get(delta))
+        _count_step(optimizer, delta, group)
     run = held[0][0].run
     config = run.config
     due = [
@@ -108,9 +109,8 @@ def _step_took_place(optimizer: torch.optim.Optimizer, grads: list[Tensor | None
     return math.isfinite(float(total))
 
 
-def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any], factor: Tensor) -> None:
+def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any]) -> None:
     state = delta.state
-    _commit_window(delta, factor)
     state.current = StepGradient()
     state.step += 1
     state.total_steps = delta.run.total_steps or 0
@@ -130,24 +130,13 @@ def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "updates_spiel_accumulators", False))
 
 
-def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:
-    """The SM3 accumulators of a delta, ``[rows]`` and ``[cols]``, float32 (float64 for float64 values)."""
-    state = delta.state
-    if state.row is None or state.col is None:
-        dtype = torch.promote_types(delta.values.dtype, torch.float32)
-        device = delta.values.device
-        state.row = torch.zeros(delta.rows, dtype=dtype, device=device)
-        state.col = torch.zeros(delta.cols, dtype=dtype, device=device)
-    return state.row, state.col
-
-
-def _commit_window(delta: SparseDelta, factor: Tensor) -> None:
+def _commit_window(delta: SparseDelta, factor: Tensor | None) -> None:
     """Add the finished step's candidate gradients to the window, scaled and clipped as the active ones were."""
     window, current = delta.state.window, delta.state.current
     if window is None:
         return
-    if current.pending is not None:
-        step_gradient = current.pending * factor
+    if current.pending is not None and factor is not None:
+        step_gradient = current.pending * factor.to(current.pending.dtype)
         if not bool(torch.isfinite(step_gradient).all()):
             # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step.
             drop_step(delta)
@@ -157,34 +146,25 @@ def _commit_window(delta: SparseDelta, factor: Tensor) -> None:
     window.steps += 1
 
 
-def _scalings(deltas: list[SparseDelta]) -> list[Tensor]:
-    """What unscaling, averaging and clipping made of each delta's raw gradients: ``grad`` over the collected probes.
+def _scalings(deltas: list[SparseDelta]) -> dict[SparseDelta, Tensor]:
+    """What unscaling, averaging and clipping made of each gathering delta's raw gradients: ``grad`` over the probes.
 
     Optimizers that unscale inside their kernel write the result back, so this holds for them too. A matrix whose
     probes are all zero (an embedding whose active rows did not occur) takes the factor of the others.
     """
-    seen_raw, raw_raw = [], []
+    products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
     for delta in deltas:
         current, grad = delta.state.current, delta.values.grad
-        if grad is None or current.probe is None or current.probe_sums is None:
-            zero = torch.zeros((), dtype=torch.float64, device=delta.values.device)
-            seen_raw.append(zero)
-            raw_raw.append(zero)
-            continue
-        raw = current.probe_sums.double()
-        seen_raw.append((grad[current.probe].double() * raw).sum())
-        raw_raw.append((raw * raw).sum())
-    device = seen_raw[0].device
-    seen_total = torch.stack([value.to(device) for value in seen_raw]).sum()
-    raw_total = torch.stack([value.to(device) for value in raw_raw]).sum()
+        if grad is not None and current.probe is not None and current.probe_sums is not None:
+            raw = current.probe_sums.double()
+            products[delta] = (grad[current.probe].double() * raw).sum(), (raw * raw).sum()
+    if not products:
+        return {}
+    device = deltas[0].values.device
+    seen_total = torch.stack([seen.to(device) for seen, _ in products.values()]).sum()
+    raw_total = torch.stack([raw.to(device) for _, raw in products.values()]).sum()
     overall = torch.where(raw_total > 0, seen_total / raw_total, torch.ones_like(raw_total))
-    factors = [
-        torch.where(raw > 0, seen / raw, overall.to(raw.device)) for seen, raw in zip(seen_raw, raw_raw, strict=True)
-    ]
-    return [
-        factor.to(delta.state.current.pending.dtype) if delta.state.current.pending is not None else factor
-        for factor, delta in zip(factors, deltas, strict=True)
-    ]
+    return {delta: torch.where(raw > 0, seen / raw, overall.to(raw.device)) for delta, (seen, raw) in products.items()}
 
 
 def _close(
@@ -205,7 +185,7 @@ def _close(
     ]
     magnitude = sum(float(delta.values.abs().double().sum()) for delta, _ in due)
     for (delta, _), exchange in zip(due, exchanges, strict=True):
-        _carry_out(optimizer, delta, exchange)
+        _carry_out(optimizer, criterion, delta, exchange)
     replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta, _ in due)
     report = CycleReport(step, rates[0], replaced, total - replaced, magnitude / total)
     run.log.append(report)
@@ -223,19 +203,19 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
 
 
 def _decide(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Exchange:
-    proposed = delta.indices[:0].to(torch.int64)
-    if count:
-        proposed = _checked(criterion, delta, criterion.propose(_request(criterion, delta, count)))
-    exchange = decide_exchange(delta.indices, delta.values.detach(), agree_on_proposals(proposed), count)
+    proposed = agree_on_proposals(propose(criterion, delta, count))
+    exchange = decide_exchange(delta.indices, delta.values.detach(), proposed, count)
     # Held for all matrices at once, so no wider than need be.
     return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
 
 
-def _carry_out(optimizer: torch.optim.Optimizer, delta: SparseDelta, exchange: Exchange) -> None:
+def _carry_out(
+    optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, delta: SparseDelta, exchange: Exchange
+) -> None:
     state = delta.state
     if exchange.grown.numel():
         new, source = replace_positions(delta.indices, exchange.drop, exchange.grown)
-        reseed_state(optimizer, delta.values, source, _seeds(delta, exchange.grown))
+        reseed_state(optimizer, delta.values, source, _seeds(criterion, delta, exchange.grown))
         delta.indices.copy_(new)
         delta.values.copy_(permute(delta.values.detach(), source, 0.0))
         if delta.values.grad is not None:
@@ -244,52 +224,18 @@ def _carry_out(optimizer: torch.optim.Optimizer, delta: SparseDelta, exchange: E
     state.window = None
 
 
-def _request(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> GrowthRequest:
-    window = delta.state.window if criterion.gathers else None
-    row, col = accumulators(delta) if criterion.accumulates else (None, None)
-    return GrowthRequest(
-        indices=delta.indices.to(torch.int64),
-        shape=(delta.rows, delta.cols),
-        numel=delta.numel,
-        count=count,
-        candidates=None if window is None else window.positions.to(torch.int64),
-        candidate_sums=None if window is None else window.sums,
-        row=row,
-        col=col,
-        generator=seeded_generator(delta.run.config.seed, delta.module_name, delta.state.closes + 1),
-    )
-
-
-def _checked(criterion: GrowthCriterion, delta: SparseDelta, proposed: Tensor) -> Tensor:
-    """A criterion may be anybody's: what it proposes is checked before anything is changed."""
-    problem = _problem_with(proposed, delta.numel)
-    if problem is not None:
-        raise ValueError(
-            f"growth criterion {criterion.name!r} must propose distinct positions in [0, {delta.numel}) as a "
-            f"one-dimensional integer tensor; for {delta.module_name!r} it proposed {problem}"
-        )
-    return proposed.to(device=delta.indices.device, dtype=torch.int64)
-
-
-def _problem_with(proposed: Any, numel: int) -> str | None:
-    if not isinstance(proposed, Tensor):
-        return f"a {type(proposed).__name__}"
-    if proposed.dim() != 1 or proposed.dtype not in (torch.int32, torch.int64):
-        return f"a {proposed.dtype} tensor of shape {tuple(proposed.shape)}"
-    if bool(((proposed < 0) | (proposed >= numel)).any()):
-        return f"positions from {int(proposed.min())} to {int(proposed.max())}"
-    repeats = proposed.numel() - torch.unique(proposed).numel()
-    return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None
-
-
-def _seeds(delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
-    window = delta.state.window
-    if window is None or window.steps == 0 or window.positions.numel() == 0:
+def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
+    if not criterion.gathers:
         return None
-    positions = window.positions.to(torch.int64)
+    window = delta.state.window
     grown = grown.to(torch.int64)
-    slots = torch.searchsorted(positions, grown).clamp_(max=positions.numel() - 1)
-    unknown = positions[slots] != grown
-    mean = (window.sums / window.steps)[slots].masked_fill(unknown, math.nan)
-    mean_square = (window.squares / window.steps)[slots].masked_fill(unknown, math.nan)
-    return GrownSeeds(mean, mean_square)
+    dtype = torch.promote_types(delta.values.dtype, torch.float32)
+    mean = torch.full(grown.shape, math.nan, dtype=dtype, device=grown.device)
+    mean_square = mean.clone()
+    if window is not None and window.steps and window.positions.numel():
+        positions = window.positions.to(torch.int64)
+        slots = torch.searchsorted(positions, grown).clamp_(max=positions.numel() - 1)
+        known = positions[slots] == grown
+        mean[known] = (window.sums[slots[known]] / window.steps).to(mean)
+        mean_square[known] = (window.squares[slots[known]] / window.steps).to(mean)
+    return GrownSeeds(agree_on_values(mean), agree_on_values(mean_square))

@@ -61,9 +61,9 @@ def check_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
         if isinstance(entry, Tensor):
             quantized = entry.dtype == torch.uint8 and f"qmap{name.removeprefix('state')}" in state
             known = entry.shape == parameter.shape and (quantized or entry.dtype != torch.uint8)
-            bad = [] if known else [entry]
+            bad: list[Any] = [] if known else [entry]
         else:
-            bad = entry if isinstance(entry, (list, tuple)) else []
+            bad = list(entry) if isinstance(entry, (list, tuple)) else []
         shapes = [tuple(tensor.shape) for tensor in bad if isinstance(tensor, Tensor) and tensor.numel() >= size]
         if shapes:
             raise TypeError(
@@ -119,9 +119,9 @@ def _seed(
 ) -> Tensor:
     m = int((source < 0).sum())
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    if role == "zero" or (role == "first" and seeds is None):
-        return torch.zeros(m, dtype=dtype, device=tensor.device)
-    if role == "first":
+    if role in ("zero", "first"):
+        if role == "zero" or seeds is None:
+            return torch.zeros(m, dtype=dtype, device=tensor.device)
         return torch.nan_to_num(seeds.mean) * _first_correction(name, group, state)
     values = torch.full((m,), _mean_of_kept(tensor, source), dtype=dtype, device=tensor.device)
     if role == "second" and seeds is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 
@@ -16,7 +17,7 @@ def running_trainer() -> Any:
     trainer_class = getattr(trainer_module, "Trainer", None)
     if trainer_class is None:
         return None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, trainer_class):

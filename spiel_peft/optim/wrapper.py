@@ -36,7 +36,8 @@ class SpIELOptimizer(torch.optim.Optimizer):
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
         attach(base_optimizer, model, total_steps)
-        self.base_optimizer = base_optimizer
+        # Any: a GradScaler hangs attributes on it that torch does not declare.
+        self.base_optimizer: Any = base_optimizer
         # Not super().__init__: groups, state and defaults are those of the wrapped optimizer, looked up every time, and
         # its step runs the hooks.
 

@@ -29,6 +29,7 @@ def quantized_llama(double: bool = False) -> nn.Module:
         layer.weight = bnb.nn.Params4bit(
             module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double
         )
+        layer.support_avx512bf16_for_cpu = False  # or bitsandbytes repacks the weight for its bfloat16 kernels
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.to("cpu"))
     model.is_loaded_in_4bit = True

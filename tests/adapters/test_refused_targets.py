@@ -115,6 +115,7 @@ def by_replacing(model: PeftModel) -> None:
 ATTEMPTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
     "get_peft_model": (tiny_llama, by_get_peft_model),
     "injection": (tiny_llama, by_injection),
+    "a second injection": (lambda: inject_adapter_in_model(spiel_config(r=1), tiny_llama()).eval(), by_injection),
     "add_adapter": (lambda: adapted(target_modules=["q_proj", "v_proj"]), by_add_adapter),
     "replacing an adapter": (adapted, by_replacing),
 }
@@ -124,6 +125,8 @@ ATTEMPTS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], None]]] = {
 def test_an_exception_in_the_third_layer_leaves_no_trace(attempt: str, request: pytest.FixtureRequest) -> None:
     make, add = ATTEMPTS[attempt]
     model = make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = parameter.requires_grad or "down_proj" in name
     before, state, output = traits(model), snapshot(model), logits(model)
     objects = {name: id(p) for name, p in model.named_parameters()}
     request.getfixturevalue("failing_third_layer")

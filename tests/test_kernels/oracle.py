@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 from torch import Tensor
+
+property_test = settings(deadline=None, max_examples=60)
 
 # Kernels accumulate in float32, or in float64 as soon as an operand has it.
 DTYPES = [

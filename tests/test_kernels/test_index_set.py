@@ -6,13 +6,12 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spiel_kernels import check_index_set, index_dtype, replace_positions, sample_positions
 
-settings.register_profile("kernels", deadline=None, max_examples=60)
-settings.load_profile("kernels")
+from .oracle import property_test
 
 
 def generator(seed: int) -> torch.Generator:
@@ -25,6 +24,7 @@ def size_and_count(draw: st.DrawFn) -> tuple[int, int]:
     return numel, draw(st.integers(0, numel))
 
 
+@property_test
 @given(size_and_count(), st.integers(0, 2**32))
 def test_sample_is_an_index_set_of_k(size: tuple[int, int], seed: int) -> None:
     numel, k = size
@@ -63,6 +63,7 @@ def test_index_dtype(numel: int, dtype: torch.dtype) -> None:
     assert index_dtype(numel) == dtype
 
 
+@property_test
 @given(st.lists(st.integers(-3, 30), max_size=12), st.sampled_from([torch.int32, torch.int64]))
 def test_check_accepts_exactly_the_sorted_unique_positions_in_range(positions: list[int], dtype: torch.dtype) -> None:
     good = positions == sorted(set(positions)) and all(0 <= p < 25 for p in positions)
@@ -110,6 +111,7 @@ def exchanges(draw: st.DrawFn) -> tuple[list[int], list[bool], list[int]]:
     return indices, drop, grown
 
 
+@property_test
 @given(exchanges(), st.sampled_from([torch.int32, torch.int64]))
 def test_replace_keeps_the_invariant_and_says_where_slots_come_from(
     exchange: tuple[list[int], list[bool], list[int]], dtype: torch.dtype

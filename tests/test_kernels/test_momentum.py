@@ -7,15 +7,12 @@ import math
 import pytest
 import torch
 from helpers import OpRecorder, assert_close
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
 
-from .oracle import draw_indices
-
-settings.register_profile("kernels", deadline=None, max_examples=60)
-settings.load_profile("kernels")
+from .oracle import draw_indices, property_test
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -69,6 +66,7 @@ def test_sparse_step_touches_rows_and_columns_of_active_positions_only(k: int, d
     assert_close(col, torch.tensor(expected_col, dtype=torch.float64), 1e-6)
 
 
+@property_test
 @given(st.lists(st.tuples(st.integers(0, 11), st.floats(-10, 10)), max_size=30))
 def test_accumulators_never_shrink(steps: list[tuple[int, float]]) -> None:
     row, col = torch.zeros(3), torch.zeros(4)
@@ -93,6 +91,7 @@ def best_positions(row: list[float], col: list[float], excluded: set[int], m: in
 ACCUMULATORS = st.lists(st.sampled_from([0.0, 1.0, 2.0, 4.0]), min_size=1, max_size=6)
 
 
+@property_test
 @given(ACCUMULATORS, ACCUMULATORS, st.data())
 def test_growth_equals_sorting_everything(row: list[float], col: list[float], data: st.DataObject) -> None:
     numel = len(row) * len(col)

@@ -6,21 +6,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spiel_kernels import StreamingTopK, stable_topk
 
-from .oracle import top_positions
-
-settings.register_profile("kernels", deadline=None, max_examples=60)
-settings.load_profile("kernels")
+from .oracle import property_test, top_positions
 
 # Few distinct values, so that ties are the rule.
 SCORES = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf]), max_size=40)
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@property_test
 @given(SCORES, st.integers(0, 45), st.sampled_from(FLOATS))
 def test_stable_topk(scores: list[float], k: int, dtype: torch.dtype) -> None:
     by_rank = sorted(range(len(scores)), key=lambda slot: (-scores[slot], slot))
@@ -29,6 +27,7 @@ def test_stable_topk(scores: list[float], k: int, dtype: torch.dtype) -> None:
     assert got.tolist() == sorted(by_rank[:k])
 
 
+@property_test
 @given(SCORES, st.integers(0, 45), st.lists(st.integers(0, 9), max_size=12), st.sampled_from(FLOATS))
 def test_streaming_equals_one_sort(scores: list[float], k: int, cuts: list[int], dtype: torch.dtype) -> None:
     """However the scores are cut into blocks, empty ones included."""
@@ -42,6 +41,7 @@ def test_streaming_equals_one_sort(scores: list[float], k: int, cuts: list[int],
     assert top.result().tolist() == top_positions(scores, k)
 
 
+@property_test
 @given(SCORES, st.integers(0, 20))
 def test_streaming_with_explicit_positions(scores: list[float], k: int) -> None:
     top = StreamingTopK(k)
