@@ -102,8 +102,8 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     length.add_argument("--max-steps", type=positive_int, help=steps_help)
     length.add_argument("--epochs", type=positive_float, help="passes over the training pairs")
     add = group.add_argument
-    add("--learning-rate", type=positive_float, default=1e-3, help="peak, after warm-up; falls linearly")
-    add("--warmup-steps", type=non_negative_int, default=5, help="optimizer steps")
+    add("--learning-rate", type=positive_float, default=5e-4, help="peak, after warm-up; falls linearly")
+    add("--warmup-steps", type=non_negative_int, default=10, help="optimizer steps")
     add("--batch-size", type=positive_int, default=4, help="pairs in a forward pass")
     add("--grad-accum", type=positive_int, default=1, help="forward passes per optimizer step")
     add("--eval-every", type=positive_int, default=20, help="steps between held-out measurements")

@@ -21,6 +21,17 @@ def split_file_key(key: str) -> tuple[str, str] | None:
     return (module, name) if "." not in name else None
 
 
+def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out what a file has for modules whose values it lacks: PEFT reports missing keys, new indices for old
+    values would go unnoticed."""
+    kept = {}
+    for key, tensor in tensors.items():
+        parts = split_file_key(key)
+        if parts is None or f"{parts[0]}{MARKER}values" in tensors:
+            kept[key] = tensor
+    return kept
+
+
 def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, SparseDelta]) -> None:
     """Refuse a damaged or hostile adapter file.
 

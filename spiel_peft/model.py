@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, split_file_key
+from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, drop_orphans, split_file_key
 from .config import SpIELConfig
 from .cycle.collector import collect
 from .delta import AdapterRun
@@ -328,7 +328,7 @@ class SpIELModel(BaseTuner):
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
-        state_dict = {k.replace("._orig_mod.", "."): v for k, v in state_dict.items()}
+        state_dict = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
         discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
             check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
