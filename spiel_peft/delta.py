@@ -16,7 +16,7 @@ from .training_state import STATE_KEYS, TrainingState
 
 if TYPE_CHECKING:
     from .config import SpIELConfig
-    from .functional import WeightGradient
+    from .weight_gradients import WeightGradient
 
 # Every delta alive in the process; optimizer hooks look here for the owners of the parameters they step.
 LIVE_DELTAS: weakref.WeakSet[SparseDelta] = weakref.WeakSet()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -140,6 +141,11 @@ class SpIELModel(BaseTuner):
         for name, module in self._targets(injection, config):
             base = module.get_base_layer() if isinstance(module, SpIELLayer) else module
             info = inspect_base(base, kwargs)
+            if _bypassed_by(self.model.get_submodule(name.rpartition(".")[0])):
+                info = (
+                    "belongs to nn.TransformerEncoderLayer, whose inference path reads weights without calling the "
+                    "layer; call torch.backends.mha.set_fastpath_enabled(False) first"
+                )
             if isinstance(info, str):
                 problems.append(f"{name} ({type(base).__module__}.{type(base).__qualname__}) {info}")
                 continue
@@ -350,6 +356,10 @@ class SpIELModel(BaseTuner):
             if name in layer.spiel_delta:
                 return list(layer.spiel_delta[name].run.log)
         raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
+
+
+def _bypassed_by(parent: nn.Module) -> bool:
+    return isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
 
 
 def _names(target: str, key: str) -> bool:

@@ -208,9 +208,7 @@ def test_r_is_a_positive_integer(value: Any) -> None:
     "value", [0, 0.0, -0.1, 1.0001, 2, NAN, INF, -INF, "0.1", True, False, [0.1], {}, 1j, 10**400], ids=repr
 )
 def test_density_is_a_number_above_zero_and_at_most_one(value: Any) -> None:
-    with refuses(
-        "`density` must be a number above 0 and at most 1", f"got {value!r}"[:200], "0.01 trains 1%"
-    ):
+    with refuses("`density` must be a number above 0 and at most 1", f"got {value!r}"[:200], "0.01 trains 1%"):
         SpIELConfig(density=value)
 
 

@@ -157,3 +157,21 @@ def test_mixed_batches_are_refused() -> None:
         model(x, adapter_names=["default"] * 5)
     with pytest.raises(ValueError, match="adapter_names"):
         spiel_layer(model)(x, adapter_names=["default"] * 5)
+
+
+def test_encoder_layer_with_a_fast_path_of_its_own() -> None:
+    """Its inference path reads linear1.weight and would leave the deltas out; without that path it is adapted."""
+    encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True).eval()
+    config = SpIELConfig(target_modules=["linear1", "linear2"], density=0.5, init_weights=False)
+    with pytest.raises(ValueError, match="linear1 .*set_fastpath_enabled"):
+        get_peft_model(encoder, config)
+    assert not any(isinstance(module, SpIELLayer) for module in encoder.modules())
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        x = torch.randn(3, 4, 8)
+        with torch.no_grad():
+            plain = encoder(x)
+            assert not torch.allclose(get_peft_model(encoder, config)(x), plain)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

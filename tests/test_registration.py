@@ -346,9 +346,7 @@ def test_autoload_imports_the_package_right_after_peft(tmp_path: Path, fakes: Pa
     assert run_with_hook(tmp_path, fakes, PROBE) == ["False", "False"]
 
 
-def test_autoload_serves_a_program_that_knows_only_peft(
-    tmp_path: Path, tiny: tuple[str, str, torch.Tensor]
-) -> None:
+def test_autoload_serves_a_program_that_knows_only_peft(tmp_path: Path, tiny: tuple[str, str, torch.Tensor]) -> None:
     autoload.enable(tmp_path)
     out = run_python(
         f"""
@@ -414,9 +412,7 @@ def test_autoload_is_silent_when_a_package_is_gone(tmp_path: Path, fakes: Path) 
     """
     code = textwrap.dedent(hide) + "import peft; print('spiel_peft' in sys.modules)"
     assert run_with_hook(tmp_path, fakes, code.replace("HIDDEN", "'spiel_peft'")) == ["False"]
-    code = (
-        textwrap.dedent(hide) + "try:\n    import peft\nexcept ModuleNotFoundError as e:\n    print(e.name)"
-    )
+    code = textwrap.dedent(hide) + "try:\n    import peft\nexcept ModuleNotFoundError as e:\n    print(e.name)"
     assert run_with_hook(tmp_path, fakes, code.replace("HIDDEN", "'peft'")) == ["peft"]
 
 
@@ -472,9 +468,7 @@ def test_autoload_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_autoload_command_refuses_a_missing_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_autoload_command_refuses_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         autoload.main(["enable", "--target", str(tmp_path / "missing")])
     assert "--target must be an existing folder" in capsys.readouterr().err

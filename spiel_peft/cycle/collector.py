@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..delta import AdapterRun, SparseDelta
-from ..functional import WeightGradient
 from ..training_state import CandidateWindow, StepGradient
+from ..weight_gradients import WeightGradient
 from .growth_registry import get_growth_criterion
 from .schedule import in_window, is_skipped, next_close
 

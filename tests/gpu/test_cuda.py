@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from spiel_kernels import check_index_set
 from torch import nn
 
+from spiel_kernels import check_index_set
 from spiel_peft import SM3, SparseDelta, SpIELConfig
 
 pytestmark = pytest.mark.gpu
