@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 DEFAULT_R = 16
-DEFAULT_MAX_STEPS = 60
+DEFAULT_MAX_STEPS = 50
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,7 +106,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     add("--warmup-steps", type=non_negative_int, default=10, help="optimizer steps")
     add("--batch-size", type=positive_int, default=4, help="pairs in a forward pass")
     add("--grad-accum", type=positive_int, default=1, help="forward passes per optimizer step")
-    add("--eval-every", type=positive_int, default=20, help="steps between held-out measurements")
+    add("--eval-every", type=positive_int, default=25, help="steps between held-out measurements")
     add("--seed", type=non_negative_int, default=0, help="of the data order and of SpIEL's choices")
     add("--bf16", action="store_true", help="base weights and autocast in bfloat16")
     add("--load-in-4bit", action="store_true", help="NF4 base with double quantization (bitsandbytes)")
