@@ -16,8 +16,8 @@ from .delta import AdapterRun, SparseDelta
 class SpIELCallback(TrainerCallback):
     """Optional: the cycle runs without it. It knows the exact number of steps and logs every close as it happens.
 
-    Logged are `spiel/replaced`, `spiel/kept` (numbers of deltas), `spiel/churn` (share that moved) and
-    `spiel/mean_abs_delta`.
+    Logged are `spiel/rate` (share offered for replacement), `spiel/replaced`, `spiel/kept` (numbers of deltas),
+    `spiel/churn` (share that moved) and `spiel/mean_abs_delta`.
 
     Args:
         total_steps: optimizer steps of the run; by default the config's, else the trainer's `max_steps`.
@@ -74,6 +74,7 @@ class SpIELCallback(TrainerCallback):
 def _log(state: TrainerState, report: CycleReport) -> None:
     """An entry of its own: asking the trainer to log would shift the spans over which it averages the loss."""
     entry = {
+        "spiel/rate": report.rate,
         "spiel/replaced": report.replaced,
         "spiel/kept": report.kept,
         "spiel/churn": report.churn,

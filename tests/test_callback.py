@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from spiel_peft import SpIELCallback, SpIELOptimizer
 
-KEYS = {"spiel/replaced", "spiel/kept", "spiel/churn", "spiel/mean_abs_delta"}
+KEYS = {"spiel/rate", "spiel/replaced", "spiel/kept", "spiel/churn", "spiel/mean_abs_delta"}
 
 
 def entries(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,6 +66,7 @@ def test_logs_every_close_once(tmp_path: Path) -> None:
     for entry, report in zip(found, log_of(model), strict=True):
         assert entry.keys() == KEYS | {"epoch", "step"}
         assert entry["step"] == report.step
+        assert entry["spiel/rate"] == report.rate
         assert entry["spiel/replaced"] == report.replaced
         assert entry["spiel/kept"] == report.kept == total_deltas(model) - report.replaced
         assert entry["spiel/churn"] == report.churn

@@ -11,11 +11,15 @@ from torch import Tensor
 
 from .fold import accumulation_dtype
 
-MAX_BLOCK_ROWS = 256
+
+def _gather_rows(rows: int) -> int:
+    # Large enough for a matrix product at full speed, never the whole gradient.
+    return max(1, min(512, rows // 2))
 
 
-def _block_rows(rows: int) -> int:
-    return max(1, min(MAX_BLOCK_ROWS, rows // 4))
+def _select_rows(rows: int) -> int:
+    # A selection holds its best so far beside the block.
+    return max(1, min(256, rows // 4))
 
 
 def _gather_from_blocks(
@@ -23,7 +27,7 @@ def _gather_from_blocks(
 ) -> Tensor:
     """Read sorted flat positions from row blocks that are computed only where a position needs them."""
     out = torch.empty(indices.numel(), dtype=dtype, device=indices.device)
-    size = _block_rows(rows)
+    size = _gather_rows(rows)
     starts = torch.arange(0, rows + size, size, device=indices.device) * cols
     bounds = torch.searchsorted(indices.to(torch.int64), starts).tolist()
     for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -39,7 +43,7 @@ def outer_row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Row blocks of ``a.T @ b`` in the accumulation dtype, as ``(first row, block)``."""
     dtype = accumulation_dtype(a, b)
     wide = b.to(dtype)
-    size = _block_rows(a.shape[1])
+    size = _select_rows(a.shape[1])
     for start in range(0, a.shape[1], size):
         yield start, a[:, start : start + size].to(dtype).T @ wide
 
@@ -166,7 +170,7 @@ def conv_weight_gradient(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, fi
 
 def conv_row_blocks(grad_out: Tensor, x: Tensor, geometry: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
     """Row blocks of a convolution's weight gradient, as ``(first row, block)``."""
-    size = _block_rows(geometry.rows)
+    size = _select_rows(geometry.rows)
     for start in range(0, geometry.rows, size):
         yield start, conv_weight_gradient(grad_out, x, geometry, start, min(start + size, geometry.rows))
 
