@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck clean
+.PHONY: help demo test lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -51,9 +51,6 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(VENV)/.test-installed
-	$(BIN)/mypy
-
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist outputs *.egg-info kernels/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find spiel_peft kernels tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
