@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, drop_orphans, split_file_key
+from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, drop_orphans
 from .config import SpIELConfig
 from .cycle.collector import collect
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .merge_report import MergeLoss
 from .structure import ModelStructure, check_unmerged, discard_unloaded
+from .targets import bypassed_by, modules_of, names_module, shared_weights, warn_about_fused_experts
 from .training_state import STATE_KEYS
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
@@ -70,7 +70,7 @@ class SpIELModel(BaseTuner):
         """
         check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
-        self._injection = _Injection(AdapterRun(config, adapter_name), *_modules_of(state_dict))
+        self._injection = _Injection(AdapterRun(config, adapter_name), *modules_of(state_dict))
         before = ModelStructure(model)
         try:
             super().inject_adapter(
@@ -94,7 +94,7 @@ class SpIELModel(BaseTuner):
             config.target_modules = set(config.num_deltas)
         # PEFT leaves this to `PeftModel`; an adapter that is injected directly shall have the same precision.
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        _warn_about_fused_experts(model, config)
+        warn_about_fused_experts(model)
 
     def _create_and_replace(
         self,
@@ -141,7 +141,7 @@ class SpIELModel(BaseTuner):
         for name, module in self._targets(injection, config):
             base = module.get_base_layer() if isinstance(module, SpIELLayer) else module
             info = inspect_base(base, kwargs)
-            if _bypassed_by(self.model.get_submodule(name.rpartition(".")[0])):
+            if bypassed_by(self.model.get_submodule(name.rpartition(".")[0])):
                 info = (
                     "belongs to nn.TransformerEncoderLayer, whose inference path reads weights without calling the "
                     "layer; call torch.backends.mha.set_fastpath_enabled(False) first"
@@ -158,7 +158,7 @@ class SpIELModel(BaseTuner):
                 f"Target modules that SpIEL cannot adapt: {shown}. Supported are {SUPPORTED}. Narrow target_modules "
                 "or name these in exclude_modules."
             )
-        injection.shared = _shared_weights(self.model, set(injection.infos))
+        injection.shared = shared_weights(self.model, set(injection.infos))
         counts = allocate_deltas(config, targets)
         counts.update({name: k for name, k in injection.file_counts.items() if name in counts})
         injection.counts = counts
@@ -205,14 +205,14 @@ class SpIELModel(BaseTuner):
         if isinstance(targets, str):
             peft_config.target_modules = rf"(?:{targets}|{re.escape(embedding)})"
             return
-        kept = {t for t in targets or () if not any(_names(t, key) for key in tied_weight_keys)}
+        kept = {t for t in targets or () if not any(names_module(t, key) for key in tied_weight_keys)}
         peft_config.target_modules = kept | {embedding}
 
     def _add_modules_to_save_to_tie(self, peft_config: SpIELConfig, tied_weight_keys: list[str]) -> None:
         peft_config.modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         saved = peft_config.modules_to_save or []
-        kept = [m for m in saved if not any(_names(m, key) for key in tied_weight_keys)]
+        kept = [m for m in saved if not any(names_module(m, key) for key in tied_weight_keys)]
         peft_config.modules_to_save = kept if embedding in kept else [*kept, embedding]
 
     # Precision
@@ -356,63 +356,6 @@ class SpIELModel(BaseTuner):
             if name in layer.spiel_delta:
                 return list(layer.spiel_delta[name].run.log)
         raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
-
-
-def _bypassed_by(parent: nn.Module) -> bool:
-    return isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
-
-
-def _names(target: str, key: str) -> bool:
-    return key == target or key.endswith("." + target)
-
-
-def _modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, dict[str, int]]:
-    """Module names in a state dict that adapters are injected from, and how many deltas each has there."""
-    if state_dict is None:
-        return None, {}
-    names: set[str] = set()
-    counts: dict[str, int] = {}
-    for key, tensor in state_dict.items():
-        # The way PEFT itself reads module names off a state dict.
-        name = key.rsplit(".spiel_", 1)[0].removeprefix("_orig_mod.")
-        names.add(name)
-        parts = split_file_key(key)
-        if parts is not None and parts[1] == "indices":
-            counts[name] = tensor.numel()
-    return names, counts
-
-
-def _shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, ...]]:
-    """For every target whose weight other modules use too: the names of those modules."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name.replace(".base_layer", ""))
-    shared = {}
-    for names in owners.values():
-        for name in targets & set(names) if len(set(names)) > 1 else ():
-            shared[name] = tuple(sorted(set(names) - {name}))
-    return shared
-
-
-def _warn_about_fused_experts(model: nn.Module, config: SpIELConfig) -> None:
-    """Mixture-of-experts weights fused into one 3-D parameter are out of `target_modules`' reach: say so."""
-    missed = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, BaseTunerLayer)) or ".base_layer" in name:
-            continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{parameter_name}"
-            if parameter.dim() == 3 and "expert" in full.lower():
-                missed.append(full)
-    if missed:
-        shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
-        warnings.warn(
-            f"These fused expert parameters are not modules, so target_modules cannot reach them and they stay frozen: "
-            f"{shown}. SpIEL does not adapt fused experts.",
-            stacklevel=2,
-        )
 
 
 def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -29,9 +29,6 @@ class WeightGradient(Protocol):
     def topk(self, k: int) -> Tensor:
         """Ascending int64 positions of the (at most) k largest absolute entries that are not zero."""
 
-    def dense(self) -> Tensor:
-        """The whole gradient, in the shape of the weight."""
-
 
 class OuterGradient:
     """Weight gradient ``a.T @ b`` of a linear layer; a ``[N, rows]``, b ``[N, cols]``."""
@@ -79,9 +76,6 @@ class EmbeddingGradient:
     def topk(self, k: int) -> Tensor:
         return topk_embedding(self.grad_out, self.ids, *self.args, k)
 
-    def dense(self) -> Tensor:
-        raise NotImplementedError("embeddings hand out row gradients only")
-
 
 class DenseGradient:
     """A gradient that autograd has formed already."""
@@ -94,6 +88,3 @@ class DenseGradient:
 
     def topk(self, k: int) -> Tensor:
         return topk_dense(self.gradient, k)
-
-    def dense(self) -> Tensor:
-        return self.gradient
