@@ -1,4 +1,4 @@
-"""Time of whole training steps: SpIEL, PEFT LoRA, the dense formula and the lower bound, interleaved.
+"""Time of training steps between windows: SpIEL, PEFT LoRA, the dense formula and the lower bound, interleaved.
 
 The dense formula keeps W + scatter(delta) as an autograd expression: a clone, a scatter-add and a dense weight gradient
 in every layer. The lower bound is a forward pass and input gradients through the frozen model.
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     ids = torch.randint(100, 40_000, (args.batch_size, args.tokens))
     steps = build_steps(base, ids, args.r)
-    # Past the first window and close, so that the share of both in a cycle can be read off the repetitions.
+    # Past the first window and close, so that the repetitions are the steps between windows: most of a run.
     for step in steps.values():
         for _ in range(6):
             step()

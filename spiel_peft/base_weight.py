@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
@@ -187,14 +187,14 @@ def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **k
             base.__dict__[name] = own
 
 
-class WeightBackup:
+class WeightBackup(Protocol):
     """The original of a merged weight, kept until it is restored bit for bit."""
 
     def restore(self, layer: Any) -> None:
-        raise NotImplementedError
+        """Put the original back into the layer's base."""
 
 
-class EntryBackup(WeightBackup):
+class EntryBackup:
     """The entries of a plain weight that a merge overwrote: int64 positions ``[u]``, originals in W's dtype."""
 
     def __init__(self, positions: Tensor, originals: Tensor) -> None:
@@ -206,7 +206,7 @@ class EntryBackup(WeightBackup):
         write_entries(weight, self.positions.to(weight.device), self.originals.to(weight.device, weight.dtype))
 
 
-class ParameterBackup(WeightBackup):
+class ParameterBackup:
     """The parameter of a weight that other modules share: merging gives this layer one of its own."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
@@ -216,7 +216,7 @@ class ParameterBackup(WeightBackup):
         layer.get_base_layer().weight = self.parameter
 
 
-class QuantizedBackup(WeightBackup):
+class QuantizedBackup:
     """A quantized parameter with its packed bytes and quantization state, on the CPU while merged."""
 
     def __init__(self, base: nn.Module) -> None:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .cycle.attach import attach
 from .cycle.report import CycleReport
-from .cycle.runs import begin_run, set_total_steps
+from .cycle.runs import begin_run, check_total_steps, set_total_steps
 from .cycle.trainer_discovery import running_trainer
 from .delta import AdapterRun, SparseDelta
 
@@ -27,10 +27,7 @@ class SpIELCallback(TrainerCallback):
     """
 
     def __init__(self, *, total_steps: int | None = None) -> None:
-        if total_steps is not None and (
-            isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
-        ):
-            raise ValueError(f"total_steps must be a positive int (optimizer steps of the run), got {total_steps!r}")
+        check_total_steps(total_steps)
         self.total_steps = total_steps
         self._runs: list[AdapterRun] = []
         self._logged: dict[int, int] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -100,10 +101,7 @@ class SparseDelta(nn.Module):
 
     @property
     def numel(self) -> int:
-        size = 1
-        for extent in self.weight_shape:
-            size *= extent
-        return size
+        return math.prod(self.weight_shape)
 
     @property
     def k(self) -> int:

@@ -156,6 +156,17 @@ def _collect(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, like
     return active.to(like.dtype)
 
 
+def _delta_gradients(
+    ctx: Any, gradient: WeightGradient | None, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[Tensor | None]:
+    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values."""
+    grads = [
+        _collect(delta, gradient, indices, values) if need else None
+        for delta, (indices, values), need in zip(ctx.deltas, pairs, ctx.needs_input_grad[-len(pairs) :], strict=True)
+    ]
+    return [None] * len(pairs) + grads
+
+
 def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     half = len(tensors) // 2
     return list(zip(tensors[:half], tensors[half:], strict=True))
@@ -201,11 +212,8 @@ class _Adapted(torch.autograd.Function):
             gradient = ctx.op.gradient(grad_out, x) if x is not None else None
             if needs[4]:
                 grad_weight = gradient.dense()
-            grads = [
-                _collect(delta, gradient, indices, values) if need else None
-                for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True)
-            ]
-        return (None, None, None, grad_x, grad_weight, grad_bias, *[None] * len(pairs), *grads)
+            grads = _delta_gradients(ctx, gradient, pairs)
+        return (None, None, None, grad_x, grad_weight, grad_bias, *grads)
 
 
 class _AdaptedEmbedding(torch.autograd.Function):
@@ -251,11 +259,8 @@ class _AdaptedEmbedding(torch.autograd.Function):
             grad_weight = torch.ops.aten.embedding_dense_backward(
                 grad_out, ids, ctx.weight_shape[0], -1 if ctx.args[0] is None else ctx.args[0], ctx.args[1]
             )
-        grads = [
-            _collect(delta, gradient, indices, values) if need else None
-            for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[6 + len(pairs) :], strict=True)
-        ]
-        return (None, None, None, grad_weight, None, None, *[None] * len(pairs), *grads)
+        grads = _delta_gradients(ctx, gradient, pairs)
+        return (None, None, None, grad_weight, None, None, *grads)
 
 
 class _FoldedWeight(torch.autograd.Function):
@@ -273,11 +278,8 @@ class _FoldedWeight(torch.autograd.Function):
         pairs = _pairs(ctx.saved_tensors)
         needs = ctx.needs_input_grad
         gradient = DenseGradient(grad_out)
-        grads = [
-            _collect(delta, gradient, indices, values) if need else None
-            for delta, (indices, values), need in zip(ctx.deltas, pairs, needs[3 + len(pairs) :], strict=True)
-        ]
-        return (None, None, grad_out if needs[2] else None, *[None] * len(pairs), *grads)
+        grads = _delta_gradients(ctx, gradient, pairs)
+        return (None, None, grad_out if needs[2] else None, *grads)
 
 
 def _tensors(deltas: list[SparseDelta]) -> list[Tensor]:

@@ -25,10 +25,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
     Raises:
         ValueError: see above; nothing is changed then.
     """
-    if total_steps is not None and (
-        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
-    ):
-        raise ValueError(f"total_steps must be a positive int (optimizer steps of the run), got {total_steps!r}")
+    runs.check_total_steps(total_steps)
     optimizer = _innermost(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
     held = [delta for delta, _ in engine.held_deltas(optimizer) if id(delta) in ours]

@@ -105,8 +105,9 @@ def _step_took_place(optimizer: torch.optim.Optimizer, grads: list[Tensor | None
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf) > 0:
         return False
-    total = sum(grad.detach().double().sum().cpu() for grad in grads if grad is not None)
-    return math.isfinite(float(total))
+    sums = [grad.detach().sum(dtype=torch.float64) for grad in grads if grad is not None]
+    # One wait for the device, however many matrices there are.
+    return bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
 
 
 def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any]) -> None:

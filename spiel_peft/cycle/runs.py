@@ -89,6 +89,14 @@ def _learn_total_steps(run: AdapterRun, trainer: Any) -> None:
         )
 
 
+def check_total_steps(total_steps: int | None) -> None:
+    """Raise a ValueError unless `total_steps` is a positive int, or None."""
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
+        raise ValueError(f"total_steps must be a positive int (optimizer steps of the run), got {total_steps!r}")
+
+
 def set_total_steps(run: AdapterRun, total_steps: int | None) -> None:
     """Somebody says how long the run is; None: nobody knows yet."""
     run.total_steps = total_steps
