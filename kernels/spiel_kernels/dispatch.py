@@ -1,0 +1,113 @@
+"""Which implementation of an operation runs, and how `torch.compile` sees it.
+
+Every operation has a plain PyTorch implementation, which is the oracle of its tests and the path on CPUs; some have a
+Triton one for CUDA. By default CUDA tensors go to Triton where it is installed and everything else to PyTorch. An
+explicit choice (`use_backend`, or the environment variable SPIEL_KERNELS) must work or raise; only the automatic one
+falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "torch", "triton")
+NAMESPACE = "spiel_kernels"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_forced: str | None = None
+
+
+def _chosen() -> str:
+    name = _forced or os.environ.get("SPIEL_KERNELS", "auto")
+    if name not in BACKENDS:
+        raise ValueError(f"SPIEL_KERNELS must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the implementation of all operations for a while, in all threads of the process.
+
+    Args:
+        name: "auto", "torch" or "triton". With ``TRITON_INTERPRET=1`` in the environment from the start, "triton" runs
+            on CPU tensors too.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors runs its Triton implementation.
+
+    Raises:
+        RuntimeError: Triton was chosen explicitly and cannot run here.
+    """
+    name = _chosen()
+    if name == "torch":
+        return False
+    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    if name == "auto":
+        return on_gpu and triton_installed()
+    if not triton_installed():
+        raise RuntimeError("the backend 'triton' was chosen, but the package triton is not installed")
+    if not on_gpu and not interpreting():
+        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise RuntimeError(
+            f"the backend 'triton' was chosen, but the tensors are on {devices}; Triton runs on CUDA, or with "
+            "TRITON_INTERPRET=1 in its interpreter"
+        )
+    return True
+
+
+def operation(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
+    """Register a function as ``torch.ops.spiel_kernels.<name>``; under `torch.compile` calls go through that.
+
+    Eager calls stay plain function calls: the dispatcher would cost more than a small operation does.
+
+    Args:
+        schema: ``name(Tensor a, int k) -> Tensor``, in PyTorch's schema language; mutated arguments marked.
+        fake: same arguments, returns empty tensors of the output's shape, dtype and device. It may also check the
+            arguments.
+    """
+    name = schema.partition("(")[0]
+
+    def decorate(function: F) -> F:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return getattr(torch.ops.spiel_kernels, name)(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
