@@ -5,7 +5,7 @@ dimension). An index set is a one-dimensional tensor of positions, sorted and wi
 """
 
 from .fold import adapted_entries, apply_deltas, folded, write_entries
-from .gather import gather_conv, gather_dense, gather_embedding, gather_outer
+from .gather import gather_conv, gather_dense, gather_embedding, gather_outer, gather_outer_sets
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
 from .momentum import sm3_accumulate_, top_outer_positions
 from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
@@ -20,6 +20,7 @@ __all__ = [
     "gather_dense",
     "gather_embedding",
     "gather_outer",
+    "gather_outer_sets",
     "index_dtype",
     "replace_positions",
     "sample_positions",

@@ -1,15 +1,18 @@
-"""Gradients of single weight entries: the dense weight gradient is formed in row blocks and never held whole."""
+"""Gradients of single weight entries; the dense weight gradient is never held whole."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype
+from .sampled import gather_sampled, sampled_pays
 
 
 def _gather_rows(rows: int) -> int:
@@ -23,20 +26,22 @@ def _select_rows(rows: int) -> int:
 
 
 def _gather_from_blocks(
-    indices: Tensor, rows: int, cols: int, block: Callable[[int, int], Tensor], dtype: torch.dtype
-) -> Tensor:
-    """Read sorted flat positions from row blocks that are computed only where a position needs them."""
-    out = torch.empty(indices.numel(), dtype=dtype, device=indices.device)
+    index_sets: Sequence[Tensor], rows: int, cols: int, block: Callable[[int, int], Tensor], dtype: torch.dtype
+) -> list[Tensor]:
+    """Read sorted flat positions from row blocks that are computed once, and only where a position needs them."""
+    outs = [torch.empty(indices.numel(), dtype=dtype, device=indices.device) for indices in index_sets]
     size = _gather_rows(rows)
-    starts = torch.arange(0, rows + size, size, device=indices.device) * cols
-    bounds = torch.searchsorted(indices.to(torch.int64), starts).tolist()
-    for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if begin == end:
+    starts = torch.arange(0, rows + size, size, device=index_sets[0].device) * cols
+    bounds = torch.stack([torch.searchsorted(indices.to(torch.int64), starts) for indices in index_sets]).tolist()
+    for number in range(starts.numel() - 1):
+        spans = [(ends[number], ends[number + 1]) for ends in bounds]
+        if all(begin == end for begin, end in spans):
             continue
         first = number * size
-        values = block(first, min(first + size, rows))
-        out[begin:end] = values.flatten().take(indices[begin:end].to(torch.int64) - first * cols)
-    return out
+        values = block(first, min(first + size, rows)).flatten()
+        for out, indices, (begin, end) in zip(outs, index_sets, spans, strict=True):
+            out[begin:end] = values.take(indices[begin:end].to(torch.int64) - first * cols)
+    return outs
 
 
 def outer_row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -48,26 +53,90 @@ def outer_row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, a[:, start : start + size].to(dtype).T @ wide
 
 
-def gather_outer(a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
+METHODS = ("auto", "sampled", "dense", "compact", "entries")
+
+
+def check_outer_operands(a: Tensor, b: Tensor, indices: Tensor) -> None:
+    """Raise a ValueError unless these can be operands of `gather_outer`."""
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0]:
+        raise ValueError(f"a and b must be [N, rows] and [N, cols], got {tuple(a.shape)} and {tuple(b.shape)}")
+    if indices.dim() != 1:
+        raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
+
+
+def _fake_gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") -> Tensor:
+    check_outer_operands(a, b, indices)
+    return a.new_empty(indices.shape, dtype=accumulation_dtype(a, b))
+
+
+@operation("gather_outer(Tensor a, Tensor b, Tensor indices, str method='auto') -> Tensor", _fake_gather_outer)
+def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") -> Tensor:
     """Selected entries of ``a.T @ b``: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
 
     For a linear layer (weight ``[out, in]``) a is the output gradient and b the input; for a transposed one the
-    other way round.
+    other way round. The product is never held whole.
 
     Args:
         a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0.
         indices: ``[k]`` sorted flat positions in ``[rows, cols]``.
+        method: "auto" picks by sizes. To force one: "dense" (row blocks of the product, any device), "sampled" (only
+            the entries, chunk by chunk of tokens; CPU), "compact" (products over the columns that a block of rows
+            touches) or "entries" (a dot product each); the last two need a GPU, or Triton's interpreter.
 
     Returns:
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
+
+    Raises:
+        ValueError: operands that do not fit, or a method that is unknown or not for their device.
     """
+    return gather_outer_sets(a, b, [indices], method)[0]
+
+
+def gather_outer_sets(
+    a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto", plans: Sequence[Any] | None = None
+) -> list[Tensor]:
+    """`gather_outer` for several index sets at once: what does not depend on the positions is done once.
+
+    Args:
+        plans: per index set what `plan_outer` made of it, or None to have it made here; used on GPUs alone.
+    """
+    for indices in index_sets:
+        check_outer_operands(a, b, indices)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     dtype = accumulation_dtype(a, b)
+    if method in ("compact", "entries") or (method == "auto" and dtype == torch.float32 and runs_triton(a, b)):
+        return _gather_triton(a, b, index_sets, method, plans)
+    rows, cols = a.shape[1], b.shape[1]
+    on_cpu = a.device.type == "cpu"
+    if method == "sampled" and not on_cpu:
+        raise ValueError(f"method 'sampled' runs on the CPU, got tensors on {a.device}; leave method at 'auto'")
+    if method == "sampled" or (method == "auto" and on_cpu and _sampled_pays(rows, cols, index_sets)):
+        return gather_sampled(a, b, index_sets, dtype)
     wide = b.to(dtype)
 
     def block(first: int, last: int) -> Tensor:
         return a[:, first:last].to(dtype).T @ wide
 
-    return _gather_from_blocks(indices, a.shape[1], b.shape[1], block, dtype)
+    return _gather_from_blocks(index_sets, rows, cols, block, dtype)
+
+
+def _sampled_pays(rows: int, cols: int, index_sets: Sequence[Tensor]) -> bool:
+    return sampled_pays(rows, cols, sum(indices.numel() for indices in index_sets))
+
+
+def _gather_triton(
+    a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str, plans: Sequence[Any] | None
+) -> list[Tensor]:
+    from .outer_plan import plan_outer
+    from .triton_backend import outer
+
+    made = plans or [None] * len(index_sets)
+    sizes = (a.shape[1], b.shape[1], a.shape[0])
+    return [
+        outer.gather_outer(a, b, indices, plan or plan_outer(indices, *sizes, a.dtype, method=method))
+        for indices, plan in zip(index_sets, made, strict=True)
+    ]
 
 
 def embedding_row_gradients(
@@ -189,12 +258,12 @@ def gather_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, indices: Te
     if x.shape[0] == 0:
         return torch.zeros(indices.numel(), dtype=dtype, device=indices.device)
     return _gather_from_blocks(
-        indices,
+        [indices],
         geometry.rows,
         geometry.cols,
         lambda first, last: conv_weight_gradient(grad_out, x, geometry, first, last),
         dtype,
-    )
+    )[0]
 
 
 def gather_dense(gradient: Tensor, indices: Tensor) -> Tensor:

@@ -1,0 +1,92 @@
+"""Selected entries of an outer product on the CPU, token chunk by token chunk, without its other entries."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class SampledCost:
+    """Time of the sampled gather over that of the dense product: ``per_size * (rows + cols) / (rows * cols) +
+    per_density * density``.
+
+    The first term is the transposed copies, the second the dot products. Fitted by ``python -m benchmarks ops``.
+    """
+
+    per_size: float
+    per_density: float
+
+    def over_dense(self, rows: int, cols: int, k: int) -> float:
+        numel = rows * cols
+        return self.per_size * (rows + cols) / numel + self.per_density * k / numel
+
+
+# Between what two machines gave (45 and 3.5; 150 and 12): where they disagree, the two ways cost about the same.
+CPU_COST = SampledCost(per_size=80.0, per_density=6.5)
+# Beyond this the dense product in row blocks is the safer choice.
+WORTH_IT = 0.95
+
+
+def sampled_pays(rows: int, cols: int, k: int) -> bool:
+    """Whether `gather_sampled` is expected to beat the dense product in row blocks for k of rows * cols entries.
+
+    A function of sizes alone, never of a clock: the two ways round differently, and a run must be repeatable.
+    """
+    return CPU_COST.over_dense(rows, cols, k) < WORTH_IT
+
+
+@functools.cache
+def _quiet_first_use() -> None:
+    """Take PyTorch's once-per-process notice that CSR tensors are young, so that no user has to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = torch.zeros(1, dtype=torch.int32)
+        torch.sparse_csr_tensor(torch.tensor([0, 1], dtype=torch.int32), one, one.float(), (1, 1))
+
+
+def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """A CSR matrix of zeros with the given sorted flat positions."""
+    # int64 bounds: the last one may be 2**31 for int32 positions.
+    starts = torch.arange(rows + 1, device=indices.device) * cols
+    crow = torch.searchsorted(indices.to(torch.int64), starts)
+    return torch.sparse_csr_tensor(
+        crow.to(torch.int32),
+        torch.remainder(indices, cols).to(torch.int32),
+        torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
+        (rows, cols),
+        check_invariants=False,
+    )
+
+
+def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Selected entries of ``a.T @ b`` for several index sets at once, which share the transposed copies.
+
+    Args:
+        a: ``[N, rows]``, floating; b: ``[N, cols]``; on the CPU, any strides, N may be 0.
+        index_sets: each ``[k]`` sorted flat positions in ``[rows, cols]``.
+        dtype: float32 or float64, in which the products are summed.
+
+    Returns:
+        One ``[k]`` in `dtype` per index set.
+    """
+    _quiet_first_use()
+    rows, cols = a.shape[1], b.shape[1]
+    sums = [_pattern(indices, rows, cols, dtype) if indices.numel() else None for indices in index_sets]
+    for start in range(0, a.shape[0], CHUNK_TOKENS):
+        # Rows of the copies are what the dot products run along.
+        a_rows = a[start : start + CHUNK_TOKENS].to(dtype).T.contiguous()
+        b_rows = b[start : start + CHUNK_TOKENS].to(dtype).T.contiguous()
+        for total in sums:
+            if total is not None:
+                torch.sparse.sampled_addmm(total, a_rows, b_rows.T, out=total)
+    return [
+        torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums
+    ]
