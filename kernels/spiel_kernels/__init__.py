@@ -4,7 +4,17 @@ Positions are row-major flat indices into a matrix (or a higher-dimensional weig
 dimension). An index set is a one-dimensional tensor of positions, sorted and without repeats.
 """
 
-from .fold import adapted_entries, apply_deltas, folded, write_entries
+from .fold import (
+    adapted_entries,
+    apply_deltas,
+    fold_,
+    folded,
+    refold_,
+    sum_entries,
+    unfold_,
+    union_positions,
+    write_entries,
+)
 from .gather import gather_conv, gather_dense, gather_embedding, gather_outer, gather_outer_sets
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
 from .momentum import sm3_accumulate_, top_outer_positions
@@ -15,6 +25,7 @@ __all__ = [
     "adapted_entries",
     "apply_deltas",
     "check_index_set",
+    "fold_",
     "folded",
     "gather_conv",
     "gather_dense",
@@ -22,14 +33,18 @@ __all__ = [
     "gather_outer",
     "gather_outer_sets",
     "index_dtype",
+    "refold_",
     "replace_positions",
     "sample_positions",
     "sm3_accumulate_",
     "stable_topk",
+    "sum_entries",
     "top_outer_positions",
     "topk_conv",
     "topk_dense",
     "topk_embedding",
     "topk_outer",
+    "unfold_",
+    "union_positions",
     "write_entries",
 ]

@@ -8,12 +8,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .dispatch import operation, runs_triton
+
 Deltas = Sequence[tuple[Tensor, Tensor]]
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 as soon as one of the tensors has it."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def union_positions(deltas: Deltas) -> Tensor:
+    """The positions that deltas change: int64 ``[u]``, sorted and unique."""
+    if len(deltas) == 1:
+        return deltas[0][0].to(torch.int64)
+    return torch.unique(torch.cat([indices.to(torch.int64) for indices, _ in deltas]))
+
+
+def sum_entries(originals: Tensor, positions: Tensor, deltas: Deltas) -> Tensor:
+    """Base entries plus deltas, not yet rounded to the weight's dtype.
+
+    Args:
+        originals: ``[u]`` entries of the base weight.
+        positions: int64 ``[u]``, what `union_positions` gives for these deltas.
+        deltas: pairs of ``indices`` ``[k]`` and ``values`` ``[k]``.
+
+    Returns:
+        ``[u]`` in the accumulation dtype (float32, or float64 if any operand is float64).
+    """
+    dtype = accumulation_dtype(originals, *(values for _, values in deltas))
+    if len(deltas) == 1:
+        return originals.to(dtype) + deltas[0][1].to(dtype)
+    sums = originals.to(dtype, copy=True)
+    for indices, values in deltas:
+        sums.index_add_(0, torch.searchsorted(positions, indices.to(torch.int64)), values.to(dtype))
+    return sums
 
 
 def adapted_entries(weight: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor]:
@@ -28,17 +57,8 @@ def adapted_entries(weight: Tensor, deltas: Deltas) -> tuple[Tensor, Tensor]:
         ``(positions, values)``: int64 ``[u]`` sorted and unique (the union of all indices), and the sums in the
         accumulation dtype (float32, or float64 if any operand is float64).
     """
-    dtype = accumulation_dtype(weight, *(values for _, values in deltas))
-    if len(deltas) == 1:
-        indices, values = deltas[0]
-        positions = indices.to(torch.int64)
-        return positions, weight.take(positions).to(dtype) + values.to(dtype)
-    positions = torch.unique(torch.cat([indices.to(torch.int64) for indices, _ in deltas]))
-    sums = weight.take(positions).to(dtype)
-    for indices, values in deltas:
-        slots = torch.searchsorted(positions, indices.to(torch.int64))
-        sums.index_add_(0, slots, values.to(dtype))
-    return positions, sums
+    positions = union_positions(deltas)
+    return positions, sum_entries(weight.take(positions), positions, deltas)
 
 
 def apply_deltas(weight: Tensor, deltas: Deltas, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -59,6 +79,77 @@ def apply_deltas(weight: Tensor, deltas: Deltas, out_dtype: torch.dtype | None =
     return write_entries(out, positions, sums.to(out.dtype))
 
 
+def _fake_fold(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    return weight.new_empty(indices.shape)
+
+
+@operation("fold_(Tensor(a!) weight, Tensor indices, Tensor values) -> Tensor", _fake_fold)
+def fold_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Add a delta to `weight` in place: no copy of the weight is made.
+
+    Args:
+        weight: ``[*shape]``, floating, any strides; changed at the given positions, to what `apply_deltas` gives.
+        indices: ``[k]`` unique flat positions; values: ``[k]``.
+
+    Returns:
+        The entries as they were, ``[k]`` in the weight's dtype, for `refold_` and `unfold_`.
+    """
+    if _fits_triton(weight, indices, values):
+        from .triton_backend import fold
+
+        return fold.fold_(weight, indices, values)
+    positions = indices.to(torch.int64)
+    originals = weight.take(positions)
+    write_entries(weight, positions, sum_entries(originals, positions, [(indices, values)]).to(weight.dtype))
+    return originals
+
+
+def _fake_in_place(*args: Tensor) -> None:
+    return None
+
+
+@operation(
+    "refold_(Tensor(a!) weight, Tensor indices, Tensor values, Tensor originals) -> ()",
+    _fake_in_place,
+)
+def refold_(weight: Tensor, indices: Tensor, values: Tensor, originals: Tensor) -> None:
+    """Write other values of a delta that is in the weight already; always from the originals, so nothing drifts.
+
+    Args:
+        weight, indices: as given to `fold_`.
+        values: ``[k]``.
+        originals: ``[k]``, what `fold_` returned.
+    """
+    if _fits_triton(weight, indices, values, originals):
+        from .triton_backend import fold
+
+        fold.refold_(weight, indices, values, originals)
+        return
+    positions = indices.to(torch.int64)
+    write_entries(weight, positions, sum_entries(originals, positions, [(indices, values)]).to(weight.dtype))
+
+
+@operation("unfold_(Tensor(a!) weight, Tensor indices, Tensor originals) -> ()", _fake_in_place)
+def unfold_(weight: Tensor, indices: Tensor, originals: Tensor) -> None:
+    """Undo `fold_`, bit for bit.
+
+    Args:
+        weight, indices: as given to `fold_`.
+        originals: ``[k]``, what `fold_` returned.
+    """
+    if _fits_triton(weight, indices, originals):
+        from .triton_backend import fold
+
+        fold.unfold_(weight, indices, originals)
+        return
+    write_entries(weight, indices.to(torch.int64), originals)
+
+
+def _fits_triton(weight: Tensor, *others: Tensor) -> bool:
+    plain = weight.is_contiguous() and weight.dtype != torch.float64
+    return plain and all(o.dtype != torch.float64 for o in others) and runs_triton(weight, *others)
+
+
 @contextmanager
 def folded(weight: Tensor, deltas: Deltas) -> Iterator[None]:
     """Add all deltas to `weight` in place for a while, then restore its bits: no copy of the weight is made.
@@ -69,6 +160,14 @@ def folded(weight: Tensor, deltas: Deltas) -> Iterator[None]:
         weight: ``[*shape]``, floating, writable, tracked by nobody (a parameter's ``.data``).
         deltas: pairs of ``indices`` ``[k]`` and ``values`` ``[k]``.
     """
+    if len(deltas) == 1:
+        indices, values = deltas[0]
+        originals = fold_(weight, indices, values)
+        try:
+            yield
+        finally:
+            unfold_(weight, indices, originals)
+        return
     positions, sums = adapted_entries(weight, deltas)
     originals = weight.take(positions)
     try:

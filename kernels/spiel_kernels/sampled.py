@@ -87,6 +87,4 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
         for total in sums:
             if total is not None:
                 torch.sparse.sampled_addmm(total, a_rows, b_rows.T, out=total)
-    return [
-        torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums
-    ]
+    return [torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums]
