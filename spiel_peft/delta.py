@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spiel_kernels import index_dtype
 
+from .resident import unfold_deltas
 from .tensor_checks import check_indices_and_values, check_training_state
 from .training_state import STATE_KEYS, TrainingState
 
@@ -22,7 +23,20 @@ if TYPE_CHECKING:
 # Every delta alive in the process; optimizer hooks look here for the owners of the parameters they step.
 LIVE_DELTAS: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
 
-Collector = Callable[["SparseDelta", "WeightGradient", Tensor], None]
+
+class Collector(Protocol):
+    """Who looks on when a backward pass brings a delta its gradient; called once per use of the layer."""
+
+    def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+        """Sorted positions ``[c]`` at which the weight gradient of this use is wanted as well, if any.
+
+        Args:
+            delta: whose values are about to get their gradient.
+            gradient: the weight gradient, to be asked for its largest entries.
+        """
+
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
+        """Receive the gradient of the delta's values ``[k]``, and that at the wanted positions ``[c]``, if any were."""
 
 
 class AdapterRun:
@@ -85,10 +99,13 @@ class SparseDelta(nn.Module):
         self.untouched = True  # neither loaded nor trained since it was created
         self.indices_assigned = False
         self.collector: Collector | None = None
+        # An optimizer whose hooks we hear has stepped this very object, so it will again.
+        self.is_stepped = False
         LIVE_DELTAS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.is_stepped = False
         LIVE_DELTAS.add(self)
 
     @property
@@ -133,6 +150,7 @@ class SparseDelta(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
         before = self.values.dtype
+        unfold_deltas([self])
         super()._apply(fn, recurse)
         device = self.values.device
         if device.type != "meta":
@@ -151,6 +169,7 @@ class SparseDelta(nn.Module):
 
     def _check_assigned(self, name: str, tensor: Tensor) -> None:
         """Judge a tensor that transformers' `load_adapter` assigns: one by one, indices first, past PEFT's loaders."""
+        unfold_deltas([self])
         if name == "indices":
             self.indices_assigned = True
             # Its values come next.
@@ -193,12 +212,14 @@ class SparseDelta(nn.Module):
         if problem is not None:
             error_msgs.append(f"{prefix}{problem[0]} {problem[1]}")
             return
+        unfold_deltas([self])
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if incoming:
             self.state = TrainingState.from_tensors(training, self.indices.device)
             self.untouched = False
+            self.is_stepped = False
 
 
 def new_indices(positions: Tensor, numel: int, device: torch.device) -> Tensor:

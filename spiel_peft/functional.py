@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from spiel_kernels import (
-    apply_deltas,
-    folded,
-)
+from spiel_kernels import apply_deltas
 from spiel_kernels.gather import ConvGeometry
 
 from .delta import SparseDelta
+from .resident import Pairs, WeightFold, can_fold
 from .weight_gradients import ConvGradient, DenseGradient, EmbeddingGradient, OuterGradient, WeightGradient
 
 
@@ -92,9 +89,6 @@ WEIGHT_CHANGED = (
 )
 
 
-_FOLDING = threading.RLock()
-
-
 class WeightSource:
     """Reads a base weight now and again in backward, and notices if it changed in between.
 
@@ -102,12 +96,27 @@ class WeightSource:
         read: returns the weight, plain or dequantized; raises if it has been merged in the meantime.
         parameter: the plain parameter behind it, or None for a weight that is quantized or offloaded.
         dtype: dtype to which the adapted weight is rounded.
+        fold: writes deltas into the parameter.
+        stays: deltas may stay in the parameter after an operation that records a gradient.
+        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, valid
+            until the next call; gives None where it cannot.
     """
 
-    def __init__(self, read: Callable[[], Tensor], parameter: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Tensor],
+        parameter: Tensor | None,
+        dtype: torch.dtype,
+        fold: WeightFold | None = None,
+        stays: bool = False,
+        in_workspace: Callable[[Pairs, torch.dtype], Tensor | None] | None = None,
+    ) -> None:
         self.read = read
         self.parameter = parameter
         self.dtype = dtype
+        self.fold = fold
+        self.stays = stays
+        self.in_workspace = in_workspace
         self.version = self._current_version()
 
     def _current_version(self) -> int:
@@ -120,54 +129,59 @@ class WeightSource:
             raise RuntimeError(WEIGHT_CHANGED)
         return self.read()
 
-    def adapted(self, deltas: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def adapted(self, pairs: Pairs) -> Tensor:
         """The adapted weight as a tensor of its own."""
-        return apply_deltas(self._read_unchanged(), deltas, self.dtype)
+        if self.fold is not None:
+            self.fold.unfold()
+        return apply_deltas(self._read_unchanged(), pairs, self.dtype)
 
     @contextmanager
-    def weight(self, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Iterator[Tensor]:
+    def weight(self, deltas: Sequence[SparseDelta], pairs: Pairs, compute_dtype: torch.dtype) -> Iterator[Tensor]:
         """The adapted weight for the length of one operation: in place where that can be done, else a copy.
 
-        The operation must not keep the tensor. Another thread that adapts a weight waits; one that reads the base
-        weight meanwhile would see the deltas in it.
+        The operation must not keep the tensor.
         """
+        if self.in_workspace is not None:
+            weight = self.in_workspace(pairs, compute_dtype)
+            if weight is not None:
+                yield weight
+                return
         weight = self._read_unchanged()
-        if not self._writable(weight):
-            yield apply_deltas(weight, deltas, self.dtype).to(compute_dtype)
-            return
-        with _FOLDING, folded(weight, deltas):
-            yield weight.to(compute_dtype)
-
-    def _writable(self, weight: Tensor) -> bool:
-        # Sharded weights are a subclass, expanded ones share memory between entries.
-        plain = self.parameter is not None and type(weight) is Tensor and not weight.is_inference()
-        return plain and 0 not in weight.stride()
+        if self.fold is None or self.parameter is None or not can_fold(self.parameter):
+            yield apply_deltas(weight, pairs, self.dtype).to(compute_dtype)
+        elif self.stays:
+            self.fold.fold(self.parameter, deltas, pairs)
+            yield self.parameter.data.to(compute_dtype)
+        else:
+            with self.fold.transient(self.parameter, deltas, pairs) as folded:
+                yield folded.to(compute_dtype)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _collect(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, like: Tensor) -> Tensor:
-    """The gradient of one delta's values; its collector sees it as well."""
-    active = gradient.gather(indices)
-    if delta.collector is not None:
-        delta.collector(delta, gradient, active)
-    return active.to(like.dtype)
+def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
+    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values.
+
+    Collectors say first at which other positions they want the gradient: all are gathered in one go.
+    """
+    needed = ctx.needs_input_grad[-len(pairs) :]
+    asked = [(delta, *pair) for delta, pair, need in zip(ctx.deltas, pairs, needed, strict=True) if need]
+    if not asked:
+        return [None] * 2 * len(pairs)
+    extra = [delta.collector.wanted(delta, gradient) if delta.collector is not None else None for delta, _, _ in asked]
+    sets = [indices for _, indices, _ in asked] + [positions for positions in extra if positions is not None]
+    gathered = iter(gradient.gather_sets(sets))
+    active = [next(gathered) for _ in asked]
+    for (delta, _, _), own, positions in zip(asked, active, extra, strict=True):
+        if delta.collector is not None:
+            delta.collector.collect(delta, own, next(gathered) if positions is not None else None)
+    grads = iter(own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True))
+    return [None] * len(pairs) + [next(grads) if need else None for need in needed]
 
 
-def _delta_gradients(
-    ctx: Any, gradient: WeightGradient | None, pairs: Sequence[tuple[Tensor, Tensor]]
-) -> list[Tensor | None]:
-    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values."""
-    grads = [
-        _collect(delta, gradient, indices, values) if need else None
-        for delta, (indices, values), need in zip(ctx.deltas, pairs, ctx.needs_input_grad[-len(pairs) :], strict=True)
-    ]
-    return [None] * len(pairs) + grads
-
-
-def _pairs(tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def _pairs(tensors: Sequence[Tensor]) -> Pairs:
     half = len(tensors) // 2
     return list(zip(tensors[:half], tensors[half:], strict=True))
 
@@ -193,7 +207,7 @@ class _Adapted(torch.autograd.Function):
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.save_for_backward(x if trains else None, *flat)
         with _no_autocast(x):
-            with source.weight(_pairs(flat), x.dtype) as weight:
+            with source.weight(deltas, _pairs(flat), x.dtype) as weight:
                 return op.forward(x, weight, bias)
 
     @staticmethod
@@ -205,7 +219,7 @@ class _Adapted(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with _no_autocast(grad_out):
             if needs[3]:
-                with ctx.source.weight(pairs, ctx.compute_dtype) as weight:
+                with ctx.source.weight(ctx.deltas, pairs, ctx.compute_dtype) as weight:
                     grad_x = ctx.op.grad_input(grad_out, weight, ctx.x_shape)
             if needs[5]:
                 grad_bias = ctx.op.grad_bias(grad_out)

@@ -18,7 +18,7 @@ from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
 from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, drop_orphans
 from .config import SpIELConfig
-from .cycle.collector import collect
+from .cycle.collector import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .merge_report import MergeLoss
@@ -123,7 +123,7 @@ class SpIELModel(BaseTuner):
             layer.share_delta(adapter_name, peft_config, source)
         else:
             layer.update_layer(adapter_name, peft_config, injection.run, injection.counts[current_key])
-            layer.spiel_delta[adapter_name].collector = collect
+            layer.spiel_delta[adapter_name].collector = WindowCollector()
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -264,6 +264,7 @@ class SpIELModel(BaseTuner):
             self._check_before_merge(adapter_names, safe_merge)
         else:
             for layer in self._spiel_layers():
+                layer.unfold()
                 if layer.merged:
                     layer.unmerge()
         layers = self._spiel_layers()

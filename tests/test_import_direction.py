@@ -13,11 +13,22 @@ PLUGIN = ROOT / "spiel_peft"
 FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py")])
 
 # What each part may import of this project, from the bottom to the top; a part may always import itself.
-LAYERS_MAY = {"base_weight", "config", "delta", "functional", "layers", "merge_report", "seeding", "training_state"}
+LAYERS_MAY = {
+    "base_weight",
+    "config",
+    "delta",
+    "functional",
+    "layers",
+    "merge_report",
+    "resident",
+    "seeding",
+    "training_state",
+}
 FORBIDDEN = {
     "functional.py": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},
     "base_weight.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "delta.py": {"base_weight", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
+    "resident.py": {"base_weight", "config", "functional", "layers", "model", "cycle", "optim", "callback"},
     "training_state.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "budget.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "model.py": {"optim", "callback", "autoload"},

@@ -15,7 +15,15 @@ from .fold import (
     union_positions,
     write_entries,
 )
-from .gather import gather_conv, gather_dense, gather_embedding, gather_outer, gather_outer_sets
+from .gather import (
+    gather_conv,
+    gather_conv_sets,
+    gather_dense,
+    gather_embedding,
+    gather_embedding_sets,
+    gather_outer,
+    gather_outer_sets,
+)
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
 from .momentum import sm3_accumulate_, top_outer_positions
 from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
@@ -28,8 +36,10 @@ __all__ = [
     "fold_",
     "folded",
     "gather_conv",
+    "gather_conv_sets",
     "gather_dense",
     "gather_embedding",
+    "gather_embedding_sets",
     "gather_outer",
     "gather_outer_sets",
     "index_dtype",

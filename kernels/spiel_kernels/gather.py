@@ -174,8 +174,18 @@ def gather_embedding(
     Returns:
         ``[k]`` in the accumulation dtype, zero where the row does not occur in `ids`.
     """
+    return gather_embedding_sets(grad_out, ids, [indices], padding_idx, by_frequency)[0]
+
+
+def gather_embedding_sets(
+    grad_out: Tensor, ids: Tensor, index_sets: Sequence[Tensor], padding_idx: int | None, by_frequency: bool
+) -> list[Tensor]:
+    """`gather_embedding` for several index sets at once: the rows are summed once."""
     rows, sums = embedding_row_gradients(grad_out, ids, padding_idx, by_frequency)
-    positions = indices.to(torch.int64)
+    return [_pick_rows(rows, sums, indices.to(torch.int64)) for indices in index_sets]
+
+
+def _pick_rows(rows: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
     width = sums.shape[1]
     out = torch.zeros(positions.numel(), dtype=sums.dtype, device=positions.device)
     if rows.numel() == 0:
@@ -254,16 +264,19 @@ def gather_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, indices: Te
     Returns:
         ``[k]`` in the accumulation dtype.
     """
+    return gather_conv_sets(grad_out, x, geometry, [indices])[0]
+
+
+def gather_conv_sets(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, index_sets: Sequence[Tensor]) -> list[Tensor]:
+    """`gather_conv` for several index sets at once: every row block of the gradient is formed once."""
     dtype = accumulation_dtype(grad_out, x)
     if x.shape[0] == 0:
-        return torch.zeros(indices.numel(), dtype=dtype, device=indices.device)
-    return _gather_from_blocks(
-        [indices],
-        geometry.rows,
-        geometry.cols,
-        lambda first, last: conv_weight_gradient(grad_out, x, geometry, first, last),
-        dtype,
-    )[0]
+        return [torch.zeros(indices.numel(), dtype=dtype, device=indices.device) for indices in index_sets]
+
+    def block(first: int, last: int) -> Tensor:
+        return conv_weight_gradient(grad_out, x, geometry, first, last)
+
+    return _gather_from_blocks(index_sets, geometry.rows, geometry.cols, block, dtype)
 
 
 def gather_dense(gradient: Tensor, indices: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from spiel_kernels.fold import accumulation_dtype
+
 from ..delta import AdapterRun, SparseDelta
 from ..training_state import CandidateWindow, StepGradient
 from ..weight_gradients import WeightGradient
@@ -19,30 +21,35 @@ _PROBES = 16
 _WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
-def collect(delta: SparseDelta, gradient: WeightGradient, active: Tensor) -> None:
-    """Called in backward, once per use of the layer.
+class WindowCollector:
+    """Opens windows and fills them with what backward passes bring (a `spiel_peft.delta.Collector`)."""
 
-    Args:
-        delta: whose values get this gradient.
-        gradient: the weight gradient of this use, to be asked for single entries.
-        active: gradient of the delta's values from this use, ``[k]`` float32 or float64.
-    """
-    _note_accumulation(delta)
-    if not _gathers_now(delta):
-        return
-    state, current = delta.state, delta.state.current
-    if state.window is None:
-        positions = gradient.topk(delta.k)
-        if positions.numel() == 0:
-            return  # an expert without tokens, a batch without labels: the next backward chooses
-        zeros = torch.zeros(positions.numel(), dtype=active.dtype, device=active.device)
-        state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
-    if current.pending is None or current.probe_sums is None:
-        current.pending = torch.zeros_like(state.window.sums)
-        current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
-        current.probe_sums = torch.zeros_like(active[current.probe])
-    current.pending += gradient.gather(state.window.positions)
-    current.probe_sums += active[current.probe]
+    def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+        """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
+        _note_accumulation(delta)
+        if not _gathers_now(delta):
+            return None
+        state = delta.state
+        if state.window is None:
+            positions = gradient.topk(delta.k)
+            if positions.numel() == 0:
+                return None  # an expert without tokens, a batch without labels: the next backward chooses
+            dtype = accumulation_dtype(delta.values)
+            zeros = torch.zeros(positions.numel(), dtype=dtype, device=positions.device)
+            state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
+        return state.window.positions
+
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
+        """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``."""
+        if candidates is None:
+            return
+        current = delta.state.current
+        if current.pending is None or current.probe_sums is None:
+            current.pending = torch.zeros_like(delta.state.window.sums)
+            current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
+            current.probe_sums = torch.zeros_like(active[current.probe])
+        current.pending += candidates
+        current.probe_sums += active[current.probe]
 
 
 def _gathers_now(delta: SparseDelta) -> bool:

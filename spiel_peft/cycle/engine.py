@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from spiel_kernels import replace_positions, sm3_accumulate_
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
+from ..resident import unfold_deltas
 from ..training_state import StepGradient
 from .agreement import agree_on_proposals, agree_on_values
 from .collector import drop_step
@@ -55,10 +56,11 @@ def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dic
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Begin a run where a delta sees its first step."""
+    """Take the deltas out of the base weights, and begin a run where a delta sees its first step."""
+    held = held_deltas(optimizer)
+    unfold_deltas(delta for delta, _ in held)
     if getattr(optimizer, "delegates_step", False):
         return
-    held = held_deltas(optimizer)
     if held:
         join(optimizer, [delta for delta, _ in held])
 
@@ -68,11 +70,14 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     if getattr(optimizer, "delegates_step", False):
         return
     runs: dict[int, list[tuple[SparseDelta, dict[str, Any]]]] = {}
-    for delta, group in held_deltas(optimizer):
+    held = held_deltas(optimizer)
+    # A closure runs forward passes inside the step.
+    unfold_deltas(delta for delta, _ in held)
+    for delta, group in held:
         runs.setdefault(id(delta.run), []).append((delta, group))
     with torch.no_grad():
-        for held in runs.values():
-            _after_step_of_run(optimizer, held)
+        for held_by_run in runs.values():
+            _after_step_of_run(optimizer, held_by_run)
 
 
 def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[SparseDelta, dict[str, Any]]]) -> None:
@@ -118,6 +123,7 @@ def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dic
     state.max_lr = max(state.max_lr, float(group.get("lr", 0.0)))
     state.unheld_steps = 0
     delta.untouched = False
+    delta.is_stepped = not state.finished
     criterion = get_growth_criterion(delta.run.config.growth)
     if criterion.accumulates and delta.values.grad is not None and not optimizer_accumulates(optimizer):
         row, col = accumulators(delta)

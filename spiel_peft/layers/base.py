@@ -30,6 +30,7 @@ from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
 from ..functional import WEIGHT_CHANGED, WeightSource, folded_weight
 from ..merge_report import MergeLoss, count_lost
+from ..resident import WeightFold, can_stay_folded
 from ..seeding import seeded_generator
 
 
@@ -64,6 +65,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         # The layer whose delta this one shares (`ensure_weight_tying`), in a tuple to stay out of the module tree.
         self.tied_to: tuple[SpIELLayer, ...] = ()
         self._backup: WeightBackup | None = None
+        self._fold = WeightFold()
         self.merge_loss: MergeLoss | None = None
 
     # Adapters
@@ -148,20 +150,22 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             )
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        deltas = [] if self.merged else self._active_deltas()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        deltas = [] if self.merged or self.disable_adapters else self._active_deltas()
         if not deltas:
+            self.unfold()
             return self.base_layer(x, *args, **kwargs)
         base = self.get_base_layer()
         if not self._reproduces(base):
             return self._swapped_forward(base, deltas, x, *args, **kwargs)
         return run_with_hooks(base, partial(self._adapted_forward, deltas), x, *args, **kwargs)
 
+    def _active_names(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.spiel_delta]
+
     def _active_deltas(self) -> list[SparseDelta]:
-        deltas = [self.spiel_delta[name] for name in self.active_adapters if name in self.spiel_delta]
+        deltas = [self.spiel_delta[name] for name in self._active_names()]
         if self.training and torch.is_grad_enabled():
             for delta in deltas:
                 delta.restore_dtype()
@@ -196,17 +200,72 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             return WeightSource(self._read_unmerged, None, dtype or self._base_dtype())
         # Holding on to an offloaded weight would keep it on the device until the backward pass.
         parameter = base.weight if offload_hook(base) is None else None
-        return WeightSource(self._read_unmerged, parameter, dtype or base.weight.dtype)
+        stays = parameter is not None and self._may_stay_folded(parameter)
+        return WeightSource(self._read_unmerged, parameter, dtype or base.weight.dtype, self._fold, stays)
+
+    def _may_stay_folded(self, parameter: Tensor) -> bool:
+        """Whether this forward pass may leave its deltas in the base weight, for an optimizer step to take out."""
+        if not self.training or not torch.is_grad_enabled() or self.shared_with or self.tied_to:
+            return False
+        deltas = [self.spiel_delta[name] for name in self._active_names()]
+        stepped = any(delta.values.requires_grad and delta.is_stepped for delta in deltas)
+        return stepped and can_stay_folded(parameter)
 
     def _read_unmerged(self) -> Tensor:
         if self.merged:
             raise RuntimeError(WEIGHT_CHANGED)
-        return self._read_base_weight()
+        with onloaded(self.get_base_layer()):
+            return super().get_base_weight()
 
     def _read_base_weight(self) -> Tensor:
-        base = self.get_base_layer()
-        with onloaded(base):
+        with onloaded(self.get_base_layer()):
             return self.get_base_weight()
+
+    # Deltas that live in the base weight between two optimizer steps: everybody who looks at it gets the original.
+
+    def unfold(self) -> None:
+        """Take deltas that live in the base weight out of it, bit for bit (see `spiel_peft.resident`)."""
+        self._fold.unfold()
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight without deltas, dequantized if need be."""
+        self.unfold()
+        return super().get_base_weight()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it is stored, without deltas."""
+        self.unfold()
+        return super().weight
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.unfold()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unfold()
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpIELLayer:
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> SpIELLayer:
+        if not mode:
+            self.unfold()
+        return super().train(mode)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold()
+        super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.unfold()
+        super().delete_adapter(adapter_name)
 
     # Merging
 
@@ -230,6 +289,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         before = list(self.merged_adapters)
+        self.unfold()
         with writable(self):
             # The sum is always taken from the originals, so the order and number of merges leave no trace.
             self._restore_originals()
@@ -258,6 +318,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
 
     def _write_merged(self, adapter_names: list[str]) -> None:
         base = self.get_base_layer()
+        self.unfold()
         if self.quantization_backend is not None:
             self._write_quantized(base, adapter_names)
         elif self.shared_with:
