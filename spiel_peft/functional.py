@@ -136,7 +136,9 @@ class WeightSource:
         return apply_deltas(self._read_unchanged(), pairs, self.dtype)
 
     @contextmanager
-    def weight(self, deltas: Sequence[SparseDelta], pairs: Pairs, compute_dtype: torch.dtype) -> Iterator[Tensor]:
+    def weight(
+        self, deltas: Sequence[SparseDelta], pairs: Pairs, compute_dtype: torch.dtype, in_backward: bool = False
+    ) -> Iterator[Tensor]:
         """The adapted weight for the length of one operation: in place where that can be done, else a copy.
 
         The operation must not keep the tensor.
@@ -150,7 +152,7 @@ class WeightSource:
         if self.fold is None or self.parameter is None or not can_fold(self.parameter):
             yield apply_deltas(weight, pairs, self.dtype).to(compute_dtype)
         elif self.stays:
-            self.fold.fold(self.parameter, deltas, pairs)
+            self.fold.fold(self.parameter, deltas, pairs, as_in_forward=in_backward)
             yield self.parameter.data.to(compute_dtype)
         else:
             with self.fold.transient(self.parameter, deltas, pairs) as folded:
@@ -219,7 +221,7 @@ class _Adapted(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with _no_autocast(grad_out):
             if needs[3]:
-                with ctx.source.weight(ctx.deltas, pairs, ctx.compute_dtype) as weight:
+                with ctx.source.weight(ctx.deltas, pairs, ctx.compute_dtype, in_backward=True) as weight:
                     grad_x = ctx.op.grad_input(grad_out, weight, ctx.x_shape)
             if needs[5]:
                 grad_bias = ctx.op.grad_bias(grad_out)

@@ -52,13 +52,17 @@ class WeightFold:
         self.unfold()
         return WeightFold, ()
 
-    def fold(self, parameter: Tensor, deltas: Sequence[SparseDelta], pairs: Pairs) -> None:
-        """Have exactly these deltas, with their values of now, in the weight.
+    def fold(
+        self, parameter: Tensor, deltas: Sequence[SparseDelta], pairs: Pairs, as_in_forward: bool = False
+    ) -> None:
+        """Have exactly these deltas in the weight, until somebody unfolds them.
 
         Args:
             parameter: the base weight; its ``.data`` is written to, so autograd's version counter does not move.
             deltas: owners of the pairs.
             pairs: ``indices`` ``[k]`` and ``values`` ``[k]`` of each.
+            as_in_forward: the values are those that the forward pass folded, so what is still there need not be
+                written again.
         """
         with _LOCK:
             if self.active and not self._holds(parameter, deltas):
@@ -74,7 +78,7 @@ class WeightFold:
                 self._parameter, self.deltas = parameter, tuple(deltas)
                 self._versions = (parameter._version, self._positions._version)
                 _FOLDED.add(self)
-            else:
+            elif not as_in_forward:
                 # Values may have changed through `.data`, which leaves no trace; writing is cheaper than comparing.
                 self._rewrite(weight, pairs)
 
