@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype
+from .outer_products import gather_by_plan
+from .plan_cache import plan_for
 from .sampled import gather_sampled, sampled_pays
 
 
@@ -79,9 +80,9 @@ def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") ->
     Args:
         a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0.
         indices: ``[k]`` sorted flat positions in ``[rows, cols]``.
-        method: "auto" picks by sizes. To force one: "dense" (row blocks of the product, any device), "sampled" (only
-            the entries, chunk by chunk of tokens; CPU), "compact" (products over the columns that a block of rows
-            touches) or "entries" (a dot product each); the last two need a GPU, or Triton's interpreter.
+        method: "auto" picks by sizes, and on a GPU by how the indices lie. To force one: "dense" (row blocks of the
+            product), "sampled" (only the entries, chunk by chunk of tokens; CPU), "compact" (products over the columns
+            that a block of rows touches) or "entries" (a dot product each); the last two are meant for GPUs.
 
     Returns:
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
@@ -92,26 +93,22 @@ def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") ->
     return gather_outer_sets(a, b, [indices], method)[0]
 
 
-def gather_outer_sets(
-    a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto", plans: Sequence[Any] | None = None
-) -> list[Tensor]:
-    """`gather_outer` for several index sets at once: what does not depend on the positions is done once.
-
-    Args:
-        plans: per index set what `plan_outer` made of it, or None to have it made here; used on GPUs alone.
-    """
+def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto") -> list[Tensor]:
+    """`gather_outer` for several index sets at once: what does not depend on the positions is done once."""
     for indices in index_sets:
         check_outer_operands(a, b, indices)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    dtype = accumulation_dtype(a, b)
-    if method in ("compact", "entries") or (method == "auto" and dtype == torch.float32 and runs_triton(a, b)):
-        return _gather_triton(a, b, index_sets, method, plans)
-    rows, cols = a.shape[1], b.shape[1]
     on_cpu = a.device.type == "cpu"
     if method == "sampled" and not on_cpu:
         raise ValueError(f"method 'sampled' runs on the CPU, got tensors on {a.device}; leave method at 'auto'")
-    if method == "sampled" or (method == "auto" and on_cpu and _sampled_pays(rows, cols, index_sets)):
+    triton = method != "sampled" and runs_triton(a, b)
+    if triton or method in ("compact", "entries"):
+        return _gather_by_plans(a, b, index_sets, method, triton)
+    dtype = accumulation_dtype(a, b)
+    rows, cols = a.shape[1], b.shape[1]
+    total = sum(indices.numel() for indices in index_sets)
+    if method == "sampled" or (method == "auto" and on_cpu and sampled_pays(rows, cols, total)):
         return gather_sampled(a, b, index_sets, dtype)
     wide = b.to(dtype)
 
@@ -121,22 +118,14 @@ def gather_outer_sets(
     return _gather_from_blocks(index_sets, rows, cols, block, dtype)
 
 
-def _sampled_pays(rows: int, cols: int, index_sets: Sequence[Tensor]) -> bool:
-    return sampled_pays(rows, cols, sum(indices.numel() for indices in index_sets))
+def _gather_by_plans(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str, triton: bool) -> list[Tensor]:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    plans = [plan_for(indices, a.shape[1], b.shape[1], dtype, method) for indices in index_sets]
+    if triton:
+        from .triton_backend import outer
 
-
-def _gather_triton(
-    a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str, plans: Sequence[Any] | None
-) -> list[Tensor]:
-    from .outer_plan import plan_outer
-    from .triton_backend import outer
-
-    made = plans or [None] * len(index_sets)
-    sizes = (a.shape[1], b.shape[1], a.shape[0])
-    return [
-        outer.gather_outer(a, b, indices, plan or plan_outer(indices, *sizes, a.dtype, method=method))
-        for indices, plan in zip(index_sets, made, strict=True)
-    ]
+        return outer.gather_outer_sets(a, b, index_sets, plans)
+    return [gather_by_plan(a, b, indices, plan) for indices, plan in zip(index_sets, plans, strict=True)]
 
 
 def embedding_row_gradients(

@@ -7,7 +7,10 @@ import torch
 from helpers import OpRecorder, assert_close
 from torch import Tensor
 
-from spiel_kernels import gather_dense, gather_outer, topk_dense, topk_outer
+from spiel_kernels import gather_dense, gather_outer, gather_outer_sets, topk_dense, topk_outer
+from spiel_kernels.outer_plan import plan_outer
+from spiel_kernels.plan_cache import plan_for
+from spiel_kernels.sampled import sampled_pays
 
 from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, top_positions
 
@@ -101,3 +104,69 @@ def test_no_tensor_of_the_size_of_the_weight_is_formed(rows: int, cols: int, k: 
     with OpRecorder() as dense:
         a.T @ b
     assert dense.largest == rows * cols, "the recorder must see what this test is about"
+
+
+# Ways to gather
+
+
+@pytest.mark.parametrize("dtype, tolerance", DTYPES, ids=DTYPE_IDS)
+@pytest.mark.parametrize("method", ["sampled", "dense", "compact", "entries"])
+@pytest.mark.parametrize("n, rows, cols", [*SIZES, (513, 5, 9), (256, 9, 5), (257, 70, 3)])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0], ids=["none", "some", "all"])
+def test_forced_methods(
+    n: int, rows: int, cols: int, share: float, method: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    a, b = torch.randn(n, rows).to(dtype), torch.randn(n, cols).to(dtype)
+    indices = draw_indices(rows * cols, int(share * rows * cols), torch.int32)
+    got = gather_outer(a, b, indices, method=method)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = (a.double().T @ b.double()).flatten()[indices.long()]
+    assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("method", ["auto", "sampled", "dense"])
+def test_several_index_sets_at_once(method: str) -> None:
+    a, b = torch.randn(30, 40), torch.randn(30, 50)
+    sets = [draw_indices(2000, k, torch.int32) for k in (0, 100, 2000, 1)]
+    for indices, got in zip(sets, gather_outer_sets(a, b, sets, method), strict=True):
+        if method != "auto":
+            assert torch.equal(got, gather_outer(a, b, indices, method))
+        assert_close(got, (a.double().T @ b.double()).flatten()[indices.long()], 1e-5)
+
+
+def test_the_choice_depends_on_sizes_alone() -> None:
+    assert sampled_pays(4096, 4096, 4096 * 4096 // 100)
+    assert not sampled_pays(4096, 4096, 4096 * 4096)
+    assert not sampled_pays(8, 8, 1)
+
+
+def test_a_plan_is_made_once_per_index_set_and_again_when_it_changes() -> None:
+    indices = draw_indices(600, 60)
+    first = plan_for(indices, 20, 30, torch.float32, "compact")
+    assert plan_for(indices, 20, 30, torch.float32, "compact") is first
+    indices.copy_(draw_indices(600, 60))
+    second = plan_for(indices, 20, 30, torch.float32, "compact")
+    expected = plan_outer(indices, 20, 30, 2048, torch.float32, "compact")
+    assert second is not first
+    for got, wanted in zip(second.tensors, expected.tensors, strict=True):
+        assert torch.equal(got, wanted)
+    assert plan_for(indices, 30, 20, torch.float32, "compact").rows == 30
+
+
+def test_wrong_operands_are_refused() -> None:
+    a, b, indices = torch.randn(3, 4), torch.randn(3, 5), torch.arange(4)
+    with pytest.raises(ValueError, match="method must be one of auto, sampled, dense"):
+        gather_outer(a, b, indices, method="fast")
+    with pytest.raises(ValueError, match=r"a and b must be \[N, rows\] and \[N, cols\]"):
+        gather_outer(a, torch.randn(4, 5), indices)
+    with pytest.raises(ValueError, match="indices must be one-dimensional"):
+        gather_outer(a, b, indices[None])
+
+
+def test_gather_is_registered() -> None:
+    torch.use_deterministic_algorithms(False)
+    a, b, indices = torch.randn(3, 4), torch.randn(3, 5), torch.arange(0, 20, 3)
+    torch.library.opcheck(torch.ops.spiel_kernels.gather_outer.default, (a, b, indices))
+    expected = gather_outer(2 * a, b, indices)
+    compiled = torch.compile(lambda a, b: gather_outer(2 * a, b, indices), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(a, b), expected)
