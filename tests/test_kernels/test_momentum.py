@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,7 +13,8 @@ from helpers import OpRecorder, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
+from spiel_kernels import momentum, outer_top, sm3_accumulate_, top_outer_positions
+from spiel_kernels.momentum import top_outer_positions_dense
 
 from .oracle import draw_indices, property_test
 
@@ -66,6 +70,45 @@ def test_sparse_step_touches_rows_and_columns_of_active_positions_only(k: int, d
     assert_close(col, torch.tensor(expected_col, dtype=torch.float64), 1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_chunks_are_one_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Every position sees the accumulators as they were before the step, whatever the chunk."""
+    row, col = torch.rand(9, dtype=dtype), torch.rand(7, dtype=dtype)
+    indices, gradient = draw_indices(63, 40, torch.int32), torch.randn(40, dtype=dtype)
+    expected_row, expected_col = row.clone(), col.clone()
+    expected = sm3_accumulate_(expected_row, expected_col, indices, gradient)
+    monkeypatch.setattr(momentum, "_CHUNK", 3)
+    assert torch.equal(sm3_accumulate_(row, col, indices, gradient), expected)
+    assert torch.equal(row, expected_row) and torch.equal(col, expected_col)
+
+
+def test_accumulators_and_gradients_may_be_strided() -> None:
+    row, col, gradient = torch.rand(8)[::2], torch.rand(9)[::3], torch.randn(12)[::2]
+    expected_row, expected_col = row.clone(), col.clone()
+    indices = draw_indices(12, 6)
+    expected = sm3_accumulate_(expected_row, expected_col, indices, gradient.clone())
+    assert torch.equal(sm3_accumulate_(row, col, indices, gradient), expected)
+    assert torch.equal(row, expected_row) and torch.equal(col, expected_col)
+
+
+def test_infinite_and_nan_gradients_stay_visible() -> None:
+    row, col = torch.ones(2), torch.ones(3)
+    nu = sm3_accumulate_(row, col, torch.tensor([0, 2]), torch.tensor([math.inf, math.nan]))
+    assert nu[0] == math.inf and nu[1].isnan()
+    assert row[0].isnan() and row[1] == 1 and col[0] == math.inf and col[1] == 1 and col[2].isnan()
+
+
+@pytest.mark.parametrize("gradient", [torch.ones(2), torch.ones(3, 1), torch.tensor(1.0)])
+def test_a_gradient_of_another_size_is_refused(gradient: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="gradient must have one entry per position"):
+        sm3_accumulate_(torch.ones(4), torch.ones(4), torch.arange(3), gradient)
+
+
+def test_accumulators_of_two_dtypes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"row and col must have the same dtype, got torch.float32 and torch.float64"):
+        sm3_accumulate_(torch.ones(4), torch.ones(4).double(), torch.arange(3), torch.ones(3))
+
+
 @property_test
 @given(st.lists(st.tuples(st.integers(0, 11), st.floats(-10, 10)), max_size=30))
 def test_accumulators_never_shrink(steps: list[tuple[int, float]]) -> None:
@@ -102,19 +145,173 @@ def test_growth_equals_sorting_everything(row: list[float], col: list[float], da
     assert got.tolist() == best_positions(row, col, set(excluded), m)
 
 
+@contextmanager
+def search(thresholds: int, rounds: int, spare: int, listable: int | None) -> Iterator[None]:
+    """Another way to the same positions: thresholds per round, surplus that ends the search, what may be listed."""
+    limits = {} if listable is None else {"_listable": lambda scores, m: listable}
+    with patch.multiple(outer_top, _CPU_SEARCH=(thresholds, rounds), _SPARE=spare, **limits):
+        yield
+
+
+WAYS = {
+    "plain": (1, 64, 64, None),
+    "to the last candidate": (1, 64, 0, 10**9),
+    "too few rounds": (1, 3, 0, None),
+    "as on a GPU": (63, 4, 0, 10**9),
+    "exact": (1, 64, 0, -1),
+}
+
+
+@st.composite
+def accumulators(draw: st.DrawFn) -> list[float]:
+    """Equal, almost equal, tiny, huge, zero, infinite or invalid entries."""
+    size = draw(st.integers(1, 12))
+    one = draw(
+        st.sampled_from(
+            [
+                st.just(draw(st.sampled_from([0.0, 0.3, 1.0]))),
+                st.sampled_from([0.0, 1.0, 2.0, 4.0]),
+                st.integers(-3, 3).map(lambda step: 1.0 + step * 2.0**-52),
+                st.floats(1e-38, 1e38),
+                st.sampled_from([0.0, 1.0, 3.0, math.inf, math.nan, -1.0]),
+            ]
+        )
+    )
+    return draw(st.lists(one, min_size=size, max_size=size))
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_growth_over_several_blocks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(momentum, "_BLOCK_ENTRIES", 16)
-    row, col = torch.rand(23, dtype=dtype), torch.rand(7, dtype=dtype)
-    row[::5], col[3] = 0, 0
-    excluded = draw_indices(161, 40)
-    expected = best_positions(row.tolist(), col.tolist(), set(excluded.tolist()), 60)
-    assert top_outer_positions(row, col, excluded, 60).tolist() == expected
+@property_test
+@given(row=accumulators(), col=accumulators(), data=st.data())
+def test_growth_equals_the_dense_formula(
+    way: str, dtype: torch.dtype, row: list[float], col: list[float], data: st.DataObject
+) -> None:
+    """To the last bit of the scores: near ties, ties, infinities."""
+    numel = len(row) * len(col)
+    excluded = data.draw(
+        st.one_of(
+            st.sets(st.integers(0, numel - 1)),
+            st.integers(0, numel - 1).map(lambda left: set(range(numel)) - {left}),
+            st.just(set(range(numel))),
+        )
+    )
+    m = data.draw(st.integers(0, numel + 3))
+    arguments = (torch.tensor(row, dtype=dtype), torch.tensor(col, dtype=dtype), torch.tensor(sorted(excluded)).int())
+    with search(*WAYS[way]):
+        got = top_outer_positions(*arguments, m)
+    assert got.tolist() == top_outer_positions_dense(*arguments, m).tolist()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rows, cols", [(1, 400), (400, 1), (60, 41), (23, 97)])
+@pytest.mark.parametrize("share, wanted", [(0.0, 0.002), (0.1, 0.1), (0.9, 0.2), (1.0, 0.5)])
+@pytest.mark.parametrize("kind", ["spread", "bf16", "equal"])
+def test_growth_in_larger_matrices(way: str, rows: int, cols: int, share: float, wanted: float, kind: str) -> None:
+    def accumulator(size: int) -> torch.Tensor:
+        values = {
+            "spread": lambda: torch.randn(size).mul(4).exp(),
+            "bf16": lambda: torch.randn(size).bfloat16().float().square(),
+            "equal": lambda: torch.full((size,), 0.3),
+        }[kind]()
+        values[3::5] = 0
+        return values
+
+    row, col = accumulator(rows), accumulator(cols)
+    excluded = draw_indices(rows * cols, int(share * rows * cols), torch.int32)
+    m = int(wanted * rows * cols)
+    with search(*WAYS[way]):
+        got = top_outer_positions(row, col, excluded, m)
+    assert torch.equal(got, top_outer_positions_dense(row, col, excluded, m))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_growth_among_scores_that_differ_in_their_last_bits(way: str) -> None:
+    """Comparing with ``threshold - log_row`` rounds otherwise than the scores do; it must not show."""
+    for _ in range(40):
+        row, col = (
+            (1 + torch.randint(-6, 7, (size,)).double() * 2.0**-52)
+            * torch.tensor([3.0, 7.0, 1e-5])[torch.arange(size) % 3]
+            for size in (8, 9)
+        )
+        excluded = draw_indices(72, 20)
+        with search(*WAYS[way]):
+            got = top_outer_positions(row, col, excluded, 12)
+        assert torch.equal(got, top_outer_positions_dense(row, col, excluded, 12))
+
+
+@pytest.mark.parametrize("kind", ["spread", "equal", "two values"])
+@pytest.mark.parametrize("rows, cols", [(300, 200), (200, 300)])
+def test_growth_forms_nothing_of_the_size_of_the_matrix(kind: str, rows: int, cols: int) -> None:
+    """Ties that fill the matrix are not listed either."""
+    sides = {
+        "spread": lambda size: torch.rand(size),
+        "equal": lambda size: torch.full((size,), 0.7),
+        "two values": lambda size: torch.where(torch.arange(size) % 2 == 0, 1.0, 2.0),
+    }
+    row, col = sides[kind](rows), sides[kind](cols)
+    excluded = draw_indices(rows * cols, 600, torch.int32)
     with OpRecorder() as recorder:
-        top_outer_positions(row, col, excluded, 60)
-    assert recorder.largest < 161
+        got = top_outer_positions(row, col, excluded, 120)
+    assert torch.equal(got, top_outer_positions_dense(row, col, excluded, 120))
+    assert recorder.largest <= 2 * (rows + cols + excluded.numel() + 120)
 
 
 def test_products_that_underflow_are_still_ranked() -> None:
     row, col = torch.tensor([1e-30, 1e-20]), torch.tensor([1e-30, 1e-25])
     assert top_outer_positions(row, col, torch.empty(0, dtype=torch.int64), 3).tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("rows, cols", [(0, 4), (4, 0), (0, 0)])
+def test_growth_in_an_empty_matrix(rows: int, cols: int) -> None:
+    got = top_outer_positions(torch.ones(rows), torch.ones(cols), torch.empty(0, dtype=torch.int32), 3)
+    assert got.dtype == torch.int64 and got.numel() == 0
+
+
+def test_growth_takes_strided_and_low_precision_accumulators() -> None:
+    row, col = torch.rand(20).bfloat16()[::2], torch.rand(18).bfloat16()[::3]
+    excluded = draw_indices(60, 20)[::2]
+    expected = best_positions(row.tolist(), col.tolist(), set(excluded.tolist()), 25)
+    assert top_outer_positions(row, col, excluded, 25).tolist() == expected
+
+
+def test_positions_beyond_int32() -> None:
+    """Rows and columns of flat positions up to 2**50, at the ends of a row."""
+    for cols in (3, 2**20 + 1, 2**25 - 39):
+        rows = torch.tensor([0, 1, 2**50 // cols - 1])
+        for col in (0, 1, cols // 2, cols - 1):
+            got = outer_top.split_positions(rows * cols + col, cols)
+            assert torch.equal(got[0], rows) and (got[1] == col).all()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((torch.ones(2), torch.ones(2), torch.arange(1), -1), "m must be at least 0, got -1"),
+        ((torch.ones(2, 1), torch.ones(2), torch.arange(1), 1), r"row must be one-dimensional, got shape \(2, 1\)"),
+        ((torch.ones(2), torch.tensor(1.0), torch.arange(1), 1), r"col must be one-dimensional, got shape \(\)"),
+        ((torch.ones(2), torch.ones(2), torch.ones(1, 1), 1), r"excluded must be one-dimensional, got shape \(1, 1\)"),
+    ],
+    ids=["m", "row", "col", "excluded"],
+)
+def test_growth_refuses(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        top_outer_positions(*arguments)
+
+
+def test_registered_operations() -> None:
+    row, col, indices = torch.rand(6), torch.rand(5), draw_indices(30, 9, torch.int32)
+    torch.library.opcheck(torch.ops.spiel_kernels.sm3_accumulate_, (row, col, indices, torch.randn(9)))
+    torch.library.opcheck(torch.ops.spiel_kernels.top_outer_positions, (row, col, indices, 4))
+
+
+def test_compiled_without_graph_breaks() -> None:
+    def step(row: torch.Tensor, col: torch.Tensor, indices: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        sm3_accumulate_(row, col, indices, gradient)
+        return top_outer_positions(row, col, indices, 4) + 1
+
+    arguments = torch.rand(6), torch.rand(5), draw_indices(30, 9, torch.int32), torch.randn(9)
+    copies = [argument.clone() for argument in arguments]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*copies), step(*arguments))
+    assert torch.equal(copies[0], arguments[0]) and torch.equal(copies[1], arguments[1])
