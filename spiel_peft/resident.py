@@ -52,9 +52,7 @@ class WeightFold:
         self.unfold()
         return WeightFold, ()
 
-    def fold(
-        self, parameter: Tensor, deltas: Sequence[SparseDelta], pairs: Pairs, as_in_forward: bool = False
-    ) -> None:
+    def fold(self, parameter: Tensor, deltas: Sequence[SparseDelta], pairs: Pairs, as_in_forward: bool = False) -> None:
         """Have exactly these deltas in the weight, until somebody unfolds them.
 
         Args:

@@ -20,6 +20,7 @@ LAYERS_MAY = {
     "functional",
     "layers",
     "merge_report",
+    "quantized_weight",
     "resident",
     "seeding",
     "training_state",

@@ -90,8 +90,8 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
             delta.state.unheld_steps = 0
         return
     factors = _scalings([delta for delta, _ in held])
+    _commit_windows([delta for delta, _ in held], factors)
     for delta, group in held:
-        _commit_window(delta, factors.get(delta))
         _count_step(optimizer, delta, group)
     run = held[0][0].run
     config = run.config
@@ -137,20 +137,32 @@ def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
     return bool(getattr(optimizer, "updates_spiel_accumulators", False))
 
 
-def _commit_window(delta: SparseDelta, factor: Tensor | None) -> None:
-    """Add the finished step's candidate gradients to the window, scaled and clipped as the active ones were."""
-    window, current = delta.state.window, delta.state.current
-    if window is None:
-        return
-    if current.pending is not None and factor is not None:
-        step_gradient = current.pending * factor.to(current.pending.dtype)
-        if not bool(torch.isfinite(step_gradient).all()):
-            # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step.
+def _commit_windows(deltas: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> None:
+    """Add the finished step's candidate gradients to the open windows, scaled and clipped as the active ones were."""
+    windowed = [delta for delta in deltas if delta.state.window is not None]
+    gathered = [d for d in windowed if d.state.current.pending is not None and d in factors]
+    finite: dict[SparseDelta, bool] = {}
+    if gathered:
+        # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step. One
+        # wait for the device tells for all of them.
+        device = gathered[0].values.device
+        sums = torch.stack([_step_gradient(d, factors[d]).sum(dtype=torch.float64).to(device) for d in gathered])
+        finite = dict(zip(gathered, torch.isfinite(sums).tolist(), strict=True))
+    for delta in windowed:
+        if finite.get(delta) is False:
             drop_step(delta)
-            return
-        window.sums += step_gradient
-        window.squares += step_gradient.square()
-    window.steps += 1
+            continue
+        window = delta.state.window
+        if delta in finite:
+            step_gradient = _step_gradient(delta, factors[delta])
+            window.sums += step_gradient
+            window.squares += step_gradient.square_()
+        window.steps += 1
+
+
+def _step_gradient(delta: SparseDelta, factor: Tensor) -> Tensor:
+    pending = delta.state.current.pending
+    return pending * factor.to(pending.dtype)
 
 
 def _scalings(deltas: list[SparseDelta]) -> dict[SparseDelta, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
 from ..functional import WEIGHT_CHANGED, WeightSource, folded_weight
 from ..merge_report import MergeLoss, count_lost
+from ..quantized_weight import adapted_in_workspace
 from ..resident import WeightFold, can_stay_folded
 from ..seeding import seeded_generator
 
@@ -197,7 +199,8 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def _source(self, dtype: torch.dtype | None = None) -> WeightSource:
         base = self.get_base_layer()
         if self.quantization_backend is not None:
-            return WeightSource(self._read_unmerged, None, dtype or self._base_dtype())
+            dtype = dtype or self._base_dtype()
+            return WeightSource(self._read_unmerged, None, dtype, in_workspace=self._in_workspace)
         # Holding on to an offloaded weight would keep it on the device until the backward pass.
         parameter = base.weight if offload_hook(base) is None else None
         stays = parameter is not None and self._may_stay_folded(parameter)
@@ -210,6 +213,13 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         deltas = [self.spiel_delta[name] for name in self._active_names()]
         stepped = any(delta.values.requires_grad and delta.is_stepped for delta in deltas)
         return stepped and can_stay_folded(parameter)
+
+    def _in_workspace(self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor | None:
+        if self.merged:
+            raise RuntimeError(WEIGHT_CHANGED)
+        base = self.get_base_layer()
+        with onloaded(base):
+            return adapted_in_workspace(base, pairs, compute_dtype)
 
     def _read_unmerged(self) -> Tensor:
         if self.merged:
@@ -349,10 +359,12 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             "unmerge, which restores them exactly. For deployment, merge into the unquantized base model instead.",
             stacklevel=4,
         )
+        # First of all: reading an 8-bit weight through PEFT leaves a mark on the layer.
+        backup = QuantizedBackup(base)
         original = self.get_base_weight()
         positions, sums = adapted_entries(original, self._pairs(adapter_names))
         before = original.take(positions)
-        self._backup = backup = QuantizedBackup(base)
+        self._backup = backup
         self.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
         backup.pack_away()
         self.merge_loss = count_lost(before, sums, self.get_base_weight().take(positions))
