@@ -39,9 +39,11 @@ demo: $(VENV)/.demo-installed
 
 # One thread per test process: two processes with two threads each would fight over two cores.
 # Not "python -m pytest", which puts the checkout on the import path, where other packages would take
-# the folder kernels/ for the package of that name.
+# the folder kernels/ for the package of that name. Triton's interpreter is chosen for a whole process,
+# so its tests have one of their own.
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
