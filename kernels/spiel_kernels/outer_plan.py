@@ -1,0 +1,233 @@
+"""How the selected entries of ``a.T @ b`` are gathered: decided and laid out once per index set, as plain data.
+
+Positions that were picked by gradient concentrate: rows sorted by how many positions they hold and taken 64 at a time
+touch few columns. The compact method multiplies just those. Worked example, a 4 x 6 matrix in blocks of two rows and
+tiles of two columns, the entries marked x selected::
+
+    row 0  . . . x . .      rows by count: 2 1 0 3        block 0 = rows 2, 1: columns 0 1 3 4
+    row 1  x . . x . .      (equal counts: in order)      block 1 = rows 0, 3: column  3
+    row 2  x x . . x .
+    row 3  . . . . . .      tiles: block 0 [0 1], block 0 [3 4], block 1 [3 5]      (5 fills up)
+
+Three of six possible tiles are computed. The position of an entry in its tile follows from the rank of its row and a
+binary search for its column, so that a plan holds nothing per entry: 2 or 4 bytes per column of a tile and per row of
+the matrix, twice for rows (`OuterPlan.nbytes`; about 0.3 bytes per position at 1% of 4096 x 4096).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .outer_cost import TILE_SHAPES, CostModel, Problem, choose_method, choose_tile_shape, dense_block_rows
+
+PLANNED_METHODS = ("compact", "dense", "entries")
+# Rows of the finest block; the others are multiples.
+_FINE = min(high for high, _ in TILE_SHAPES)
+_COARSE = max(high for high, _ in TILE_SHAPES)
+
+
+class Tiles(NamedTuple):
+    """Where the compact method multiplies. "Narrow" is int16 where the numbers fit, else int32.
+
+    A block is a number of rows that stand together in `row_order`. Its active columns, ascending, are cut into tiles;
+    the last tile of a block is filled up with the matrix's last column.
+    """
+
+    row_order: Tensor  # narrow [blocks * tile rows]: row numbers by falling count; the last one repeated
+    row_rank: Tensor  # narrow [rows]: place of a row in row_order
+    first_tile: Tensor  # int32 [blocks + 1]: number of the block's first tile
+    block: Tensor  # narrow [tiles]: the block of a tile
+    columns: Tensor  # narrow [tiles * tile columns]: column numbers
+
+
+@dataclass(frozen=True)
+class OuterPlan:
+    """What `plan_outer` decided for one index set.
+
+    Args:
+        method: "compact", "dense" or "entries".
+        rows: size of the matrix; cols: the same.
+        k: how many positions the plan is for.
+        layout: compact: rows and columns of a tile. dense: rows of a block, then the slots at which the blocks'
+            positions begin, and k. entries: empty.
+        tensors: compact: a `Tiles`; else empty.
+    """
+
+    method: str
+    rows: int
+    cols: int
+    k: int
+    layout: tuple[int, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def tiles(self) -> Tiles:
+        return Tiles(*self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the plan's tensors hold."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def product_share(self) -> float:
+        """Multiplications of the method as a share of the dense product's."""
+        if self.method == "compact":
+            return self.tiles.block.numel() * math.prod(self.layout) / (self.rows * self.cols)
+        return 1.0 if self.method == "dense" else self.k / (self.rows * self.cols)
+
+
+def _check(indices: Tensor, rows: int, cols: int, tokens: int, method: str, tile_shape: tuple[int, int] | None) -> None:
+    if method not in ("auto", *PLANNED_METHODS):
+        raise ValueError(f"method must be one of auto, {', '.join(PLANNED_METHODS)}, got {method!r}")
+    if indices.dim() != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"indices must be one-dimensional, int32 or int64, got {indices.dtype} of shape {tuple(indices.shape)}"
+        )
+    if rows < 1 or cols < 1 or tokens < 0:
+        raise ValueError(f"rows and cols must be at least 1 and tokens at least 0, got {rows}, {cols} and {tokens}")
+    if indices.numel() > rows * cols:
+        raise ValueError(f"indices must be unique positions in {rows} x {cols}, got {indices.numel()} of them")
+    if tile_shape is not None and tile_shape not in TILE_SHAPES:
+        raise ValueError(f"tile_shape must be one of {TILE_SHAPES}, got {tile_shape}")
+
+
+def plan_outer(
+    indices: Tensor,
+    rows: int,
+    cols: int,
+    tokens: int,
+    dtype: torch.dtype,
+    method: str = "auto",
+    *,
+    tile_shape: tuple[int, int] | None = None,
+    model: CostModel | None = None,
+) -> OuterPlan:
+    """Decide how the entries at `indices` of a product ``a.T @ b`` are gathered.
+
+    Depends on the arguments alone, so that equal runs make equal plans. Waits for the device once ("entries": never).
+
+    Args:
+        indices: int32 or int64 ``[k]``, sorted and unique flat positions in ``[rows, cols]``.
+        rows: columns of a, at least 1; cols: columns of b, at least 1.
+        tokens: rows that a and b are expected to have; it matters for the choice only.
+        dtype: dtype of a and b (the wider one if they differ).
+        method: "auto" takes the one of least estimated cost on a GPU; float64 operands, for which there are no GPU
+            kernels, get "dense".
+        tile_shape: rows and columns of a tile of the compact method, one of `TILE_SHAPES`; by estimated cost if None.
+        model: rates of the device, for what is left to choose.
+
+    Raises:
+        ValueError: an argument that does not fit, by name.
+    """
+    _check(indices, rows, cols, tokens, method, tile_shape)
+    k = indices.numel()
+    if method == "auto" and (k == 0 or dtype == torch.float64):
+        method = "dense"
+    if method == "entries":
+        return OuterPlan(method, rows, cols, k)
+    # Positions of a matrix that int32 cannot number may still come in int32 as long as they are small.
+    positions = indices if rows * cols < 2**31 else indices.to(torch.int64)
+    block_rows = dense_block_rows(rows, cols)
+    bounds = _dense_bounds(positions, rows, cols, block_rows)
+    if method == "dense":
+        return OuterPlan(method, rows, cols, k, (block_rows, *bounds.tolist()))
+    blocks = _RowBlocks.build(positions, rows, cols)
+    shapes = TILE_SHAPES if tile_shape is None else (tile_shape,)
+    host = torch.cat([bounds, torch.stack([blocks.count_tiles(shape) for shape in shapes])]).tolist()
+    counts = dict(zip(shapes, host[bounds.numel() :], strict=True))
+    problem, model = Problem(k, rows, cols, tokens, dtype), model or CostModel()
+    if method == "auto":
+        method = choose_method(problem, counts, model)
+    if method == "entries":
+        return OuterPlan(method, rows, cols, k)
+    if method == "dense":
+        return OuterPlan(method, rows, cols, k, (block_rows, *host[: bounds.numel()]))
+    shape = choose_tile_shape(problem, counts, model)
+    return OuterPlan(method, rows, cols, k, shape, tuple(blocks.tiles(shape, counts[shape])))
+
+
+def _dense_bounds(positions: Tensor, rows: int, cols: int, block_rows: int) -> Tensor:
+    """int64 ``[blocks + 1]``: slot of the first position in each row block, and k."""
+    starts = torch.arange(0, rows + block_rows, block_rows, device=positions.device).clamp_(max=rows) * cols
+    return torch.searchsorted(positions, starts.to(positions.dtype))
+
+
+def narrow_dtype(count: int) -> torch.dtype:
+    """The narrowest of int16 and int32 for numbers below `count`."""
+    return torch.int16 if count <= 2**15 else torch.int32
+
+
+@dataclass(frozen=True)
+class _RowBlocks:
+    """An index set by row blocks, on its device.
+
+    Args:
+        order: int64 ``[rows]``, row numbers by falling count; rank: its inverse.
+        row, col: int64 ``[k]``, of each position.
+        active: bool ``[blocks of the finest size, cols]``, the columns that a block's positions touch.
+    """
+
+    order: Tensor
+    rank: Tensor
+    row: Tensor
+    col: Tensor
+    active: Tensor
+
+    @staticmethod
+    def build(positions: Tensor, rows: int, cols: int) -> _RowBlocks:
+        device = positions.device
+        starts = torch.arange(rows + 1, device=device) * cols
+        counts = torch.searchsorted(positions, starts.to(positions.dtype)).diff()
+        # Stable, so that equal index sets make equal plans on every device.
+        order = torch.argsort(counts, descending=True, stable=True)
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(rows, device=device)
+        row = torch.div(positions, cols, rounding_mode="floor").to(torch.int64)
+        col = positions - row * cols
+        blocks = math.ceil(rows / _COARSE) * (_COARSE // _FINE)
+        active = torch.zeros(blocks * cols, dtype=torch.bool, device=device)
+        active.index_fill_(0, torch.div(rank[row], _FINE, rounding_mode="floor") * cols + col, True)
+        return _RowBlocks(order, rank, row, col, active.view(blocks, cols))
+
+    def active_columns(self, high: int) -> Tensor:
+        """bool ``[blocks of `high` rows, cols]``."""
+        return self.active.view(-1, high // _FINE, self.active.shape[1]).any(1)
+
+    def count_tiles(self, shape: tuple[int, int]) -> Tensor:
+        """int64 scalar: how many tiles of a shape hold all positions."""
+        return self._tiles_per_block(self.active_columns(shape[0]), shape[1]).sum()
+
+    @staticmethod
+    def _tiles_per_block(active: Tensor, wide: int) -> Tensor:
+        return torch.div(active.sum(1) + (wide - 1), wide, rounding_mode="floor")
+
+    def tiles(self, shape: tuple[int, int], total: int) -> Tiles:
+        """Lay out `total` tiles of a shape."""
+        high, wide = shape
+        rows, cols, device = self.order.numel(), self.active.shape[1], self.order.device
+        active = self.active_columns(high)
+        per_block = self._tiles_per_block(active, wide)
+        blocks = per_block.numel()
+        first = torch.zeros(blocks + 1, dtype=torch.int64, device=device)
+        torch.cumsum(per_block, 0, out=first[1:])
+        # Place of every active column among those of its block, read for the columns that positions touch.
+        lane = active.cumsum(1, dtype=torch.int32).sub_(1)
+        block = torch.div(self.rank[self.row], high, rounding_mode="floor")
+        slot = first[block] * wide + lane[block, self.col]
+        columns = torch.full((total * wide,), cols - 1, dtype=narrow_dtype(cols), device=device)
+        columns[slot] = self.col.to(columns.dtype)
+        filler = self.order[-1:].expand(blocks * high - rows)
+        numbers = torch.arange(blocks, device=device)
+        return Tiles(
+            row_order=torch.cat([self.order, filler]).to(narrow_dtype(rows)),
+            row_rank=self.rank.to(narrow_dtype(rows)),
+            first_tile=first.to(torch.int32),
+            block=torch.repeat_interleave(numbers, per_block, output_size=total).to(narrow_dtype(blocks)),
+            columns=columns,
+        )
