@@ -1,0 +1,170 @@
+"""The sparse gradient gather on a GPU: launches the kernels that an `OuterPlan` asks for.
+
+Block shapes follow from dtype and plan, never from a timing: another shape would round otherwise, and two runs would
+differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from ..dispatch import interpreting
+from ..outer_plan import OuterPlan
+from ..outer_products import check_planned, gather_by_plan
+from .outer_kernels import entry_dots_kernel, pick_entries_kernel, tile_products_kernel, token_major_kernel
+
+# Tokens per step of the kernels that read token-major copies, and per block of the one that makes them.
+_TOKENS = 64
+# Tiles computed before their entries are picked: at most this many bytes, which stay in an H100's L2 cache.
+_WORKSPACE_BYTES = 32 << 20
+# Programs that keep an H100 busy, four on each multiprocessor; fewer tiles are split along the tokens. A constant, so
+# that the order of summation does not depend on the device.
+_PROGRAMS = 4 * 132
+_TOKENS_PER_SPLIT = 512
+_PICK_BLOCK = 512
+_DOT_BLOCK = 16
+
+
+def token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of x in which the tokens of one column are consecutive.
+
+    Args:
+        x: ``[N, width]``, any strides.
+        dtype: of the result, at least as wide as x's.
+
+    Returns:
+        ``[width, padded]``, padded being N rounded up to a multiple of 64, zero from N on; x itself, transposed, where
+        it is laid out so already.
+    """
+    tokens, width = x.shape
+    padded = triton.cdiv(tokens, _TOKENS) * _TOKENS
+    aligned = x.stride(0) == 1 and x.stride(1) % _TOKENS == 0
+    if aligned and padded == tokens and x.dtype == dtype and x.data_ptr() % 16 == 0:
+        return x.T
+    out = torch.empty(width, padded, dtype=dtype, device=x.device)
+    grid = (padded // _TOKENS, triton.cdiv(width, _TOKENS))
+    token_major_kernel[grid](x, out, tokens, width, padded, x.stride(0), x.stride(1), BLOCK=_TOKENS, num_warps=4)
+    return out
+
+
+def splits_of(tiles: int, tokens: int) -> int:
+    """Into how many runs of tokens a product is cut so that there is work for the whole device."""
+    return max(1, min(triton.cdiv(_PROGRAMS, tiles), tokens // _TOKENS_PER_SPLIT))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: Tensor) -> None:
+    """Compute the plan's tiles into a workspace, as many as fit it, and pick their entries from there."""
+    high, wide = plan.layout
+    tiles = plan.tiles
+    total, padded = tiles.block.numel(), a.shape[1]
+    splits = splits_of(total, padded)
+    tokens_per_split = triton.cdiv(padded // _TOKENS, splits) * _TOKENS
+    splits = triton.cdiv(padded, tokens_per_split)
+    size = max(1, min(total, _WORKSPACE_BYTES // (4 * splits * high * wide)))
+    products = torch.empty(splits * size * high * wide, dtype=torch.float32, device=a.device)
+    half = a.dtype.itemsize == 2
+    for first in range(0, total, size):
+        count = min(size, total - first)
+        tile_products_kernel[(count, splits)](
+            a,
+            b,
+            tiles.row_order,
+            tiles.block,
+            tiles.columns,
+            products,
+            first,
+            a.stride(0),
+            b.stride(0),
+            padded,
+            tokens_per_split,
+            HIGH=high,
+            WIDE=wide,
+            TOKENS=64 if half else 32,
+            PRECISION=_precision(a.dtype),
+            # Triton's interpreter multiplies the bits of bfloat16 operands.
+            WIDEN=interpreting() and a.dtype == torch.bfloat16,
+            num_warps=8 if high * wide > 64 * 128 else 4,
+            num_stages=3,
+        )
+        pick_entries_kernel[(triton.cdiv(plan.k, _PICK_BLOCK),)](
+            indices,
+            tiles.row_rank,
+            tiles.first_tile,
+            tiles.columns,
+            products,
+            out,
+            plan.k,
+            plan.cols,
+            first,
+            count,
+            splits,
+            count * high * wide,
+            (math.ceil(plan.cols / wide) * wide).bit_length(),
+            HIGH=high,
+            WIDE=wide,
+            BLOCK=_PICK_BLOCK,
+            num_warps=4,
+        )
+
+
+def _gather_entries(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: Tensor) -> None:
+    entry_dots_kernel[(triton.cdiv(plan.k, _DOT_BLOCK),)](
+        a,
+        b,
+        indices,
+        out,
+        plan.k,
+        plan.cols,
+        a.stride(0),
+        b.stride(0),
+        a.shape[1],
+        BLOCK=_DOT_BLOCK,
+        TOKENS=_TOKENS,
+        num_warps=4,
+    )
+
+
+def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], plans: Sequence[OuterPlan]) -> list[Tensor]:
+    """`gather_planned` for several index sets of one product; the token-major copies are made once.
+
+    Args:
+        a: ``[N, rows]``; b: ``[N, cols]``; bfloat16, float16 or float32, any strides, N may be 0. float64 runs in
+            PyTorch.
+        index_sets: each int32 or int64 ``[k]``.
+        plans: one for each index set.
+
+    Returns:
+        Each ``[k]`` float32 (float64 if an operand has it).
+    """
+    for indices, plan in zip(index_sets, plans, strict=True):
+        check_planned(a, b, indices, plan)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.detach(), b.detach()
+    outs = []
+    turned: tuple[Tensor, Tensor] | None = None
+    with torch.cuda.device_of(a):
+        for indices, plan in zip(index_sets, plans, strict=True):
+            if dtype == torch.float64 or plan.method == "dense":
+                outs.append(gather_by_plan(a, b, indices, plan))
+                continue
+            out = torch.zeros(plan.k, dtype=torch.float32, device=a.device)
+            if a.shape[0] > 0 and plan.k > 0:
+                turned = turned or (token_major(a, dtype), token_major(b, dtype))
+                gather = _gather_compact if plan.method == "compact" else _gather_entries
+                gather(*turned, indices.contiguous(), plan, out)
+            outs.append(out)
+    return outs
+
+
+def gather_outer(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
+    """`gather_outer_sets` for one index set."""
+    return gather_outer_sets(a, b, [indices], [plan])[0]
