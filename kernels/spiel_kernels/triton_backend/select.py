@@ -1,0 +1,187 @@
+"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks, with one wait for the device.
+
+A bound that a little more than k entries reach is read off a sample of rows. Row blocks of the product then pass by
+once, and what reaches the bound is appended to a pool; the top k of the pool are the top k of all if the pool holds at
+least k entries and lost none. If not (a sample that misled, or very many equal entries), the blocks pass by again,
+through the selection that waits for the device after each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..outer_cost import dense_block_rows
+from ..outer_products import outer_block
+from ..select import StreamingTopK
+
+# Rows in the sample, at least, and entries, as far as that allows. Rows are drawn evenly from all of them sorted by the
+# norm of their column of a, which keeps the number of entries above the bound within a tenth of what was asked for,
+# with row and column norms spread over several decades and k between 0.25% and 3% of the matrix.
+_SAMPLE_ROWS = 128
+_SAMPLE_ENTRIES = 1 << 20
+# The bound aims at this many entries per wanted one, and the pool has room for this many.
+_AIM = 1.2
+_ROOM = 1.6
+# The same, added: a small k is a small sample.
+_AIM_SPARE = 32
+_ROOM_SPARE = 1 << 16
+_BLOCK = 2048
+
+
+@triton.jit
+def _count_kernel(
+    product,  # [numel] float32
+    bound,  # [1] float32, not negative
+    counts,  # [programs] int32, written
+    numel,
+    BLOCK: tl.constexpr,
+):
+    slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.abs(tl.load(product + slots, mask=slots < numel, other=0.0))
+    # False for NaN.
+    reached = (score >= tl.load(bound)) & (score > 0.0)
+    tl.store(counts + tl.program_id(0), tl.sum(reached.to(tl.int32), axis=0))
+
+
+@triton.jit
+def _append_kernel(
+    product,  # [numel] float32
+    bound,  # [1] float32, not negative
+    starts,  # [programs] int64: slot in the pool of each program's first entry
+    pool_scores,  # [capacity] float32, changed
+    pool_positions,  # [capacity] int64, changed
+    numel,
+    capacity,
+    first,  # position of the first product
+    BLOCK: tl.constexpr,
+):
+    slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    score = tl.abs(tl.load(product + slots, mask=slots < numel, other=0.0))
+    reached = (score >= tl.load(bound)) & (score > 0.0)
+    place = tl.load(starts + tl.program_id(0)) + tl.cumsum(reached.to(tl.int32), axis=0) - 1
+    kept = reached & (place < capacity)
+    tl.store(pool_scores + place, score, mask=kept)
+    tl.store(pool_positions + place, slots + first, mask=kept)
+
+
+@dataclass
+class Pool:
+    """Entries that reached the bound, by ascending position; `count` goes on where the room ends.
+
+    Args:
+        scores: float32 ``[capacity]``, zero where free; positions: int64 ``[capacity]``.
+        count: int64 ``[1]``, on the device.
+    """
+
+    scores: Tensor
+    positions: Tensor
+    count: Tensor
+
+    @staticmethod
+    def empty(capacity: int, device: torch.device) -> Pool:
+        scores = torch.zeros(capacity, dtype=torch.float32, device=device)
+        positions = torch.zeros(capacity, dtype=torch.int64, device=device)
+        return Pool(scores, positions, torch.zeros(1, dtype=torch.int64, device=device))
+
+    def append(self, product: Tensor, first: int, bound: Tensor) -> None:
+        """Add the entries of a contiguous block of products whose size reaches the bound; zeros and NaN never do."""
+        numel = product.numel()
+        grid = (triton.cdiv(numel, _BLOCK),)
+        counts = torch.empty(grid, dtype=torch.int32, device=product.device)
+        _count_kernel[grid](product, bound, counts, numel, BLOCK=_BLOCK, num_warps=4)
+        ends = counts.cumsum(0, dtype=torch.int64) + self.count
+        _append_kernel[grid](
+            product,
+            bound,
+            ends - counts,
+            self.scores,
+            self.positions,
+            numel,
+            self.scores.numel(),
+            first,
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+        self.count = ends[-1:]
+
+
+def best_slots(scores: Tensor, k: int) -> Tensor:
+    """bool ``[n]``: the k largest of `scores` ``[n]`` that are above zero, the earlier of equal ones. No NaN, no wait.
+
+    Args:
+        k: at least 1 and at most n.
+    """
+    threshold = torch.topk(scores, k, sorted=False).values.min()
+    above, ties = scores > threshold, scores == threshold
+    wanted = k - above.sum()
+    return (above | (ties & (ties.cumsum(0) <= wanted))) & (scores > 0)
+
+
+def sampled_bound(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """float32 ``[1]``: a score that somewhat more than k entries reach, as far as a sample of rows can tell."""
+    rows, cols = a.shape[1], b.shape[1]
+    wanted = min(rows, max(_SAMPLE_ROWS, _SAMPLE_ENTRIES // cols))
+    stride = rows // wanted
+    by_norm = torch.linalg.vector_norm(a, dim=0, dtype=torch.float32).argsort(stable=True)
+    sample = by_norm[stride // 2 :: stride]
+    scores = outer_block(a.index_select(1, sample), b).abs().flatten()
+    scores = torch.where(scores > 0, scores, 0.0)
+    rank = math.ceil(_AIM * k * sample.numel() / rows) + _AIM_SPARE
+    if rank >= scores.numel():
+        return torch.zeros(1, dtype=torch.float32, device=a.device)
+    return torch.topk(scores, rank, sorted=False).values.min().view(1)
+
+
+def _row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Position of the first entry, and the products, of each row block of ``a.T @ b``."""
+    size = dense_block_rows(a.shape[1], b.shape[1])
+    for first in range(0, a.shape[1], size):
+        yield first * b.shape[1], outer_block(a[:, first : first + size], b)
+
+
+def _topk_waiting(a: Tensor, b: Tensor, k: int) -> Tensor:
+    top = StreamingTopK(k)
+    for first, block in _row_blocks(a, b):
+        top.update(block.abs().flatten(), first)
+    return top.result().to(a.device)
+
+
+def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """Positions of the k largest ``|a.T @ b|``, exact with respect to the products as computed in float32.
+
+    Holds a row block of at most 16 MiB, a sample of rows of 4 MiB (128 rows, if that is more) and 12 bytes for 1.6
+    entries per wanted one. Waits for the device once, or after every block where the sample misled.
+
+    Args:
+        a: ``[N, rows]``; b: ``[N, cols]``; any floating dtype (float64 waits after every block) and strides.
+        k: how many, at least 0; entries that are zero or NaN are never chosen.
+
+    Returns:
+        int64 ``[<= k]`` flat positions in ``[rows, cols]``, ascending; ties go to the lowest position.
+    """
+    a, b = a.detach(), b.detach()
+    total = a.shape[1] * b.shape[1]
+    k = min(k, total)
+    if k <= 0 or a.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=a.device)
+    if torch.float64 in (a.dtype, b.dtype):
+        return _topk_waiting(a, b, k)
+    capacity = min(total, int(_ROOM * k) + _ROOM_SPARE)
+    with torch.cuda.device_of(a):
+        fits = capacity == total
+        bound = torch.zeros(1, dtype=torch.float32, device=a.device) if fits else sampled_bound(a, b, k)
+        pool = Pool.empty(capacity, a.device)
+        for first, block in _row_blocks(a, b):
+            pool.append(block, first, bound)
+        best = best_slots(pool.scores, k)
+        count, positive = torch.stack([pool.count[0], (bound[0] > 0).long()]).tolist()
+    if count > capacity or (positive and count < k):
+        return _topk_waiting(a, b, k)
+    return pool.positions[best]
