@@ -16,6 +16,10 @@ import torch
 TILE_SHAPES = ((64, 64), (64, 128), (128, 128))
 # Entries of the float32 row block that the dense method holds at a time: 16 MiB, a third of an H100's L2 cache.
 DENSE_BLOCK_ENTRIES = 1 << 22
+# Tiles that keep an H100 busy, two on each multiprocessor; a product of fewer is split along the tokens. A constant, so
+# that the order of summation does not depend on the device.
+BUSY_PROGRAMS = 2 * 132
+TOKENS_PER_SPLIT = 512
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class CostModel:
         tile_efficiency: share of that rate which a tile kernel reaches when its operands arrive in time.
         cache_bandwidth: bytes/s that all multiprocessors together read from L2, in rows of 128 bytes.
         memory_bandwidth: bytes/s of a transposing copy, reads and writes together.
-        launch: seconds between the starts of two dependent kernels.
+        launch: seconds that a kernel in a queue adds to its own work.
     """
 
     half_flops: float = 6e14
@@ -38,7 +42,7 @@ class CostModel:
     tile_efficiency: float = 0.6
     cache_bandwidth: float = 4.2e12
     memory_bandwidth: float = 2.2e12
-    launch: float = 4e-6
+    launch: float = 2e-6
 
     def flops(self, dtype: torch.dtype) -> float:
         return self.half_flops if dtype.itemsize == 2 else self.single_flops
@@ -62,15 +66,20 @@ def dense_block_rows(rows: int, cols: int) -> int:
     return max(1, min(rows, fit - fit % 128 if fit > 128 else fit))
 
 
+def token_splits(tiles: int, tokens: int) -> int:
+    """Into how many runs of tokens, summed in the end, a product of `tiles` tiles is cut."""
+    return max(1, min(math.ceil(BUSY_PROGRAMS / max(1, tiles)), tokens // TOKENS_PER_SPLIT))
+
+
 def _copies(problem: Problem, model: CostModel) -> float:
     # Both operands are read and written once, so that a row of the copy holds the tokens of one column.
     size = problem.dtype.itemsize * problem.tokens * (problem.rows + problem.cols)
     return 2 * size / model.memory_bandwidth + 2 * model.launch
 
 
-def _picking(problem: Problem, model: CostModel) -> float:
-    # An index in, a value out, and a 32-byte sector around the entry.
-    return problem.k * (4 + 4 + 32) / model.cache_bandwidth + model.launch
+def _picking(problem: Problem, model: CostModel, splits: int = 1) -> float:
+    # An index in, a value out, and a 32-byte sector around each partial sum.
+    return problem.k * (4 + 4 + 32 * splits) / model.cache_bandwidth + model.launch
 
 
 def dense_seconds(problem: Problem, model: CostModel) -> float:
@@ -90,10 +99,12 @@ def entries_seconds(problem: Problem, model: CostModel) -> float:
 def compact_seconds(problem: Problem, shape: tuple[int, int], tiles: int, model: CostModel) -> float:
     """Products of `tiles` tiles, whole, then the gather of their entries."""
     high, wide = shape
+    splits = token_splits(tiles, problem.tokens)
     products = 2 * high * wide * problem.tokens / (model.tile_efficiency * model.flops(problem.dtype))
     read = (high + wide) * problem.tokens * problem.dtype.itemsize / model.cache_bandwidth
-    write = 4 * high * wide / model.cache_bandwidth
-    return _copies(problem, model) + tiles * (max(products, read) + write) + _picking(problem, model) + model.launch
+    write = 4 * high * wide * splits / model.cache_bandwidth
+    tiled = tiles * (max(products, read) + write) + model.launch
+    return _copies(problem, model) + tiled + _picking(problem, model, splits)
 
 
 def choose_tile_shape(problem: Problem, tiles: Mapping[tuple[int, int], int], model: CostModel) -> tuple[int, int]:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiel_kernels.outer_cost import TILE_SHAPES, CostModel, Problem, choose_method, choose_tile_shape, estimate_costs
+from spiel_kernels.outer_cost import (
+    TILE_SHAPES,
+    CostModel,
+    Problem,
+    choose_method,
+    choose_tile_shape,
+    estimate_costs,
+    token_splits,
+)
 from spiel_kernels.outer_plan import PLANNED_METHODS, OuterPlan, narrow_dtype, plan_outer
 from spiel_kernels.outer_products import gather_by_plan, gather_planned, locate_entries, tile_operands
 
@@ -188,6 +196,14 @@ def test_choice(k: int, rows: int, cols: int, density_of_tiles: float, expected:
     assert choose_method(problem, tiles) == expected
     costs = estimate_costs(problem, tiles)
     assert set(costs) == set(PLANNED_METHODS) and min(costs.values()) > 0
+
+
+def test_few_tiles_are_split_along_the_tokens() -> None:
+    assert token_splits(tiles=1000, tokens=8192) == 1
+    assert token_splits(tiles=200, tokens=8192) == 2
+    assert token_splits(tiles=1, tokens=8192) == 16
+    assert token_splits(tiles=1, tokens=64) == 1
+    assert token_splits(tiles=0, tokens=0) == 1
 
 
 def test_wide_tiles_are_taken_where_they_waste_little() -> None:

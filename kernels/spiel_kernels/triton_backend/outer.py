@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import interpreting
+from ..outer_cost import token_splits
 from ..outer_plan import OuterPlan
 from ..outer_products import check_planned, gather_by_plan
 from .outer_kernels import entry_dots_kernel, pick_entries_kernel, tile_products_kernel, token_major_kernel
@@ -22,10 +23,6 @@ from .outer_kernels import entry_dots_kernel, pick_entries_kernel, tile_products
 _TOKENS = 64
 # Tiles computed before their entries are picked: at most this many bytes, which stay in an H100's L2 cache.
 _WORKSPACE_BYTES = 32 << 20
-# Programs that keep an H100 busy, four on each multiprocessor; fewer tiles are split along the tokens. A constant, so
-# that the order of summation does not depend on the device.
-_PROGRAMS = 4 * 132
-_TOKENS_PER_SPLIT = 512
 _PICK_BLOCK = 512
 _DOT_BLOCK = 16
 
@@ -52,11 +49,6 @@ def token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def splits_of(tiles: int, tokens: int) -> int:
-    """Into how many runs of tokens a product is cut so that there is work for the whole device."""
-    return max(1, min(triton.cdiv(_PROGRAMS, tiles), tokens // _TOKENS_PER_SPLIT))
-
-
 def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
@@ -66,7 +58,7 @@ def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
     high, wide = plan.layout
     tiles = plan.tiles
     total, padded = tiles.block.numel(), a.shape[1]
-    splits = splits_of(total, padded)
+    splits = token_splits(total, a.shape[1])
     tokens_per_split = triton.cdiv(padded // _TOKENS, splits) * _TOKENS
     splits = triton.cdiv(padded, tokens_per_split)
     size = max(1, min(total, _WORKSPACE_BYTES // (4 * splits * high * wide)))

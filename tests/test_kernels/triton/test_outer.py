@@ -7,6 +7,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
+from spiel_kernels import outer_cost
 from spiel_kernels.dispatch import use_backend
 from spiel_kernels.outer_cost import TILE_SHAPES
 from spiel_kernels.outer_plan import plan_outer
@@ -86,10 +87,10 @@ def test_float64_runs_in_pytorch(method: str, device: str) -> None:
 
 
 def test_tokens_are_split_and_tiles_grouped(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Three launches of two tiles each, the last one short, over three runs of tokens."""
-    monkeypatch.setattr(outer, "_TOKENS_PER_SPLIT", 64)
+    """Launches of two tiles each, the last one short, over three runs of tokens."""
+    monkeypatch.setattr(outer_cost, "TOKENS_PER_SPLIT", 64)
     monkeypatch.setattr(outer, "_WORKSPACE_BYTES", 2 * 3 * 4 * 64 * 64)
-    monkeypatch.setattr(outer, "_PROGRAMS", 15)
+    monkeypatch.setattr(outer_cost, "BUSY_PROGRAMS", 15)
     rows, cols, n = 190, 128, 170
     a, b = torch.randn(n, rows, device=device), torch.randn(n, cols, device=device)
     # Blocks of two tiles, one tile and two tiles.
@@ -111,13 +112,6 @@ def test_tokens_are_split_and_tiles_grouped(monkeypatch: pytest.MonkeyPatch, dev
     monkeypatch.setattr(outer, "tile_products_kernel", Recorder())
     assert_close(outer.gather_outer(a, b, indices, plan), entries(a, b, indices), 1e-5)
     assert len(launches) > 1 and all(splits == 3 for _, splits in launches)
-
-
-def test_how_tokens_are_split() -> None:
-    assert outer.splits_of(tiles=1000, tokens=8192) == 1
-    assert outer.splits_of(tiles=300, tokens=8192) == 2
-    assert outer.splits_of(tiles=1, tokens=8192) == 16
-    assert outer.splits_of(tiles=1, tokens=64) == 1
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
