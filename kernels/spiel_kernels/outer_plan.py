@@ -11,7 +11,7 @@ tiles of two columns, the entries marked x selected::
 
 Three of six possible tiles are computed. The position of an entry in its tile follows from the rank of its row and a
 binary search for its column, so that a plan holds nothing per entry: 2 or 4 bytes per column of a tile and per row of
-the matrix, twice for rows (`OuterPlan.nbytes`; about 0.3 bytes per position at 1% of 4096 x 4096).
+the matrix, twice for rows (`OuterPlan.nbytes`; about 0.2 bytes per position at 1% of 4096 x 4096).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks, with one wait for the device.
+"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks; it waits for the device at the end only.
 
 A bound that a little more than k entries reach is read off a sample of rows. Row blocks of the product then pass by
 once, and what reaches the bound is appended to a pool; the top k of the pool are the top k of all if the pool holds at
@@ -22,8 +22,8 @@ from ..outer_products import outer_block
 from ..select import StreamingTopK
 
 # Rows in the sample, at least, and entries, as far as that allows. Rows are drawn evenly from all of them sorted by the
-# norm of their column of a, which keeps the number of entries above the bound within a tenth of what was asked for,
-# with row and column norms spread over several decades and k between 0.25% and 3% of the matrix.
+# norm of their column of a: with row and column norms spread over several decades and k between 0.25% and 3% of the
+# matrix, 0.99 to 1.16 of the entries asked for then reached the bound (0.5 to 1.8 with rows drawn at random).
 _SAMPLE_ROWS = 128
 _SAMPLE_ENTRIES = 1 << 20
 # The bound aims at this many entries per wanted one, and the pool has room for this many.
@@ -157,7 +157,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
     """Positions of the k largest ``|a.T @ b|``, exact with respect to the products as computed in float32.
 
     Holds a row block of at most 16 MiB, a sample of rows of 4 MiB (128 rows, if that is more) and 12 bytes for 1.6
-    entries per wanted one. Waits for the device once, or after every block where the sample misled.
+    entries per wanted one. Waits for the device at the end, and after every block where the sample misled.
 
     Args:
         a: ``[N, rows]``; b: ``[N, cols]``; any floating dtype (float64 waits after every block) and strides.
