@@ -1,4 +1,4 @@
-"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks; it waits for the device at the end only.
+"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks, waiting for the device at the end.
 
 A bound that a little more than k entries reach is read off a sample of rows. Row blocks of the product then pass by
 once, and what reaches the bound is appended to a pool; the top k of the pool are the top k of all if the pool holds at
