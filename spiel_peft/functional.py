@@ -159,19 +159,21 @@ class WeightSource:
                 yield folded.to(compute_dtype)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
+    """What is computed inside runs in the dtype of its operands."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
-    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values.
+def gather_delta_gradients(
+    deltas: Sequence[SparseDelta], gradient: WeightGradient | None, pairs: Pairs, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradient of each delta's values, None where it is not needed.
 
-    Collectors say first at which other positions they want the gradient: all are gathered in one go.
+    Collectors say first at which other positions they want the weight gradient: all are gathered in one go.
     """
-    needed = ctx.needs_input_grad[-len(pairs) :]
-    asked = [(delta, *pair) for delta, pair, need in zip(ctx.deltas, pairs, needed, strict=True) if need]
+    asked = [(delta, *pair) for delta, pair, need in zip(deltas, pairs, needed, strict=True) if need]
     if not asked:
-        return [None] * 2 * len(pairs)
+        return [None] * len(pairs)
     extra = [delta.collector.wanted(delta, gradient) if delta.collector is not None else None for delta, _, _ in asked]
     sets = [indices for _, indices, _ in asked] + [positions for positions in extra if positions is not None]
     gathered = iter(gradient.gather_sets(sets))
@@ -180,7 +182,13 @@ def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) ->
         if delta.collector is not None:
             delta.collector.collect(delta, own, next(gathered) if positions is not None else None)
     grads = iter(own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True))
-    return [None] * len(pairs) + [next(grads) if need else None for need in needed]
+    return [next(grads) if need else None for need in needed]
+
+
+def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
+    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values."""
+    needed = ctx.needs_input_grad[-len(pairs) :]
+    return [None] * len(pairs) + gather_delta_gradients(ctx.deltas, gradient, pairs, needed)
 
 
 def _pairs(tensors: Sequence[Tensor]) -> Pairs:
@@ -208,7 +216,7 @@ class _Adapted(torch.autograd.Function):
         ctx.op, ctx.source, ctx.deltas = op, source, deltas
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
         ctx.save_for_backward(x if trains else None, *flat)
-        with _no_autocast(x):
+        with no_autocast(x):
             with source.weight(deltas, _pairs(flat), x.dtype) as weight:
                 return op.forward(x, weight, bias)
 
@@ -219,7 +227,7 @@ class _Adapted(torch.autograd.Function):
         pairs = _pairs(flat)
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        with _no_autocast(grad_out):
+        with no_autocast(grad_out):
             if needs[3]:
                 with ctx.source.weight(ctx.deltas, pairs, ctx.compute_dtype, in_backward=True) as weight:
                     grad_x = ctx.op.grad_input(grad_out, weight, ctx.x_shape)
@@ -230,6 +238,23 @@ class _Adapted(torch.autograd.Function):
                 grad_weight = gradient.dense()
             grads = _delta_gradients(ctx, gradient, pairs)
         return (None, None, None, grad_x, grad_weight, grad_bias, *grads)
+
+
+def look_up(table: Tensor, pairs: Pairs, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (integer, any shape) of a table with deltas, ``[*ids.shape, width]``; reads only the rows in use."""
+    width = table.shape[1]
+    rows, inverse = torch.unique(ids, return_inverse=True)
+    slot_of_row = torch.full((table.shape[0],), -1, dtype=torch.int64, device=ids.device)
+    # Before anything is indexed with them: refuses ids that are out of range, negative ones too.
+    used_rows = F.embedding(rows, table)
+    slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
+    compact = []
+    for indices, values in pairs:
+        positions = indices.to(torch.int64)
+        slots = slot_of_row[torch.div(positions, width, rounding_mode="floor")]
+        used = (slots >= 0).nonzero().flatten()
+        compact.append((slots[used] * width + positions[used] % width, values[used]))
+    return apply_deltas(used_rows, compact, dtype)[inverse]
 
 
 class _AdaptedEmbedding(torch.autograd.Function):
@@ -249,19 +274,7 @@ class _AdaptedEmbedding(torch.autograd.Function):
         full = source.read()
         ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), full.shape
         ctx.save_for_backward(ids, *flat)
-        width = full.shape[1]
-        rows, inverse = torch.unique(ids, return_inverse=True)
-        slot_of_row = torch.full((full.shape[0],), -1, dtype=torch.int64, device=ids.device)
-        # Before anything is indexed with them: refuses ids that are out of range, negative ones too.
-        used_rows = F.embedding(rows, full)
-        slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
-        compact = []
-        for indices, values in _pairs(flat):
-            positions = indices.to(torch.int64)
-            slots = slot_of_row[torch.div(positions, width, rounding_mode="floor")]
-            used = (slots >= 0).nonzero().flatten()
-            compact.append((slots[used] * width + positions[used] % width, values[used]))
-        return apply_deltas(used_rows, compact, source.dtype)[inverse]
+        return look_up(full, _pairs(flat), ids, source.dtype)
 
     @staticmethod
     @once_differentiable

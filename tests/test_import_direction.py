@@ -15,6 +15,7 @@ FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py")])
 # What each part may import of this project, from the bottom to the top; a part may always import itself.
 LAYERS_MAY = {
     "base_weight",
+    "compiled",
     "config",
     "delta",
     "functional",

@@ -27,9 +27,10 @@ from ..base_weight import (
     run_with_hooks,
     writable,
 )
+from ..compiled import adapted_operator, number_of
 from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
-from ..functional import WEIGHT_CHANGED, WeightSource, folded_weight
+from ..functional import WEIGHT_CHANGED, ConvOp, LinearOp, WeightSource, adapted_forward, folded_weight
 from ..merge_report import MergeLoss, count_lost
 from ..quantized_weight import adapted_in_workspace
 from ..resident import WeightFold, can_stay_folded
@@ -68,6 +69,7 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
         self.tied_to: tuple[SpIELLayer, ...] = ()
         self._backup: WeightBackup | None = None
         self._fold = WeightFold()
+        self._number = number_of(self)
         self.merge_loss: MergeLoss | None = None
 
     # Adapters
@@ -156,7 +158,8 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         deltas = [] if self.merged or self.disable_adapters else self._active_deltas()
         if not deltas:
-            self.unfold()
+            if self._fold.active:
+                self.unfold()
             return self.base_layer(x, *args, **kwargs)
         base = self.get_base_layer()
         if not self._reproduces(base):
@@ -173,6 +176,11 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
                 delta.restore_dtype()
         return deltas
 
+    def _fits_operator(self, base: nn.Module) -> bool:
+        """Whether torch.compile is at work and this layer can be an operator of its graph."""
+        # A trained base weight needs its dense gradient, an offloaded one its hooks.
+        return torch.compiler.is_compiling() and not base.weight.requires_grad and offload_hook(base) is None
+
     def _reproduces(self, base: nn.Module) -> bool:
         # accelerate keeps what it replaced as `_old_forward`.
         own = base.__dict__.get("_old_forward" if hasattr(base, "_hf_hook") else "forward")
@@ -185,6 +193,15 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def _apply_adapted(
+        self, op: LinearOp | ConvOp, deltas: list[SparseDelta], x: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Run `op` with the adapted weight; x has the compute dtype."""
+        base = self.get_base_layer()
+        if self._fits_operator(base):
+            return adapted_operator(self._number, op, base.weight, self.info.weight_shape, deltas, x, bias)
+        return adapted_forward(op, self.weight_source(x.dtype), deltas, x, bias)
+
     def _swapped_forward(
         self, base: nn.Module, deltas: list[SparseDelta], x: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -193,22 +210,28 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
                 f"{self.module_name}: a {type(base).__name__} with a forward pass of its own cannot be adapted while "
                 "device_map offloads it; keep this layer on a device"
             )
-        weight = folded_weight(self._source(), deltas)
+        weight = folded_weight(self.weight_source(), deltas)
         return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
 
-    def _source(self, dtype: torch.dtype | None = None) -> WeightSource:
+    def weight_source(self, dtype: torch.dtype | None = None, records: bool | None = None) -> WeightSource:
+        """How the adapted weight is made.
+
+        Args:
+            dtype: to which it is rounded if the base weight is quantized, its own dtype by default.
+            records: whether a gradient is recorded, so that deltas may stay in the weight; by default as it is now.
+        """
         base = self.get_base_layer()
+        records = torch.is_grad_enabled() if records is None else records
         if self.quantization_backend is not None:
-            dtype = dtype or self._base_dtype()
-            return WeightSource(self._read_unmerged, None, dtype, in_workspace=self._in_workspace)
+            return WeightSource(self._read_unmerged, None, dtype or self._base_dtype(), in_workspace=self._in_workspace)
         # Holding on to an offloaded weight would keep it on the device until the backward pass.
         parameter = base.weight if offload_hook(base) is None else None
-        stays = parameter is not None and self._may_stay_folded(parameter)
-        return WeightSource(self._read_unmerged, parameter, dtype or base.weight.dtype, self._fold, stays)
+        stays = records and parameter is not None and self._may_stay_folded(parameter)
+        return WeightSource(self._read_unmerged, parameter, base.weight.dtype, self._fold, stays)
 
     def _may_stay_folded(self, parameter: Tensor) -> bool:
-        """Whether this forward pass may leave its deltas in the base weight, for an optimizer step to take out."""
-        if not self.training or not torch.is_grad_enabled() or self.shared_with or self.tied_to:
+        """Whether a pass may leave its deltas in the base weight, for an optimizer step to take out."""
+        if not self.training or self.disable_adapters or self.shared_with or self.tied_to:
             return False
         deltas = [self.spiel_delta[name] for name in self._active_names()]
         stepped = any(delta.values.requires_grad and delta.is_stepped for delta in deltas)
@@ -259,6 +282,10 @@ class SpIELLayer(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         self.unfold()
         return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = number_of(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpIELLayer:
         self.unfold()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from spiel_kernels.gather import ConvGeometry
 
 from ..delta import SparseDelta
-from ..functional import ConvOp, adapted_forward
+from ..functional import ConvOp
 from .base import SpIELLayer
 from .linear import autocast_dtype
 
@@ -21,14 +21,13 @@ class SpIELConv(SpIELLayer):
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         base = self.get_base_layer()
-        source = self._source()
-        compute_dtype = autocast_dtype(x, source.dtype)
+        compute_dtype = autocast_dtype(x, base.weight.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
             return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
         unbatched = x.dim() == len(base.kernel_size) + 1
         padded, padding = _pad(base, x.unsqueeze(0) if unbatched else x)
         geometry = ConvGeometry(self.info.weight_shape, base.stride, padding, base.dilation, base.groups)
-        out = adapted_forward(ConvOp(geometry), source, deltas, padded.to(compute_dtype), base.bias)
+        out = self._apply_adapted(ConvOp(geometry), deltas, padded.to(compute_dtype), base.bias)
         return out.squeeze(0) if unbatched else out
 
     def extra_repr(self) -> str:

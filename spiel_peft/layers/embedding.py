@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..compiled import embedding_operator
 from ..delta import SparseDelta
 from ..functional import adapted_embedding
 from .base import SpIELLayer
@@ -19,13 +20,19 @@ class SpIELEmbedding(SpIELLayer):
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         base = self.get_base_layer()
-        out = adapted_embedding(self._source(), deltas, x, base.padding_idx, base.scale_grad_by_freq)
+        out = self._look_up(base, deltas, x)
         scale = self._get_embed_scale()
         if scale is None:
             return out
         # A number is not rounded to the dtype of the table, a tensor is: as in the models of either kind.
         own = base.embed_scale
         return out * (own if isinstance(own, (int, float)) else scale.to(out.dtype))
+
+    def _look_up(self, base: nn.Embedding, deltas: list[SparseDelta], ids: Tensor) -> Tensor:
+        settings = (base.padding_idx, base.scale_grad_by_freq)
+        if self._fits_operator(base):
+            return embedding_operator(self._number, base.weight, deltas, ids, *settings)
+        return adapted_embedding(self.weight_source(), deltas, ids, *settings)
 
     def extra_repr(self) -> str:
         base = self.get_base_layer()

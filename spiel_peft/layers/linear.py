@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_weight import TRANSPOSED
 from ..delta import SparseDelta
-from ..functional import LinearOp, adapted_forward
+from ..functional import LinearOp
 from .base import SpIELLayer
 
 
@@ -24,12 +24,11 @@ class SpIELLinear(SpIELLayer):
         base = self.get_base_layer()
         if self.quantization_backend is not None:
             return self._quantized_forward(base, deltas, x)
-        source = self._source()
-        compute_dtype = autocast_dtype(x, source.dtype)
+        compute_dtype = autocast_dtype(x, base.weight.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
             return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
         op = LinearOp(transposed=self.info.kind == TRANSPOSED)
-        return adapted_forward(op, source, deltas, x.to(compute_dtype), base.bias)
+        return self._apply_adapted(op, deltas, x.to(compute_dtype), base.bias)
 
     def _quantized_forward(self, base: nn.Module, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         if getattr(base, "compute_type_is_set", True) is False:
@@ -37,9 +36,8 @@ class SpIELLinear(SpIELLayer):
             base.set_compute_type(x)
             base.compute_type_is_set = True
         compute_dtype = getattr(base, "compute_dtype", None) or autocast_dtype(x, x.dtype)
-        source = self._source(compute_dtype)
         bias = getattr(base, "bias", None)
-        return adapted_forward(LinearOp(False), source, deltas, x.to(compute_dtype), bias).to(x.dtype)
+        return self._apply_adapted(LinearOp(False), deltas, x.to(compute_dtype), bias).to(x.dtype)
 
 
 def autocast_dtype(x: Tensor, default: torch.dtype) -> torch.dtype:
