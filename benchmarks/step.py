@@ -1,133 +1,144 @@
-"""Time of training steps between windows: SpIEL, PEFT LoRA, the dense formula and the lower bound, interleaved.
+"""Whole training steps of SmolLM2: SpIEL, PEFT LoRA, the dense formula, full fine-tuning and the lower bound.
 
-The dense formula keeps W + scatter(delta) as an autograd expression: a clone, a scatter-add and a dense weight gradient
-in every layer. The lower bound is a forward pass and input gradients through the frozen model.
+Parts: `time` (seconds per step, interleaved, between SpIEL's windows), `memory` (peak resident memory, each variant in
+a process of its own, through SpIEL's first window and close), `share` (how much of a run SpIEL's windows and closes
+take) and `layer` (one linear layer of 4096 x 4096, forward and backward).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable
+import gc
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from . import layer, windows
+from .bases import TINY, BaseSpec, keep_smollm2
+from .environment import add_output_argument, save
+from .memory import MemorySpec, peak_memory
+from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
+from .variants import VARIANTS, Budget, cycling_run
 
-from spiel_peft import SM3, SpIELConfig, SpIELLayer
+PARTS = ("time", "memory", "share", "layer")
+TIMED = (
+    LOWER_BOUND,
+    LORA,
+    "LoRA, dropout 0.05",
+    "SpIEL-AG",
+    "SpIEL-AG, uniform indices",
+    "SpIEL-MA, SM3",
+    "dense formula",
+    "full fine-tuning",
+)
+# Index sets make no difference to memory, dropout a small one.
+WEIGHED = (LOWER_BOUND, LORA, "SpIEL-AG", "SpIEL-MA, SM3", "dense formula", "full fine-tuning")
 
-from .demo_task import load_task
-from .environment import save
 
-Step = Callable[[], None]
+def _shape(text: str) -> tuple[int, int]:
+    batch_size, tokens = (int(part) for part in text.split("x"))
+    return batch_size, tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--name", default=None, help="name of the result file")
+    add = parser.add_argument
+    add("--all", action="store_true", help="everything: all parts, r = 4 and 16, 4x128 and 4x256 (under 25 minutes)")
+    add("--parts", nargs="+", choices=PARTS, default=["time"])
+    add("--r", nargs="+", type=int, default=[16], help="ranks whose number of values is trained")
+    add("--shapes", nargs="+", type=_shape, default=[(4, 128)], metavar="BxT", help="sequences x tokens of a batch")
+    add("--variants", nargs="+", choices=list(VARIANTS), help="all that fit by default")
+    add("--repetitions", type=int, default=7, help="timed steps per variant (fewer of long batches)")
+    add("--cycles", type=int, default=2, help="cycles timed for the share of a run")
+    add("--tiny", action="store_true", help="a tiny random model, to try the benchmark itself")
+    add_output_argument(parser)
 
 
-class DenseLinear(nn.Module):
-    """The plain formula: y = x (W + scatter(indices, values))^T."""
+class _Study:
+    """One call of `step`: a base model and the settings that all its parts share."""
 
-    def __init__(self, layer: SpIELLayer) -> None:
-        super().__init__()
-        self.base = layer.base_layer
-        delta = layer.spiel_delta["default"]
-        self.register_buffer("indices", delta.indices.to(torch.int64))
-        self.values = nn.Parameter(torch.zeros(delta.k))
+    def __init__(self, args: argparse.Namespace, spec: BaseSpec) -> None:
+        self.args = args
+        self.spec = spec
+        self.model_name = "tiny" if args.tiny else "smollm2"
+        self.base = spec.build()
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.base.weight
-        adapted = weight.flatten().scatter_add(0, self.indices, self.values).view_as(weight)
-        return nn.functional.linear(x, adapted, self.base.bias)
+    def name(self, part: str, r: int, shape: tuple[int, int]) -> str:
+        return f"{part}_{self.model_name}_r{r}_{shape[0]}x{shape[1]}"
 
+    def settings(self, r: int, shape: tuple[int, int]) -> dict[str, Any]:
+        return {
+            "model": self.model_name,
+            "r": r,
+            "batch_size": shape[0],
+            "tokens": shape[1],
+            "dtype": self.spec.dtype,
+            "data": "random ids" if self.args.tiny else "packed text",
+        }
 
-def dense_formula(base: nn.Module, r: int) -> nn.Module:
-    """The model with every SpIEL layer replaced by the plain formula on the same positions."""
-    model = get_peft_model(base, SpIELConfig(r=r, target_modules="all-linear")).get_base_model()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SpIELLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, DenseLinear(layer))
-    return model
+    def save(self, part: str, r: int, shape: tuple[int, int], result: dict[str, Any]) -> None:
+        result = {"settings": self.settings(r, shape), **result}
+        print(f"-> {save(self.name(part, r, shape), result, self.args.output, 'cpu')}\n", flush=True)
 
+    def time(self, r: int, shape: tuple[int, int]) -> None:
+        """Seconds of every repetition."""
+        failures: Failures = {}
+        batches = self.spec.batches(*shape)
+        names = self.args.variants or TIMED
+        runs = set_up(lambda: copy.deepcopy(self.base), names, Budget.of_rank(r), failures)
+        warm_up(runs, batches, failures)
+        repetitions = self.args.repetitions if shape[0] * shape[1] <= 512 else max(1, self.args.repetitions * 2 // 3)
+        seconds = step_seconds(runs, batches, repetitions)
+        trainable = {name: run.trainable for name, run in runs.items()}
+        del runs
+        gc.collect()
+        print_times(f"r={r}, {shape[0]}x{shape[1]} tokens", seconds, failures)
+        self.save("step", r, shape, {"seconds": seconds, "trainable": trainable, "failed": failures})
 
-def training_step(model: Any, ids: Tensor, make_optimizer: Callable[[list[Any]], Any]) -> Step:
-    model.train()
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad])
+    def memory(self, r: int, shape: tuple[int, int], names: Iterable[str]) -> None:
+        """Peak memory of every variant."""
+        measured = {}
+        for name in names:
+            measured[name] = peak_memory(MemorySpec(self.spec, name, Budget.of_rank(r), *shape))
+            print(f"{name:28} {measured[name]}"[:200], flush=True)
+        self.save("memory", r, shape, {"memory": measured})
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def lower_bound_step(model: Any, ids: Tensor) -> Step:
-    model.train().requires_grad_(False)
-    embeddings = model.get_input_embeddings()(ids)
-
-    def step() -> None:
-        inputs = embeddings.clone().requires_grad_(True)
-        model(inputs_embeds=inputs, labels=ids, use_cache=False).loss.backward()
-
-    return step
-
-
-def build_steps(base: Any, ids: Tensor, r: int) -> dict[str, Step]:
-    def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=1e-5)
-
-    def sm3(parameters: list[Any]) -> torch.optim.Optimizer:
-        return SM3(parameters, lr=1e-5)
-
-    def adapted(config: Any) -> Any:
-        return get_peft_model(copy.deepcopy(base), config)
-
-    targets = {"r": r, "target_modules": "all-linear"}
-    # 20 000 steps: the schedule stays at its start for the few that are measured.
-    spiel = {**targets, "total_steps": 20_000}
-    return {
-        "lower bound": lower_bound_step(copy.deepcopy(base), ids),
-        "LoRA": training_step(adapted(LoraConfig(lora_alpha=2 * r, **targets)), ids, adamw),
-        "LoRA, dropout 0.05": training_step(
-            adapted(LoraConfig(lora_alpha=2 * r, lora_dropout=0.05, **targets)), ids, adamw
-        ),
-        "SpIEL-AG": training_step(adapted(SpIELConfig(**spiel)), ids, adamw),
-        "SpIEL-MA, SM3": training_step(adapted(SpIELConfig(growth="momentum", **spiel)), ids, sm3),
-        "dense formula": training_step(dense_formula(copy.deepcopy(base), r), ids, adamw),
-    }
+    def share(self, r: int, shape: tuple[int, int]) -> None:
+        """Share of windows and closes, for both ways of growing."""
+        batches = self.spec.batches(*shape)
+        result = {}
+        for growth in ("accumulated_gradient", "momentum"):
+            run = cycling_run(growth, copy.deepcopy(self.base), Budget.of_rank(r))
+            result[growth] = windows.measure(run, growth, batches, self.args.cycles)
+            del run
+            print(f"{growth:22} moving deltas takes {result[growth]['share']:.1%} of a run", flush=True)
+        self.save("share", r, shape, {"growth": result})
 
 
 def run(args: argparse.Namespace) -> None:
-    base = load_task(max_held_out=1).model
-    torch.manual_seed(0)
-    ids = torch.randint(100, 40_000, (args.batch_size, args.tokens))
-    steps = build_steps(base, ids, args.r)
-    # Past the first window and close, so that the repetitions are the steps between windows: most of a run.
-    for step in steps.values():
-        for _ in range(6):
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repetitions):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    for name, median in medians.items():
-        print(
-            f"{name:20} {median:7.3f} s  {median / medians['LoRA']:.2f} x LoRA  "
-            f"{median / medians['lower bound']:.2f} x lower bound"
-        )
-    name = args.name or f"step_smollm2_r{args.r}_{args.batch_size}x{args.tokens}"
-    settings = {"r": args.r, "batch_size": args.batch_size, "tokens": args.tokens, "dtype": "float32"}
-    print(save(name, {"settings": settings, "median_seconds": medians, "seconds": seconds}))
+    if args.all:
+        args.parts, args.r, args.shapes = list(PARTS), [4, 16], [(4, 128), (4, 256)]
+    if set(args.parts) - {"layer"}:
+        with tempfile.TemporaryDirectory(prefix="spiel-benchmarks-") as folder:
+            spec = BaseSpec(shape=TINY) if args.tiny else keep_smollm2(Path(folder))
+            _run_model_parts(_Study(args, spec))
+    if "layer" in args.parts:
+        rows, cols, tokens = (64, 48, 32) if args.tiny else (4096, 4096, 2048)
+        result = layer.measure(rows, cols, 0.01, tokens, args.repetitions)
+        print_times(f"one layer, {rows}x{cols}, {tokens} tokens", result["seconds"], result["failed"], layer.REFERENCES)
+        print(f"-> {save(f'layer_{rows}x{cols}', result, args.output, 'cpu')}")
+
+
+def _run_model_parts(study: _Study) -> None:
+    args = study.args
+    for shape in args.shapes:
+        for r in args.r:
+            if "time" in args.parts:
+                study.time(r, shape)
+            if "memory" in args.parts:
+                # What depends neither on r nor on where SpIEL stands is weighed once per shape.
+                first = args.variants or [n for n in WEIGHED if r == args.r[-1] or n in (LORA, *WEIGHED[2:4])]
+                study.memory(r, shape, first)
+    if "share" in args.parts:
+        study.share(args.r[-1], args.shapes[0])

@@ -1,0 +1,146 @@
+"""The frozen models that variants are trained on: SmolLM2, and random Llamas of any size, plain or NF4."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from .demo_task import load_task, packed_batches, token_stream
+
+_STREAM = "token_stream.pt"
+_INIT_STD = 0.02
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes of a Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+LLAMA_2_7B = LlamaShape(4096, 11008, 32, 32, 32, 32000)
+LLAMA_2_13B = LlamaShape(5120, 13824, 40, 40, 40, 32000)
+TINY = LlamaShape(64, 128, 2, 4, 2, 128)
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """Which frozen model to build; survives JSON, so that other processes can build the same.
+
+    Attributes:
+        checkpoint: folder that `keep_smollm2` filled, or None for a random Llama.
+        shape: of the random Llama.
+        dtype: of the weights ("float32", "bfloat16").
+        nf4: linear layers as bitsandbytes NF4 with double quantization, computing in `dtype`.
+        device: where it lives.
+    """
+
+    checkpoint: str | None = None
+    shape: LlamaShape | None = None
+    dtype: str = "float32"
+    nf4: bool = False
+    device: str = "cpu"
+
+    @staticmethod
+    def from_json(entry: dict[str, Any]) -> BaseSpec:
+        shape = entry["shape"]
+        return BaseSpec(**{**entry, "shape": None if shape is None else LlamaShape(**shape)})
+
+    def sliced(self, layers: int) -> BaseSpec:
+        """The same with fewer decoder layers."""
+        assert self.shape is not None
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, layers=layers))
+
+    def build(self) -> Any:
+        """The model, frozen."""
+        if self.checkpoint is not None:
+            model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
+            for parameter in model.parameters():
+                # Memory of its own: a mapped file would be counted, or not, as the kernel pleases.
+                parameter.data = parameter.data.clone()
+            return model.to(self.device).requires_grad_(False)
+        if self.shape is None:
+            raise ValueError("a base needs a checkpoint or a shape")
+        return random_llama(self.shape, getattr(torch, self.dtype), torch.device(self.device), self.nf4)
+
+    def batches(self, batch_size: int, tokens: int) -> list[Tensor]:
+        """Batches of real text for SmolLM2, else of random ids; each ``[batch_size, tokens]``."""
+        if self.checkpoint is not None:
+            return packed_batches(torch.load(Path(self.checkpoint) / _STREAM), batch_size, tokens)
+        assert self.shape is not None
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randint(self.shape.vocabulary, (8, batch_size, tokens), generator=generator)
+        return [ids.to(self.device) for ids in drawn]
+
+
+def keep_smollm2(folder: Path) -> BaseSpec:
+    """Dequantize SmolLM2 and tokenize the demo's text once, for all processes of a benchmark."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        task = load_task(max_held_out=1)
+        task.model.save_pretrained(folder)
+    torch.save(token_stream(task), folder / _STREAM)
+    return BaseSpec(checkpoint=str(folder))
+
+
+def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
+    """A frozen Llama with random weights, made layer by layer on the device: never more than one unquantized matrix."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype=dtype,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator(device=device).manual_seed(0)
+    for name, module in list(model.named_modules()):
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            data = torch.ones(parameter.shape, dtype=dtype, device=device)
+            if data.dim() > 1:
+                data.normal_(0.0, _INIT_STD, generator=generator)
+            setattr(module, key, nn.Parameter(data, requires_grad=False))
+        if nf4 and isinstance(module, nn.Linear) and module is not model.lm_head:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nf4_linear(module.weight.data, dtype))
+            module.weight = None  # type: ignore[assignment]
+    # Its buffers are computed from the config, not loaded.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    if nf4:
+        model.is_loaded_in_4bit = True  # what PEFT's LoRA asks for its 4-bit layers
+    return model
+
+
+def nf4_linear(weight: Tensor, compute_dtype: torch.dtype) -> nn.Module:
+    """A bitsandbytes layer with this weight ``[out, in]`` quantized to NF4, double quantization.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    import bitsandbytes as bnb
+
+    rows, cols = weight.shape
+    layer = bnb.nn.Linear4bit(
+        cols, rows, bias=False, compute_dtype=compute_dtype, compress_statistics=True, quant_type="nf4", device="meta"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
+    )
+    return layer.to(weight.device)

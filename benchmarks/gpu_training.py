@@ -1,0 +1,208 @@
+"""Parts of the GPU benchmark that train: slices of a few decoder layers for time, whole models for memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from . import layer, windows
+from .bases import LLAMA_2_7B, LLAMA_2_13B, TINY, BaseSpec, LlamaShape
+from .index_sets import ProfileSampler
+from .memory import begin_device_peak, device_peak
+from .parts import Context
+from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
+from .timing import wall_seconds
+from .variants import FIRST_CLOSE, Budget, TrainingRun, build, cycling_run, place_deltas
+
+AG, MA = "SpIEL-AG, profile indices", "SpIEL-MA, SM3, profile indices"
+UNIFORM = "SpIEL-AG, uniform indices"
+DENSE, DROPOUT, FULL = "dense formula", "LoRA, dropout 0.05", "full fine-tuning"
+SLICE_VARIANTS = (LOWER_BOUND, LORA, AG, MA, UNIFORM, DROPOUT, DENSE)
+SLICE_LAYERS, SHORT_SLICE_LAYERS = 4, 2
+_REPETITIONS = 8
+_FULL_REPETITIONS = 5
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """How a step is taken: sequences x tokens, and whether decoder layers recompute their activations."""
+
+    batch_size: int
+    tokens: int
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"{self.batch_size}x{self.tokens}{', chkpt' if self.checkpointing else ''}"
+
+
+SETTINGS = (
+    StepSetting(1, 2048, True),
+    StepSetting(4, 512, True),
+    StepSetting(1, 2048, False),
+    StepSetting(4, 512, False),
+)
+
+
+def _settings(context: Context) -> Sequence[StepSetting]:
+    return (StepSetting(1, 32, True), StepSetting(2, 16, False)) if context.tiny else SETTINGS
+
+
+def _base(context: Context, shape: LlamaShape, nf4: bool) -> BaseSpec:
+    return BaseSpec(shape=TINY if context.tiny else shape, dtype="bfloat16", nf4=nf4, device=str(context.device))
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _slice(
+    context: Context,
+    spec: BaseSpec,
+    layers: int,
+    r: int,
+    settings: Iterable[StepSetting],
+    names: Sequence[str],
+    entries: list[dict[str, Any]],
+) -> None:
+    """Step times of a few decoder layers; one entry per setting, kept as soon as it is there."""
+    base = spec.sliced(layers).build()
+    failures: Failures = {}
+    runs = set_up(lambda: copy.deepcopy(base), names, Budget.of_rank(r), failures)
+    for number, setting in enumerate(settings):
+        # A setting that had no time is better left out than measured without its warm-up.
+        if number and context.clock.expired():
+            break
+        batches = spec.batches(setting.batch_size, setting.tokens)
+        for run in runs.values():
+            run.use_checkpointing(setting.checkpointing)
+        warm_up(runs, batches, failures, None if number == 0 else 2)
+        seconds = step_seconds(runs, batches, 2 if context.tiny else _REPETITIONS, context.clock)
+        entries.append({"layers": layers, "r": r, **asdict(setting), "seconds": seconds, "failed": dict(failures)})
+        context.keep(steps=entries)
+        print_times(f"{layers} layers, r={r}, {setting}", seconds, failures)
+    runs.clear()
+    _free(context.device)
+
+
+def _slices(context: Context, shape: LlamaShape, nf4: bool, ranks: Sequence[int], names: Sequence[str]) -> None:
+    spec, entries = _base(context, shape, nf4), []
+    context.keep(base=asdict(spec))
+    for number, r in enumerate((2,) if context.tiny else ranks):
+        if number and context.clock.expired():
+            context.keep(ranks_left_out=list(ranks[number:]))
+            return
+        _slice(context, spec, SLICE_LAYERS, r, _settings(context), names, entries)
+        if number == 0:
+            # With a second depth, the time of one decoder layer follows, and from it that of the whole model.
+            first = _settings(context)[:1]
+            _slice(context, spec, SHORT_SLICE_LAYERS, r, first, (LOWER_BOUND, LORA, AG, MA), entries)
+
+
+def steps_7b_nf4(context: Context) -> None:
+    """Slices of LLaMA-2-7B, NF4 with double quantization."""
+    _slices(context, LLAMA_2_7B, True, (64, 16), SLICE_VARIANTS)
+
+
+def steps_7b_bf16(context: Context) -> None:
+    """Slices of LLaMA-2-7B in bfloat16."""
+    _slices(context, LLAMA_2_7B, False, (64, 16), (*SLICE_VARIANTS, FULL))
+
+
+def steps_13b_nf4(context: Context) -> None:
+    """Slices of LLaMA-2-13B, NF4 with double quantization."""
+    _slices(context, LLAMA_2_13B, True, (64,), (LOWER_BOUND, LORA, AG, MA, UNIFORM))
+
+
+def _whole(context: Context, nf4: bool) -> None:
+    """One model of full depth, adapted by one method after the other: peak memory and step times."""
+    spec = _base(context, LLAMA_2_7B, nf4)
+    device, r, setting = context.device, 2 if context.tiny else 64, _settings(context)[0]
+    base = spec.build()
+    batches = spec.batches(setting.batch_size, setting.tokens)
+    entries: dict[str, dict[str, Any]] = {}
+    context.keep(base=asdict(spec), r=r, **asdict(setting))
+    for name in (LORA, "SpIEL-MA, SM3", "SpIEL-AG"):
+        if entries and context.clock.expired():
+            context.keep(variants_left_out=name)
+            return
+        loaded = begin_device_peak(device)
+        try:
+            run = build(name, base, Budget.of_rank(r))
+            entries[name] = {"loaded_mib": loaded, **_measure_whole(context, run, batches, setting)}
+            run.model.unload()
+            del run
+        except Exception as error:
+            entries[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            context.keep(variants=entries)
+            # The base may still wear the adapter.
+            return
+        context.keep(variants=entries)
+        print(f"{name}: {entries[name]}"[:200], flush=True)
+        _free(device)
+
+
+def _measure_whole(
+    context: Context, run: TrainingRun, batches: list[torch.Tensor], setting: StepSetting
+) -> dict[str, Any]:
+    run.use_checkpointing(setting.checkpointing)
+    # Through SpIEL's first window and close, which LoRA goes through in as many steps.
+    for number in range(FIRST_CLOSE + 1):
+        run.step(batches[number % len(batches)])
+    peak = device_peak(context.device)
+    begin_device_peak(context.device)
+    if run.warmup_steps > FIRST_CLOSE:
+        # Random weights do not concentrate gradients: back to where a trained model's would be.
+        place_deltas(run.model, ProfileSampler.measured())
+    run.step(batches[0])
+    repetitions = 2 if context.tiny else _FULL_REPETITIONS
+    seconds = [wall_seconds(lambda: run.step(batches[-1]), context.device) for _ in range(repetitions)]
+    return {
+        "peak_mib": peak,
+        "peak_between_windows_mib": device_peak(context.device),
+        "seconds": seconds,
+        "trainable": run.trainable,
+    }
+
+
+def whole_7b_nf4(context: Context) -> None:
+    """LLaMA-2-7B at full depth, NF4: SpIEL and QLoRA."""
+    _whole(context, True)
+
+
+def whole_7b_bf16(context: Context) -> None:
+    """LLaMA-2-7B at full depth, bfloat16: SpIEL and LoRA."""
+    _whole(context, False)
+
+
+def share(context: Context) -> None:
+    """Share of a run that moving deltas takes, on slices of LLaMA-2-7B (random weights: spread index sets)."""
+    growths: dict[str, Any] = {}
+    for nf4 in (True, False):
+        spec = _base(context, LLAMA_2_7B, nf4)
+        base = spec.sliced(SLICE_LAYERS).build()
+        setting = _settings(context)[0]
+        batches = spec.batches(setting.batch_size, setting.tokens)
+        for growth in ("accumulated_gradient", "momentum"):
+            if growths and context.clock.expired():
+                return
+            run = cycling_run(growth, copy.deepcopy(base), Budget.of_rank(2 if context.tiny else 64))
+            run.use_checkpointing(setting.checkpointing)
+            measured = windows.measure(run, growth, batches, 1 if context.tiny else 2, context.clock)
+            growths[f"{growth}, {'nf4' if nf4 else 'bf16'}"] = measured
+            context.keep(growth=growths)
+            del run
+            _free(context.device)
+
+
+def one_layer(context: Context) -> None:
+    """One linear layer, forward and backward, over the frozen layer."""
+    sizes = (64, 48, 0.05, 32) if context.tiny else (4096, 4096, 0.01, 2048)
+    repetitions = 2 if context.tiny else 20
+    context.keep(**layer.measure(*sizes, repetitions, str(context.device), torch.bfloat16, context.clock))

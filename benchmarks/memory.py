@@ -1,0 +1,121 @@
+"""Peak memory of training steps: resident memory of a process of its own on a CPU, the allocator's count on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .bases import BaseSpec
+from .variants import Budget, TrainingRun, build
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class MemorySpec:
+    """One variant on one base, to be measured alone."""
+
+    base: BaseSpec
+    variant: str
+    budget: Budget
+    batch_size: int
+    tokens: int
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> MemorySpec:
+        entry = json.loads(text)
+        return MemorySpec(**{**entry, "base": BaseSpec.from_json(entry["base"]), "budget": Budget(**entry["budget"])})
+
+
+def peak_memory(spec: MemorySpec, timeout_seconds: float = 600.0) -> dict[str, Any]:
+    """Peak resident memory of a fresh process that trains the variant past its warm-up, in MiB.
+
+    Returns:
+        ``peak_mib``, ``loaded_mib`` (resident before the variant is set up: interpreter, libraries and base model) and
+        ``trainable``; or ``error``.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", spec.to_json()]
+    folder = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return {"error": f"no result after {timeout_seconds:.0f} s"}
+    if done.returncode != 0:
+        return {"error": f"exit status {done.returncode}: {done.stderr.strip()[-2000:]}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _status_mib(field: str) -> float:
+    """A memory field of this process as the kernel reports it (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"/proc/self/status has no field {field}")
+
+
+def _forget_peak() -> bool:
+    """Give freed memory back and start the kernel's peak count anew, so that loading does not count."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _train(run: TrainingRun, batches: list[Tensor]) -> None:
+    for number in range(run.warmup_steps + 1):
+        run.step(batches[number % len(batches)])
+
+
+def measure_here(spec: MemorySpec) -> dict[str, Any]:
+    """What `peak_memory` returns, of this very process."""
+    base = spec.base.build()
+    batches = spec.base.batches(spec.batch_size, spec.tokens)
+    forgotten = _forget_peak()
+    loaded = _status_mib("VmRSS")
+    run = build(spec.variant, base, spec.budget)
+    _train(run, batches)
+    return {
+        "peak_mib": _status_mib("VmHWM"),
+        "loaded_mib": loaded,
+        "loading_left_out": forgotten,
+        "trainable": run.trainable,
+    }
+
+
+def begin_device_peak(device: torch.device) -> float:
+    """Start the allocator's peak count of a GPU anew; returns MiB in use (0 on a CPU)."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / _MIB
+
+
+def device_peak(device: torch.device) -> float:
+    """MiB allocated at the peak since `begin_device_peak` (0 on a CPU)."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / _MIB
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(MemorySpec.from_json(sys.argv[1]))))

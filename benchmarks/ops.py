@@ -1,0 +1,105 @@
+"""Operations of `spiel_kernels` against their dense formulas and against the floor, across densities and shapes.
+
+The floor is the larger of bytes over the measured copy bandwidth and FLOPs over the measured matrix product rate.
+Prints the constants of the cost model by which the sampled gather is chosen on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .cost_model import fits
+from .environment import add_output_argument, save
+from .floors import measure_floors
+from .index_sets import INDEX_SETS
+from .op_cases import Bench, Case, measure_all
+from .op_registry import OPERATIONS
+from .timing import Clock
+
+SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096))
+DENSITIES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
+TOKENS = (512, 2048)
+DTYPES = ("float32", "bfloat16")
+GATHERS = ("gather", "gather sampled", "gather dense")
+# Work that depends on the operands of the gradient; the others only on the index set.
+_OF_TOKENS = (*GATHERS, "gather compact", "gather entries", "select")
+_LARGE = 1024 * 1024
+_FEW_DENSITIES = (0.005, 0.01, 0.05)
+# Selection sees the whole product, so that density matters little to it.
+_ONE_DENSITY = (0.01,)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, cols = (int(part) for part in text.split("x"))
+    return rows, cols
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--ops", nargs="+", choices=list(OPERATIONS), help="by default all that a CPU can run")
+    add("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="ROWSxCOLS")
+    add("--densities", nargs="+", type=float, default=list(DENSITIES))
+    add("--tokens", nargs="+", type=int, default=list(TOKENS))
+    add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    add("--indices", nargs="+", choices=INDEX_SETS, default=["profile"])
+    add("--every", action="store_true", help="every combination; by default large or slow ones at fewer densities")
+    add("--seconds", type=float, default=0.8, help="time spent on repetitions of one case")
+    add("--budget-seconds", type=float, default=None, help="begin no further case after so many seconds")
+    add("--device", default="cpu")
+    add("--name", default=None, help="name of the result file")
+    add_output_argument(parser)
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    """What is to be measured; the combinations that say most come first."""
+    names = args.ops or [name for name in OPERATIONS if name not in ("gather compact", "gather entries")]
+    for tokens, dtype, kind in itertools.product(args.tokens, args.dtypes, args.indices):
+        for (rows, cols), name in itertools.product(args.shapes, names):
+            if name not in _OF_TOKENS and tokens != args.tokens[0]:
+                continue
+            for density in _densities(args, name, rows * cols, tokens, dtype):
+                yield Case(name, rows, cols, density, tokens, dtype, kind)
+
+
+def _densities(args: argparse.Namespace, name: str, numel: int, tokens: int, dtype: str) -> list[float]:
+    if args.every:
+        return args.densities
+    allowed: tuple[float, ...] = DENSITIES
+    if name == "select":
+        allowed = _ONE_DENSITY
+    elif name not in GATHERS or numel > _LARGE or dtype != "float32":
+        allowed = _FEW_DENSITIES
+    if numel * tokens > _LARGE * 10_000 or (numel > _LARGE and dtype != "float32"):
+        allowed = _ONE_DENSITY
+    return [density for density in args.densities if density in allowed or density not in DENSITIES]
+
+
+def run(args: argparse.Namespace) -> None:
+    device = torch.device(args.device)
+    tiny = max(rows * cols for rows, cols in args.shapes) <= 2**16
+    floors = measure_floors(device, args.dtypes, tiny)
+    print(f"copy {floors.bytes_per_second / 1e9:.1f} GB/s, " + _rates(floors.flops_per_second), flush=True)
+    bench = Bench(device, floors, args.seconds)
+    name = args.name or f"ops_{device.type}"
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        save(name, {"floors": floors.to_json(), "results": results}, args.output, args.device)
+
+    results, left_out = measure_all(bench, list(cases(args)), OPERATIONS, Clock(args.budget_seconds), keep)
+    if left_out:
+        print(f"{left_out} cases left out: the budget of {args.budget_seconds:.0f} s is used up")
+    for (tokens, dtype), fit in fits(results).items():
+        print(
+            f"sampled gather, {tokens} tokens, {dtype}: cost / dense = {fit.per_size:.0f} (out + in) / (out in) + "
+            f"{fit.per_density:.2f} density (relative error {fit.relative_error:.0%} over {fit.points} cases)"
+        )
+    print(f"-> {args.output / name}.json")
+
+
+def _rates(flops: dict[str, float]) -> str:
+    return ", ".join(f"{name} products {rate / 1e9:.0f} GFLOP/s" for name, rate in flops.items())

@@ -1,0 +1,233 @@
+"""Markdown tables of results; nothing in them is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cost_model import fits
+from .environment import RESULTS, load, load_all
+from .stepping import LORA, LOWER_BOUND
+from .timing import median, quantile
+
+Row = Sequence[str]
+
+
+class Results:
+    """The result files of one folder."""
+
+    def __init__(self, folder: Path = RESULTS) -> None:
+        self.folder = folder
+        self._loaded: dict[str, dict[str, Any] | None] = {}
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """A result by name, or None."""
+        if name not in self._loaded:
+            self._loaded[name] = load(name, self.folder)
+        return self._loaded[name]
+
+    def starting(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """Results whose names begin with a prefix, by name, smaller budgets and batches first."""
+        found = load_all(prefix, self.folder)
+        return dict(sorted(found.items(), key=lambda item: _order(item[1])))
+
+
+def _order(result: dict[str, Any]) -> tuple[int, int]:
+    settings = result.get("settings", {})
+    return settings.get("batch_size", 0) * settings.get("tokens", 0), settings.get("r", 0)
+
+
+def markdown(header: Row, rows: Iterable[Row]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def medians(result: dict[str, Any] | None) -> dict[str, float]:
+    """Median seconds by variant."""
+    return {} if result is None else {name: median(values) for name, values in result["seconds"].items() if values}
+
+
+def ratio(values: dict[str, float], name: str, reference: str) -> float | None:
+    """One value over another, or None where one is missing (or was not measured, as GPU memory on a CPU)."""
+    return values[name] / values[reference] if name in values and values.get(reference) else None
+
+
+def peaks(result: dict[str, Any] | None) -> dict[str, float]:
+    """Peak MiB by variant, of those that could be measured."""
+    if result is None:
+        return {}
+    return {name: entry["peak_mib"] for name, entry in result["memory"].items() if "peak_mib" in entry}
+
+
+def setting_name(settings: dict[str, Any]) -> str:
+    return f"r={settings['r']}, {settings['batch_size']}x{settings['tokens']}"
+
+
+def where(result: dict[str, Any]) -> str:
+    """One line that names machine and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    return f"{result['device']}, {result['threads']} threads; {versions}; {result['commit']}, {result['date'][:10]}"
+
+
+def quality_table(results: Results) -> str:
+    """Held-out loss by method and learning rate."""
+    result = results.get("quality_smollm2")
+    if result is None:
+        return ""
+    rates = sorted({run["learning_rate"] for run in result["runs"]})
+    losses = {(run["method"], run["learning_rate"]): run["held_out_loss"] for run in result["runs"]}
+    rows = [
+        [method, *(f"{losses[method, rate]:.3f}" if (method, rate) in losses else "" for rate in rates)]
+        for method in sorted({method for method, _ in losses})
+    ]
+    return markdown(["held-out loss", *(f"lr {rate:.0e}" for rate in rates)], rows)
+
+
+def step_overview(results: Results) -> str:
+    """Seconds per step, and over LoRA's, by variant and setting."""
+    found = results.starting("step_smollm2")
+    names = list(dict.fromkeys(name for result in found.values() for name in result["seconds"]))
+    rows = []
+    for name in names:
+        cells = []
+        for result in found.values():
+            values = medians(result)
+            over = ratio(values, name, LORA)
+            cells.append(f"{values[name]:.2f} s ({number(over)})" if name in values else "")
+        rows.append([name, *cells])
+    return markdown(["step (over LoRA)", *(setting_name(r["settings"]) for r in found.values())], rows)
+
+
+def memory_overview(results: Results) -> str:
+    """Peak memory in MiB, and over LoRA's, by variant and setting."""
+    found = results.starting("memory_smollm2")
+    names = list(dict.fromkeys(name for result in found.values() for name in peaks(result)))
+    rows = []
+    for name in names:
+        cells = []
+        for result in found.values():
+            values = peaks(result)
+            over = ratio(values, name, LORA)
+            cells.append(f"{values[name]:.0f} MiB ({number(over)})" if name in values else "")
+        rows.append([name, *cells])
+    return markdown(["peak memory (over LoRA)", *(setting_name(r["settings"]) for r in found.values())], rows)
+
+
+def step_table(result: dict[str, Any]) -> str:
+    """One setting: medians, 20% and 80% quantiles, ratios."""
+    values = medians(result)
+    rows = [
+        [
+            name,
+            f"{values[name]:.3f}",
+            f"{quantile(seconds, 0.2):.3f} to {quantile(seconds, 0.8):.3f}",
+            number(ratio(values, name, LORA)),
+            number(ratio(values, name, LOWER_BOUND)),
+        ]
+        for name, seconds in result["seconds"].items()
+        if seconds
+    ]
+    rows += [[name, "failed", reason[:80], "", ""] for name, reason in result.get("failed", {}).items()]
+    return markdown(["step", "median s", "20% to 80%", "over LoRA", "over lower bound"], rows)
+
+
+def layer_table(result: dict[str, Any], reference: str) -> str:
+    values = medians(result)
+    rows = [[name, f"{value * 1e3:.1f}", number(ratio(values, name, reference))] for name, value in values.items()]
+    return markdown(["forward + backward", "median ms", f"over {reference}"], rows)
+
+
+def share_table(growths: dict[str, Any]) -> str:
+    """How much of a run windows and closes take."""
+    rows = [
+        [growth, f"{entry['share']:.1%}", f"{entry['share_of_moving_steps']:.1%}", str(len(entry["seconds"]))]
+        for growth, entry in growths.items()
+    ]
+    return markdown(["growth", "share of a run", "counting only moving steps", "steps timed"], rows)
+
+
+def _case_key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["rows"], entry["cols"], entry["tokens"], entry["dtype"], entry["indices"]
+
+
+def gather_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Cost of the sparse gradient over the dense product, by method and density."""
+    gathers = [entry for entry in entries if entry["op"].startswith("gather")]
+    densities = sorted({entry["density"] for entry in gathers})
+    cells: dict[tuple[Any, ...], dict[float, str]] = {}
+    for entry in gathers:
+        line = cells.setdefault((*_case_key(entry), entry["op"]), {})
+        if "failed" in entry:
+            line[entry["density"]] = "failed"
+        else:
+            line[entry["density"]] = number(median(entry["seconds"]) / median(entry["dense_seconds"]))
+    rows = [
+        [f"{rows}x{cols}", str(tokens), dtype, kind, op, *(line.get(density, "") for density in densities)]
+        for (rows, cols, tokens, dtype, kind, op), line in cells.items()
+    ]
+    header = ["weight", "tokens", "dtype", "indices", "time over dense, density", *(f"{d:.2%}" for d in densities)]
+    return markdown(header, rows)
+
+
+def operation_table(entries: Sequence[dict[str, Any]]) -> str:
+    """All other operations: time, over the dense formula, over the floor."""
+    rows = []
+    for entry in entries:
+        if entry["op"].startswith("gather"):
+            continue
+        line = [entry["op"], f"{entry['rows']}x{entry['cols']}", f"{entry['density']:.2%}", str(entry["tokens"])]
+        line += [entry["dtype"], entry["indices"]]
+        if "failed" in entry:
+            rows.append([*line, "failed", entry["failed"][:60], ""])
+            continue
+        seconds = median(entry["seconds"])
+        over_dense = seconds / median(entry["dense_seconds"])
+        rows.append([*line, f"{seconds * 1e3:.3f}", number(over_dense), number(seconds / entry["floor_seconds"])])
+    header = ["operation", "weight", "density", "tokens", "dtype", "indices", "median ms", "over dense", "over floor"]
+    return markdown(header, rows)
+
+
+def fit_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Constants of the sampled gather's cost model."""
+    rows = [
+        [str(tokens), dtype, f"{fit.per_size:.0f}", f"{fit.per_density:.2f}", f"{fit.relative_error:.0%}"]
+        for (tokens, dtype), fit in fits(entries).items()
+    ]
+    return markdown(["tokens", "dtype", "A", "B", "relative error"], rows)
+
+
+def scaling_table(result: dict[str, Any]) -> str:
+    """Step time and memory as one size grows."""
+    names = list(dict.fromkeys(name for entry in result["results"] for name in entry["seconds"]))
+    rows = []
+    for entry in result["results"]:
+        values, memory = medians(entry), peaks(entry) if "memory" in entry else {}
+        grows = entry["grows"]
+        size = f"{entry['density']:.2%}" if grows == "density" else str(entry[grows])
+        cells = [f"{values[n] * 1e3:.0f} ms" if n in values else "" for n in names]
+        weights = [number(ratio(memory, n, LORA)) for n in names if n not in (LORA, "dense formula")]
+        rows.append([grows, size, *cells, *weights])
+    weighed = [f"memory of {n} over LoRA" for n in names if n not in (LORA, "dense formula")]
+    return markdown(["grows", "at", *names, *weighed], rows)
+
+
+def profile_table(result: dict[str, Any]) -> str:
+    """How gradients concentrate, by type of module."""
+    rows = [
+        [
+            kind,
+            f"{entry['shape'][0]}x{entry['shape'][1]}",
+            number(entry["rows"][0], 1),
+            number(entry["cols"][0], 1),
+            f"{entry['block_share']:.1%}",
+            f"{entry['block_share_drawn']:.1%}",
+        ]
+        for kind, entry in result["modules"].items()
+    ]
+    header = ["module", "weight", "heaviest row / mean", "heaviest column / mean"]
+    return markdown([*header, "dense product left in blocks of 64 rows", "the same, drawn"], rows)
