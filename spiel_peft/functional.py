@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,151 +11,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spiel_kernels import apply_deltas
-from spiel_kernels.gather import ConvGeometry
 
 from .delta import SparseDelta
-from .resident import Pairs, WeightFold, can_fold
-from .weight_gradients import ConvGradient, DenseGradient, EmbeddingGradient, OuterGradient, WeightGradient
-
-
-class LinearOp:
-    """``x @ W.T + b`` for a weight ``[out, in]``, or ``x @ W + b`` for a transposed one ``[in, out]``."""
-
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not self.transposed:
-            return F.linear(x, weight, bias)
-        # The very operation of transformers' Conv1D, so that a merged layer gives the same bits.
-        shape = (*x.shape[:-1], weight.shape[1])
-        flat = x.reshape(-1, x.shape[-1])
-        return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
-
-    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        return grad_out @ (weight.T if self.transposed else weight)
-
-    def gradient(self, grad_out: Tensor, x: Tensor) -> OuterGradient:
-        grad_out = grad_out.reshape(-1, grad_out.shape[-1])
-        x = x.reshape(-1, x.shape[-1])
-        return OuterGradient(x, grad_out) if self.transposed else OuterGradient(grad_out, x)
-
-    def grad_bias(self, grad_out: Tensor) -> Tensor:
-        return grad_out.reshape(-1, grad_out.shape[-1]).sum(0)
-
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-class ConvOp:
-    """A convolution over a batched input ``[batch, in, *spatial]`` with numeric zero padding."""
-
-    def __init__(self, geometry: ConvGeometry) -> None:
-        self.geometry = geometry
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        g = self.geometry
-        return _CONVOLUTIONS[len(g.stride)](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-
-    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
-        g = self.geometry
-        if x_shape[0] == 0:
-            return grad_out.new_zeros(x_shape)
-        return torch.ops.aten.convolution_backward(
-            grad_out,
-            grad_out.new_empty(1).expand(x_shape),
-            weight,
-            None,
-            g.stride,
-            g.padding,
-            g.dilation,
-            False,
-            [0] * len(g.stride),
-            g.groups,
-            [True, False, False],
-        )[0]
-
-    def gradient(self, grad_out: Tensor, x: Tensor) -> ConvGradient:
-        return ConvGradient(grad_out, x, self.geometry)
-
-    def grad_bias(self, grad_out: Tensor) -> Tensor:
-        return grad_out.transpose(0, 1).flatten(1).sum(1)
-
-
-WEIGHT_CHANGED = (
-    "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward pass; finish "
-    "the backward pass first"
-)
-
-
-class WeightSource:
-    """Reads a base weight now and again in backward, and notices if it changed in between.
-
-    Args:
-        read: returns the weight, plain or dequantized; raises if it has been merged in the meantime.
-        parameter: the plain parameter behind it, or None for a weight that is quantized or offloaded.
-        dtype: dtype to which the adapted weight is rounded.
-        fold: writes deltas into the parameter.
-        stays: deltas may stay in the parameter after an operation that records a gradient.
-        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, valid
-            until the next call; gives None where it cannot.
-    """
-
-    def __init__(
-        self,
-        read: Callable[[], Tensor],
-        parameter: Tensor | None,
-        dtype: torch.dtype,
-        fold: WeightFold | None = None,
-        stays: bool = False,
-        in_workspace: Callable[[Pairs, torch.dtype], Tensor | None] | None = None,
-    ) -> None:
-        self.read = read
-        self.parameter = parameter
-        self.dtype = dtype
-        self.fold = fold
-        self.stays = stays
-        self.in_workspace = in_workspace
-        self.version = self._current_version()
-
-    def _current_version(self) -> int:
-        # Inference tensors have no version, and no backward pass either.
-        tracked = self.parameter is not None and not self.parameter.is_inference()
-        return self.parameter._version if tracked else 0
-
-    def _read_unchanged(self) -> Tensor:
-        if self._current_version() != self.version:
-            raise RuntimeError(WEIGHT_CHANGED)
-        return self.read()
-
-    def adapted(self, pairs: Pairs) -> Tensor:
-        """The adapted weight as a tensor of its own."""
-        if self.fold is not None:
-            self.fold.unfold()
-        return apply_deltas(self._read_unchanged(), pairs, self.dtype)
-
-    @contextmanager
-    def weight(
-        self, deltas: Sequence[SparseDelta], pairs: Pairs, compute_dtype: torch.dtype, in_backward: bool = False
-    ) -> Iterator[Tensor]:
-        """The adapted weight for the length of one operation: in place where that can be done, else a copy.
-
-        The operation must not keep the tensor.
-        """
-        if self.in_workspace is not None:
-            weight = self.in_workspace(pairs, compute_dtype)
-            if weight is not None:
-                yield weight
-                return
-        weight = self._read_unchanged()
-        if self.fold is None or self.parameter is None or not can_fold(self.parameter):
-            yield apply_deltas(weight, pairs, self.dtype).to(compute_dtype)
-        elif self.stays:
-            self.fold.fold(self.parameter, deltas, pairs, as_in_forward=in_backward)
-            yield self.parameter.data.to(compute_dtype)
-        else:
-            with self.fold.transient(self.parameter, deltas, pairs) as folded:
-                yield folded.to(compute_dtype)
+from .resident import Pairs
+from .weight_gradients import DenseGradient, EmbeddingGradient, WeightGradient
+from .weight_ops import ConvOp, LinearOp
+from .weight_source import WeightSource
 
 
 def no_autocast(x: Tensor) -> torch.autocast:

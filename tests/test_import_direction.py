@@ -15,19 +15,24 @@ FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py")])
 # What each part may import of this project, from the bottom to the top; a part may always import itself.
 LAYERS_MAY = {
     "base_weight",
-    "compiled",
     "config",
     "delta",
     "functional",
     "layers",
     "merge_report",
+    "operators",
     "quantized_weight",
     "resident",
     "seeding",
     "training_state",
+    "weight_ops",
+    "weight_source",
 }
 FORBIDDEN = {
     "functional.py": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},
+    "weight_source.py": {"base_weight", "config", "functional", "operators", "layers", "model", "cycle", "optim"},
+    "weight_ops.py": {"base_weight", "config", "delta", "functional", "operators", "layers", "model", "cycle", "optim"},
+    "operators": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},
     "base_weight.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "delta.py": {"base_weight", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "resident.py": {"base_weight", "config", "functional", "layers", "model", "cycle", "optim", "callback"},

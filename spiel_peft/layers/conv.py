@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from spiel_kernels.gather import ConvGeometry
 
 from ..delta import SparseDelta
-from ..functional import ConvOp
+from ..weight_ops import ConvOp
 from .base import SpIELLayer
 from .linear import autocast_dtype
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..compiled import embedding_operator
 from ..delta import SparseDelta
 from ..functional import adapted_embedding
+from ..operators import embedding_operator
 from .base import SpIELLayer
 
 

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base_weight import TRANSPOSED
 from ..delta import SparseDelta
-from ..functional import LinearOp
+from ..weight_ops import LinearOp
 from .base import SpIELLayer
 
 

@@ -1,0 +1,126 @@
+"""Writing deltas into a base weight for good, and taking them out again bit for bit."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from spiel_kernels import adapted_entries, apply_deltas, write_entries
+
+from ..base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
+from ..merge_report import MergeLoss, count_lost
+
+
+class MergingMixin:
+    """The part of `SpIELLayer` that merges."""
+
+    _backup: WeightBackup | None
+    merge_loss: MergeLoss | None
+    merged_adapters: list[str]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor in the shape of the stored weight and the values' dtype."""
+        delta = self.spiel_delta[adapter]
+        dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
+        return write_entries(dense, delta.indices.to(torch.int64), delta.values.detach())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
+
+        Args:
+            safe_merge: refuse, and leave the base as it is, if the result is not finite.
+            adapter_names: adapters to merge on top of those merged already; the active ones by default.
+
+        Raises:
+            ValueError: a result is not finite (only with `safe_merge`).
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_delta]
+        if not names:
+            return
+        before = list(self.merged_adapters)
+        self.unfold()
+        with writable(self):
+            # The sum is always taken from the originals, so the order and number of merges leave no trace.
+            self._restore_originals()
+            try:
+                if safe_merge:
+                    self.check_finite(before + names)
+                self._write_merged(before + names)
+            except Exception:
+                self._restore_originals()
+                if before:
+                    self._write_merged(before)
+                raise
+
+    def check_finite(self, adapter_names: list[str]) -> None:
+        """Raise a ValueError if adding these adapters gives a value that is not finite in the base's dtype."""
+        pairs = self._pairs(adapter_names)
+        if not pairs:
+            return
+        _, sums = adapted_entries(self._read_base_weight(), pairs)
+        if not torch.isfinite(sums.to(self._base_dtype())).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken")
+
+    def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
+        deltas = [self.spiel_delta[name] for name in adapter_names if name in self.spiel_delta]
+        return [(delta.indices, delta.values.detach()) for delta in deltas]
+
+    def _write_merged(self, adapter_names: list[str]) -> None:
+        base = self.get_base_layer()
+        self.unfold()
+        if self.quantization_backend is not None:
+            self._write_quantized(base, adapter_names)
+        elif self.shared_with:
+            self._write_shared(base, adapter_names)
+        else:
+            weight = base.weight.detach()
+            positions, sums = adapted_entries(weight, self._pairs(adapter_names))
+            self._backup = EntryBackup(positions, weight.take(positions))
+            write_entries(weight, positions, sums.to(weight.dtype))
+        self.merged_adapters = list(adapter_names)
+
+    def _write_shared(self, base: nn.Module, adapter_names: list[str]) -> None:
+        original = base.weight
+        partner = next((layer for layer in self.tied_to if layer.merged_adapters == adapter_names), None)
+        if partner is not None:
+            merged = partner.get_base_layer().weight
+        else:
+            data = apply_deltas(original.detach(), self._pairs(adapter_names))
+            merged = nn.Parameter(data, requires_grad=original.requires_grad)
+        self._backup = ParameterBackup(original)
+        base.weight = merged
+
+    def _write_quantized(self, base: nn.Module, adapter_names: list[str]) -> None:
+        backend = self.quantization_backend
+        warnings.warn(
+            f"Merging a SpIEL adapter into {backend.backend_name} weights rounds the result to the quantization grid: "
+            "small deltas are lost and other entries may move. The packed weights are kept in CPU memory until "
+            "unmerge, which restores them exactly. For deployment, merge into the unquantized base model instead.",
+            stacklevel=4,
+        )
+        # First of all: reading an 8-bit weight through PEFT leaves a mark on the layer.
+        backup = QuantizedBackup(base)
+        original = self.get_base_weight()
+        positions, sums = adapted_entries(original, self._pairs(adapter_names))
+        before = original.take(positions)
+        self._backup = backup
+        self.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
+        backup.pack_away()
+        self.merge_loss = count_lost(before, sums, self.get_base_weight().take(positions))
+
+    def _restore_originals(self) -> None:
+        if self._backup is not None:
+            with writable(self):
+                self._backup.restore(self)
+            self._backup = None
+        self.merged_adapters = []
+
+    def unmerge(self) -> None:
+        """Undo `merge`: every overwritten weight gets its original bits back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore_originals()

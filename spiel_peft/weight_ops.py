@@ -1,0 +1,75 @@
+"""What layers do with their weight: forward, input gradient, weight gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spiel_kernels.gather import ConvGeometry
+
+from .weight_gradients import ConvGradient, OuterGradient
+
+
+class LinearOp:
+    """``x @ W.T + b`` for a weight ``[out, in]``, or ``x @ W + b`` for a transposed one ``[in, out]``."""
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.transposed:
+            return F.linear(x, weight, bias)
+        # The very operation of transformers' Conv1D, so that a merged layer gives the same bits.
+        shape = (*x.shape[:-1], weight.shape[1])
+        flat = x.reshape(-1, x.shape[-1])
+        return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
+
+    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        return grad_out @ (weight.T if self.transposed else weight)
+
+    def gradient(self, grad_out: Tensor, x: Tensor) -> OuterGradient:
+        grad_out = grad_out.reshape(-1, grad_out.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
+        return OuterGradient(x, grad_out) if self.transposed else OuterGradient(grad_out, x)
+
+    def grad_bias(self, grad_out: Tensor) -> Tensor:
+        return grad_out.reshape(-1, grad_out.shape[-1]).sum(0)
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+class ConvOp:
+    """A convolution over a batched input ``[batch, in, *spatial]`` with numeric zero padding."""
+
+    def __init__(self, geometry: ConvGeometry) -> None:
+        self.geometry = geometry
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        g = self.geometry
+        return _CONVOLUTIONS[len(g.stride)](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
+        g = self.geometry
+        if x_shape[0] == 0:
+            return grad_out.new_zeros(x_shape)
+        return torch.ops.aten.convolution_backward(
+            grad_out,
+            grad_out.new_empty(1).expand(x_shape),
+            weight,
+            None,
+            g.stride,
+            g.padding,
+            g.dilation,
+            False,
+            [0] * len(g.stride),
+            g.groups,
+            [True, False, False],
+        )[0]
+
+    def gradient(self, grad_out: Tensor, x: Tensor) -> ConvGradient:
+        return ConvGradient(grad_out, x, self.geometry)
+
+    def grad_bias(self, grad_out: Tensor) -> Tensor:
+        return grad_out.transpose(0, 1).flatten(1).sum(1)
