@@ -29,8 +29,8 @@ class SampledCost:
         return self.per_size * (rows + cols) / numel + self.per_density * k / numel
 
 
-# Between what two machines gave (45 and 3.5; 150 and 12): where they disagree, the two ways cost about the same.
-CPU_COST = SampledCost(per_size=80.0, per_density=6.5)
+# A little above what the bundled model's shapes gave on two cores with AVX-512 (45 and 3.5, `SmolLM2` at 512 tokens).
+CPU_COST = SampledCost(per_size=60.0, per_density=4.5)
 # Beyond this the dense product in row blocks is the safer choice.
 WORTH_IT = 0.95
 
