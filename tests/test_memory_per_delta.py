@@ -1,4 +1,4 @@
-"""What training holds per delta: value, index and gradient, 4 bytes each, optimizer state, and nothing else for long."""
+"""What training holds per delta: value, index and gradient of 4 bytes each, optimizer state; nothing else for long."""
 
 from __future__ import annotations
 
