@@ -12,11 +12,16 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave these tests out where neither the interpreter nor a GPU can run them."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return
+    """On a GPU these are GPU tests; where there is neither one nor the interpreter, leave them out."""
     here = [item for item in items if "test_kernels/triton" in str(item.path).replace(os.sep, "/")]
+    if torch.cuda.is_available():
+        for item in here:
+            item.add_marker(pytest.mark.gpu)
+        return
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
     config.hook.pytest_deselected(items=here)
     items[:] = [item for item in items if item not in here]
 

@@ -1,0 +1,75 @@
+"""Whole runs on a GPU: deltas that stay in the base weight, by Triton, with nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from spiel_kernels.dispatch import use_backend
+from spiel_peft import SparseDelta, SpIELConfig
+from spiel_peft.layers import base as layer_base
+
+pytestmark = pytest.mark.gpu
+
+
+def run(dtype: torch.dtype, growth: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """A model after 12 steps, its base weight before them, and the last loss."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(96, 200), nn.GELU(), nn.Linear(200, 8)).to("cuda", dtype)
+    original = base[0].weight.detach().clone()
+    config = SpIELConfig(
+        target_modules=["0"], density=0.1, growth=growth, regrow_every=4, accumulation_steps=2, total_steps=100
+    )
+    model = get_peft_model(base, config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(12):
+        x = torch.randn(64, 96, generator=generator).to("cuda", dtype)
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, original, loss.detach()
+
+
+def delta_of(model: nn.Module) -> SparseDelta:
+    return next(m for m in model.modules() if isinstance(m, SparseDelta))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("growth", ["accumulated_gradient", "momentum"])
+def test_the_base_weight_is_as_it_was(dtype: torch.dtype, growth: str) -> None:
+    model, original, _ = run(dtype, growth)
+    weight = model.base_model.model[0].base_layer.weight.detach()
+    assert torch.equal(weight, original)
+    model(torch.randn(4, 96, device="cuda", dtype=dtype)).sum().backward()
+    assert not torch.equal(weight, original)
+    model.eval()
+    assert torch.equal(weight, original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_staying_changes_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stayed, _, loss = run(dtype, "accumulated_gradient")
+    monkeypatch.setattr(layer_base, "can_stay_folded", lambda parameter: False)
+    transient, _, other_loss = run(dtype, "accumulated_gradient")
+    assert torch.equal(loss, other_loss)
+    assert torch.equal(delta_of(stayed).indices, delta_of(transient).indices)
+    assert torch.equal(delta_of(stayed).values, delta_of(transient).values)
+
+
+def test_kernels_and_pytorch_train_alike() -> None:
+    model, _, loss = run(torch.float32, "accumulated_gradient")
+    with use_backend("torch"):
+        reference, _, expected = run(torch.float32, "accumulated_gradient")
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0.0)
+    same = torch.isin(delta_of(model).indices, delta_of(reference).indices).float().mean()
+    assert same > 0.98
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    (first, _, _), (second, _, _) = run(torch.bfloat16, "momentum"), run(torch.bfloat16, "momentum")
+    assert torch.equal(delta_of(first).indices, delta_of(second).indices)
+    assert torch.equal(delta_of(first).values, delta_of(second).values)
