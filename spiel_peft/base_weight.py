@@ -133,7 +133,9 @@ def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:
 
 def offload_hook(module: nn.Module) -> Any | None:
     """The hook with which accelerate offloads the parameters of a layer, if it does."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")
+    if hook is None:
+        return None
     return next((h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)), None)
 
 
@@ -171,7 +173,7 @@ def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **k
     """Call `forward` in place of the base layer's own one, with all hooks of the base layer around it."""
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     hooked = hooked or torch.nn.modules.module._has_any_global_hook()
-    accelerated = hasattr(base, "_hf_hook") and hasattr(base, "_old_forward")
+    accelerated = "_hf_hook" in base.__dict__ and hasattr(base, "_old_forward")
     if not hooked and not accelerated:
         return forward(*args, **kwargs)
     # accelerate has put its wrapper in `forward` and calls what it replaced as `_old_forward`.

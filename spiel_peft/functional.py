@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from .weight_ops import ConvOp, LinearOp
 from .weight_source import WeightSource
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """What is computed inside runs in the dtype of its operands."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    # Entering autocast costs more than asking for it.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def gather_delta_gradients(

@@ -151,7 +151,7 @@ def can_stay_folded(parameter: Tensor) -> bool:
         can_fold(parameter)
         and not parameter.requires_grad
         # The memory of another process.
-        and not (parameter.device.type == "cpu" and parameter.is_shared())
+        and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
     )
 
 

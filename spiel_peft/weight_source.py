@@ -28,6 +28,7 @@ class WeightSource:
         dtype: dtype to which the adapted weight is rounded.
         fold: writes deltas into the parameter.
         stays: deltas may stay in the parameter after an operation that records a gradient.
+        check: raises what `read` raises, without reading; needed with `fold`.
         in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, valid
             until the next call; gives None where it cannot.
     """
@@ -40,6 +41,7 @@ class WeightSource:
         fold: WeightFold | None = None,
         stays: bool = False,
         in_workspace: Callable[[Pairs, torch.dtype], Tensor | None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.read = read
         self.parameter = parameter
@@ -47,6 +49,7 @@ class WeightSource:
         self.fold = fold
         self.stays = stays
         self.in_workspace = in_workspace
+        self.check = check
         self.version = self._current_version()
 
     def _current_version(self) -> int:
@@ -54,9 +57,12 @@ class WeightSource:
         tracked = self.parameter is not None and not self.parameter.is_inference()
         return self.parameter._version if tracked else 0
 
-    def _read_unchanged(self) -> Tensor:
+    def _check_version(self) -> None:
         if self._current_version() != self.version:
             raise RuntimeError(WEIGHT_CHANGED)
+
+    def _read_unchanged(self) -> Tensor:
+        self._check_version()
         return self.read()
 
     def adapted(self, pairs: Pairs) -> Tensor:
@@ -78,10 +84,12 @@ class WeightSource:
             if weight is not None:
                 yield weight
                 return
-        weight = self._read_unchanged()
-        if self.fold is None or self.parameter is None or not can_fold(self.parameter):
-            yield apply_deltas(weight, pairs, self.dtype).to(compute_dtype)
-        elif self.stays:
+        if self.fold is None or self.check is None or self.parameter is None or not can_fold(self.parameter):
+            yield apply_deltas(self._read_unchanged(), pairs, self.dtype).to(compute_dtype)
+            return
+        self._check_version()
+        self.check()
+        if self.stays:
             self.fold.fold(self.parameter, deltas, pairs, as_in_forward=in_backward)
             yield self.parameter.data.to(compute_dtype)
         else:

@@ -2,8 +2,8 @@
 
 Every operation has a plain PyTorch implementation, which is the oracle of its tests and the path on CPUs; some have a
 Triton one for CUDA. By default CUDA tensors go to Triton where it is installed and everything else to PyTorch. An
-explicit choice (`use_backend`, or the environment variable SPIEL_KERNELS) must work or raise; only the automatic one
-falls back.
+explicit choice (`use_backend`, or the environment variable SPIEL_KERNELS, read once) must work or raise; only the
+automatic one falls back.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _forced: str | None = None
 
 
-def _chosen() -> str:
-    name = _forced or os.environ.get("SPIEL_KERNELS", "auto")
+@functools.cache
+def _from_environment() -> str:
+    # Once: looking into the environment takes as long as a small operation.
+    name = os.environ.get("SPIEL_KERNELS", "auto")
     if name not in BACKENDS:
         raise ValueError(f"SPIEL_KERNELS must be one of {', '.join(BACKENDS)}, got {name!r}")
     return name
@@ -68,7 +70,7 @@ def runs_triton(*tensors: Tensor) -> bool:
     Raises:
         RuntimeError: Triton was chosen explicitly and cannot run here.
     """
-    name = _chosen()
+    name = _forced or _from_environment()
     if name == "torch":
         return False
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)

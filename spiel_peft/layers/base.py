@@ -143,10 +143,17 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
         delta.keep_dtype = dtype
         delta.restore_dtype()
 
+    def get_base_layer(self) -> nn.Module:
+        # As PEFT's, without the price of asking a module for what it does not have.
+        base = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
+
     # Forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if getattr(self, "_is_replica", False):
+        if "_is_replica" in self.__dict__:
             raise RuntimeError(
                 "SpIEL does not work under nn.DataParallel; use DistributedDataParallel (torchrun, accelerate launch)"
             )
@@ -181,7 +188,7 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
 
     def _reproduces(self, base: nn.Module) -> bool:
         # accelerate keeps what it replaced as `_old_forward`.
-        own = base.__dict__.get("_old_forward" if hasattr(base, "_hf_hook") else "forward")
+        own = base.__dict__.get("_old_forward" if "_hf_hook" in base.__dict__ else "forward")
         patched = own is not None and getattr(own, "__func__", None) is not type(base).forward
         return self._knows_forward(base) and not patched
 
@@ -218,14 +225,17 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
             dtype: to which it is rounded if the base weight is quantized, its own dtype by default.
             records: whether a gradient is recorded, so that deltas may stay in the weight; by default as it is now.
         """
-        base = self.get_base_layer()
-        records = torch.is_grad_enabled() if records is None else records
+        read = self._read_unmerged
         if self.quantization_backend is not None:
-            return WeightSource(self._read_unmerged, None, dtype or self._base_dtype(), in_workspace=self._in_workspace)
-        # Holding on to an offloaded weight would keep it on the device until the backward pass.
-        parameter = base.weight if offload_hook(base) is None else None
-        stays = records and parameter is not None and self._may_stay_folded(parameter)
-        return WeightSource(self._read_unmerged, parameter, base.weight.dtype, self._fold, stays)
+            return WeightSource(read, None, dtype or self._base_dtype(), in_workspace=self._in_workspace)
+        base = self.get_base_layer()
+        weight = base.weight
+        if offload_hook(base) is not None:
+            # Holding on to an offloaded weight would keep it on the device until the backward pass.
+            return WeightSource(read, None, weight.dtype)
+        records = torch.is_grad_enabled() if records is None else records
+        stays = records and self._may_stay_folded(weight)
+        return WeightSource(read, weight, weight.dtype, self._fold, stays, check=self._check_unmerged)
 
     def _may_stay_folded(self, parameter: Tensor) -> bool:
         """Whether a pass may leave its deltas in the base weight, for an optimizer step to take out."""
@@ -236,15 +246,17 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
         return stepped and can_stay_folded(parameter)
 
     def _in_workspace(self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor | None:
-        if self.merged:
-            raise RuntimeError(WEIGHT_CHANGED)
+        self._check_unmerged()
         base = self.get_base_layer()
         with onloaded(base):
             return adapted_in_workspace(base, pairs, compute_dtype)
 
-    def _read_unmerged(self) -> Tensor:
-        if self.merged:
+    def _check_unmerged(self) -> None:
+        if self.merged_adapters:
             raise RuntimeError(WEIGHT_CHANGED)
+
+    def _read_unmerged(self) -> Tensor:
+        self._check_unmerged()
         with onloaded(self.get_base_layer()):
             return super().get_base_weight()
 
