@@ -23,7 +23,6 @@ AG, MA = "SpIEL-AG, profile indices", "SpIEL-MA, SM3, profile indices"
 UNIFORM = "SpIEL-AG, uniform indices"
 DENSE, DROPOUT, FULL = "dense formula", "LoRA, dropout 0.05", "full fine-tuning"
 SLICE_VARIANTS = (LOWER_BOUND, LORA, AG, MA, UNIFORM, DROPOUT, DENSE)
-SLICE_LAYERS, SHORT_SLICE_LAYERS = 4, 2
 _REPETITIONS = 8
 _FULL_REPETITIONS = 5
 
@@ -50,6 +49,11 @@ SETTINGS = (
 
 def _settings(context: Context) -> Sequence[StepSetting]:
     return (StepSetting(1, 32, True), StepSetting(2, 16, False)) if context.tiny else SETTINGS
+
+
+def _depths(context: Context) -> tuple[int, int]:
+    """Decoder layers of a slice, and of a shorter one."""
+    return (2, 1) if context.tiny else (4, 2)
 
 
 def _base(context: Context, shape: LlamaShape, nf4: bool) -> BaseSpec:
@@ -93,16 +97,17 @@ def _slice(
 
 def _slices(context: Context, shape: LlamaShape, nf4: bool, ranks: Sequence[int], names: Sequence[str]) -> None:
     spec, entries = _base(context, shape, nf4), []
+    deep, short = _depths(context)
     context.keep(base=asdict(spec))
     for number, r in enumerate((2,) if context.tiny else ranks):
         if number and context.clock.expired():
             context.keep(ranks_left_out=list(ranks[number:]))
             return
-        _slice(context, spec, SLICE_LAYERS, r, _settings(context), names, entries)
+        _slice(context, spec, deep, r, _settings(context), names, entries)
         if number == 0:
             # With a second depth, the time of one decoder layer follows, and from it that of the whole model.
             first = _settings(context)[:1]
-            _slice(context, spec, SHORT_SLICE_LAYERS, r, first, (LOWER_BOUND, LORA, AG, MA), entries)
+            _slice(context, spec, short, r, first, (LOWER_BOUND, LORA, AG, MA), entries)
 
 
 def steps_7b_nf4(context: Context) -> None:
@@ -186,7 +191,7 @@ def share(context: Context) -> None:
     growths: dict[str, Any] = {}
     for nf4 in (True, False):
         spec = _base(context, LLAMA_2_7B, nf4)
-        base = spec.sliced(SLICE_LAYERS).build()
+        base = spec.sliced(_depths(context)[0]).build()
         setting = _settings(context)[0]
         batches = spec.batches(setting.batch_size, setting.tokens)
         for growth in ("accumulated_gradient", "momentum"):

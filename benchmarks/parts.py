@@ -18,6 +18,8 @@ from .timing import Clock
 
 # What a part may exceed its share by before its process is taken to hang.
 GRACE_SECONDS = 45.0
+# What all parts together may exceed the budget by.
+OVERRUN_SECONDS = 45.0
 _POLL_SECONDS = 0.2
 
 STATUS, DONE, RUNNING, FAILED = "status", "done", "running", "failed"
@@ -179,6 +181,6 @@ def _watch(
             current, since = waiting[0], time.monotonic()
             planned = max(0.0, clock.left()) * current.weight / sum(part.weight for part in waiting)
         took = time.monotonic() - since
-        if took > 2 * planned + GRACE_SECONDS or clock.left() < -GRACE_SECONDS:
+        if took > 2 * planned + GRACE_SECONDS or clock.left() < -OVERRUN_SECONDS:
             return current, f"no end after {took:.0f} s, where {planned:.0f} s were planned"
         time.sleep(_POLL_SECONDS)

@@ -1,47 +1,63 @@
-"""Markdown tables of the results kept in benchmarks/results; the README holds a copy of what this prints."""
+"""The page benchmarks/RESULTS.md, its plots, and the tables in README.md, made from benchmarks/results.
+
+README.md holds a table between `<!-- benchmarks: NAME -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
+import re
+from collections.abc import Callable
+from pathlib import Path
 
-from .environment import RESULTS
+from .environment import RESULTS, add_output_argument
+from .page import page
+from .plots import draw_all
+from .tables import Results, memory_overview, quality_table, step_overview
+from .targets import target_table
+
+PAGE = Path(__file__).parent / "RESULTS.md"
+README = Path(__file__).parent.parent / "README.md"
+README_TABLES: dict[str, Callable[[Results], str]] = {
+    "quality": quality_table,
+    "steps": step_overview,
+    "memory": memory_overview,
+    "targets": target_table,
+}
+_MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No arguments."""
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--readme", type=Path, default=README, help="the file whose tables are renewed")
+    parser.add_argument("--no-plots", action="store_true")
+    add_output_argument(parser)
 
 
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def with_tables(text: str, results: Results) -> str:
+    """A text with the table of every marked place renewed.
 
+    Raises:
+        ValueError: a marked place has a name that no table has.
+    """
 
-def quality_table() -> str:
-    """Held-out loss by method and learning rate."""
-    result = load("quality_smollm2")
-    rates = sorted({run["learning_rate"] for run in result["runs"]})
-    losses = {(run["method"], run["learning_rate"]): run["held_out_loss"] for run in result["runs"]}
-    methods = sorted({method for method, _ in losses})
-    lines = [
-        "| held-out loss | " + " | ".join(f"lr {rate:.0e}" for rate in rates) + " |",
-        "|---" * (len(rates) + 1) + "|",
-    ]
-    for method in methods:
-        cells = [f"{losses[method, rate]:.3f}" if (method, rate) in losses else "" for rate in rates]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    def renewed(match: re.Match[str]) -> str:
+        if match[2] not in README_TABLES:
+            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(README_TABLES)}")
+        table = README_TABLES[match[2]](results)
+        return f"{match[1]}\n{table}\n\n{match[4]}" if table else match[1] + match[4]
 
-
-def step_table() -> str:
-    """Median time of a training step, over LoRA's in the same process."""
-    result = load("step_smollm2_r16_4x128")
-    medians = result["median_seconds"]
-    lines = ["| step, 4 x 128 tokens | seconds | over LoRA |", "|---|---|---|"]
-    for name, median in medians.items():
-        lines.append(f"| {name} | {median:.2f} | {median / medians['LoRA']:.2f} |")
-    return "\n".join(lines)
+    return _MARKED.sub(renewed, text)
 
 
 def run(args: argparse.Namespace) -> None:
-    print(quality_table(), step_table(), sep="\n\n")
+    results = Results(args.output)
+    args.page.write_text(page(results), encoding="utf-8")
+    print(args.page)
+    if args.readme.is_file():
+        args.readme.write_text(with_tables(args.readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(args.readme)
+    if not args.no_plots:
+        plots = RESULTS / "plots" if args.output == RESULTS else args.output / "plots"
+        for path in draw_all(results, plots):
+            print(path)

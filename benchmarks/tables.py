@@ -91,6 +91,8 @@ def quality_table(results: Results) -> str:
 def step_overview(results: Results) -> str:
     """Seconds per step, and over LoRA's, by variant and setting."""
     found = results.starting("step_smollm2")
+    if not found:
+        return ""
     names = list(dict.fromkeys(name for result in found.values() for name in result["seconds"]))
     rows = []
     for name in names:
@@ -106,6 +108,8 @@ def step_overview(results: Results) -> str:
 def memory_overview(results: Results) -> str:
     """Peak memory in MiB, and over LoRA's, by variant and setting."""
     found = results.starting("memory_smollm2")
+    if not found:
+        return ""
     names = list(dict.fromkeys(name for result in found.values() for name in peaks(result)))
     rows = []
     for name in names:

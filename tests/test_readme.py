@@ -74,7 +74,9 @@ def test_names_and_files_it_mentions_exist() -> None:
 
 def test_numbers_come_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import report
+    from benchmarks import report, tables
 
-    assert report.quality_table() in README
-    assert report.step_table() in README
+    results = tables.Results()
+    assert report.with_tables(README, results) == README
+    assert tables.quality_table(results) in README
+    assert tables.step_overview(results) in README

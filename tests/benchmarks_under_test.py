@@ -1,0 +1,86 @@
+"""The benchmarks' modules for their tests.
+
+The checkout is on the import path for these imports only: to other packages its folder kernels/ would look like the
+package of that name.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# Imported first, and so without the checkout on the path.
+import peft  # noqa: F401
+
+import spiel_peft  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+
+sys.path.insert(0, str(ROOT))
+try:
+    from benchmarks import (
+        __main__,
+        bases,
+        cost_model,
+        demo_task,
+        dense_formula,
+        environment,
+        floors,
+        gpu,
+        gpu_table,
+        gpu_training,
+        index_sets,
+        layer,
+        memory,
+        op_cases,
+        op_registry,
+        ops,
+        page,
+        parts,
+        plots,
+        profile,
+        report,
+        scaling,
+        step,
+        stepping,
+        tables,
+        targets,
+        timing,
+        variants,
+        windows,
+    )
+finally:
+    sys.path.remove(str(ROOT))
+
+__all__ = [
+    "ROOT",
+    "__main__",
+    "bases",
+    "cost_model",
+    "demo_task",
+    "dense_formula",
+    "environment",
+    "floors",
+    "gpu",
+    "gpu_table",
+    "gpu_training",
+    "index_sets",
+    "layer",
+    "memory",
+    "op_cases",
+    "op_registry",
+    "ops",
+    "page",
+    "parts",
+    "plots",
+    "profile",
+    "report",
+    "scaling",
+    "step",
+    "stepping",
+    "tables",
+    "targets",
+    "timing",
+    "variants",
+    "windows",
+]

@@ -1,0 +1,292 @@
+"""The benchmarks: index sets, clocks, variants, operations and the commands, all at tiny sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks_under_test import (
+    bases,
+    cost_model,
+    demo_task,
+    environment,
+    floors,
+    index_sets,
+    memory,
+    op_cases,
+    op_registry,
+    profile,
+    scaling,
+    step,
+    stepping,
+    timing,
+    variants,
+    windows,
+)
+
+from spiel_kernels import check_index_set
+from spiel_peft import SparseDelta
+
+CPU = torch.device("cpu")
+TINY = bases.BaseSpec(shape=bases.TINY)
+RATES = floors.Floors(1e10, {"float32": 1e11, "bfloat16": 1e11})
+STEEP = index_sets.Profile(
+    tuple(torch.linspace(8, 0.2, index_sets.BINS).tolist()),
+    tuple(torch.linspace(30, 0.05, index_sets.BINS).tolist()),
+    0.01,
+)
+
+
+def parsed(module: Any, *argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+# Index sets
+
+
+@pytest.mark.parametrize("k", [0, 1, 57, 60 * 40])
+@pytest.mark.parametrize("kind", index_sets.INDEX_SETS)
+def test_drawn_index_sets_are_index_sets(kind: str, k: int) -> None:
+    drawn = index_sets.draw_index_set(kind, 60, 40, k, seed=1)
+    assert drawn.numel() == k
+    assert check_index_set(drawn, 60 * 40) is None
+    assert torch.equal(drawn, index_sets.draw_index_set(kind, 60, 40, k, seed=1))
+    if 0 < k < 60 * 40:
+        assert not torch.equal(drawn, index_sets.draw_index_set(kind, 60, 40, k, seed=2))
+
+
+def test_draws_have_the_profile_that_they_are_drawn_from() -> None:
+    measured = index_sets.ProfileSampler.measured().profile("up_proj")
+    rows, cols = 1536, 576
+    drawn = index_sets.draw_positions(measured, rows, cols, rows * cols // 100, seed=0).long()
+    for counts, expected in (
+        (torch.bincount(drawn // cols, minlength=rows), measured.rows),
+        (torch.bincount(drawn % cols, minlength=cols), measured.cols),
+    ):
+        profile_drawn = index_sets.profile_of(counts)
+        heavy = torch.tensor(expected, dtype=torch.float64) > 1
+        torch.testing.assert_close(profile_drawn[heavy], torch.tensor(expected)[heavy].double(), rtol=0.25, atol=0.0)
+
+
+def test_profiles_concentrate_and_uniform_sets_do_not() -> None:
+    k = 1536 * 576 // 100
+    shares = {
+        kind: index_sets.block_share(index_sets.draw_index_set(kind, 1536, 576, k, 0), 1536, 576)
+        for kind in index_sets.INDEX_SETS
+    }
+    assert shares["profile"] < 0.15 and shares["uniform"] > 0.4
+
+
+def test_profile_of_counts_by_hand() -> None:
+    even = index_sets.profile_of(torch.full((512,), 7))
+    torch.testing.assert_close(even, torch.ones(index_sets.BINS, dtype=torch.float64))
+    one_row = index_sets.profile_of(torch.tensor([0] * 511 + [5]))
+    assert one_row[0] == 512 and one_row[2:].max() == 0
+
+
+def test_index_sets_refuse() -> None:
+    with pytest.raises(ValueError, match="k must be between 0 and rows \\* cols=12, got 13"):
+        index_sets.draw_positions(STEEP, 3, 4, 13, seed=0)
+    with pytest.raises(ValueError, match="index set must be one of profile, uniform, got 'even'"):
+        index_sets.draw_index_set("even", 3, 4, 1, seed=0)
+    with pytest.raises(ValueError, match="no profiles; measure them"):
+        index_sets.ProfileSampler({})
+
+
+def test_profiles_are_measured_per_type_of_module() -> None:
+    measured = profile.measure(TINY.build(), TINY.batches(2, 16)[:1], 0.05)
+    assert set(measured) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    entry = measured["down_proj"]
+    assert entry["shape"] == [64, 128] and entry["samples"] == 2
+    widths = index_sets.bin_edges().diff()
+    for side in ("rows", "cols"):
+        # The mean over all rows of counts over their mean.
+        assert float(torch.tensor(entry[side], dtype=torch.float64) @ widths) == pytest.approx(1.0, rel=1e-2)
+    index_sets.Profile.from_json(json.loads(json.dumps(entry)))
+
+
+def test_packed_batches_are_the_stream_in_order() -> None:
+    batches = demo_task.packed_batches(torch.arange(25), 2, 4)
+    assert torch.equal(torch.stack(batches).flatten(), torch.arange(24))
+    with pytest.raises(ValueError, match="7 tokens do not fill one batch of 2 x 4"):
+        demo_task.packed_batches(torch.arange(7), 2, 4)
+
+
+# Clocks
+
+
+def test_interleaved_actions_run_once_per_round() -> None:
+    calls: list[str] = []
+    actions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = timing.interleave(actions, 4, CPU)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 4)
+    rounds = [calls[start : start + 3] for start in range(0, 12, 3)]
+    assert all(sorted(names) == list("abc") for names in rounds) and rounds[0] != rounds[1]
+
+
+def test_interleaving_stops_with_the_clock_after_a_whole_round() -> None:
+    seconds = timing.interleave({"a": lambda: None, "b": lambda: None}, 9, CPU, timing.Clock(0.0))
+    assert [len(values) for values in seconds.values()] == [1, 1]
+
+
+def test_quantiles() -> None:
+    assert [timing.quantile([3.0, 1.0, 2.0], share) for share in (0, 0.25, 0.5, 1)] == [1.0, 1.5, 2.0, 3.0]
+    assert timing.Clock().left() == float("inf") and not timing.Clock().expired()
+
+
+def test_share_of_a_run_by_hand() -> None:
+    assert windows.moving_steps("accumulated_gradient", 25) == [1, 2, 3, 4, 5, 21, 22, 23, 24, 25]
+    assert windows.moving_steps("momentum", 25) == [5, 25]
+    seconds = [9.0] * 5 + [1.0] * 15 + [1.2] * 5
+    shares = windows.shares(seconds, "accumulated_gradient")
+    assert shares["share"] == pytest.approx(1.0 / 21) and shares["share_of_moving_steps"] == pytest.approx(1.0 / 21)
+
+
+# Variants
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+def test_every_variant_trains(nf4: bool) -> None:
+    spec = bases.BaseSpec(shape=bases.TINY, dtype="bfloat16", nf4=nf4)
+    batches, failures = spec.batches(1, 16), {}
+    runs = stepping.set_up(spec.build, variants.VARIANTS, variants.Budget.of_rank(2), failures)
+    for run in runs.values():
+        run.use_checkpointing(nf4)
+    stepping.warm_up(runs, batches, failures, steps=1)
+    assert list(failures) == (["full fine-tuning"] if nf4 else [])
+    counts = {name: run.trainable for name, run in runs.items() if name not in ("lower bound", "full fine-tuning")}
+    assert len(set(counts.values())) == 1 and runs["lower bound"].trainable == 0
+    seconds = stepping.step_seconds(runs, batches, 1)
+    assert all(len(values) == 1 for values in seconds.values())
+
+
+def test_the_dense_formula_computes_what_spiel_does() -> None:
+    budget, ids = variants.Budget.of_rank(2), TINY.batches(1, 16)[0]
+    ours = variants.build("SpIEL-AG, uniform indices", TINY.build(), budget)
+    dense = variants.build("dense formula", TINY.build(), budget)
+    deltas = [module for module in ours.model.modules() if isinstance(module, SparseDelta)]
+    values = [parameter for parameter in dense.model.parameters() if parameter.requires_grad]
+    for delta, parameter in zip(deltas, values, strict=True):
+        delta.values.data.normal_()
+        parameter.data.copy_(delta.values)
+    for run in (ours, dense):
+        run.model(input_ids=ids, labels=ids).loss.backward()
+    for delta, parameter in zip(deltas, values, strict=True):
+        torch.testing.assert_close(delta.values.grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_budget_by_density_gives_lora_the_nearest_rank() -> None:
+    base = TINY.build()
+    budget = variants.Budget.of_density(base, 0.1)
+    spiel = variants.build("SpIEL-AG", base, budget).trainable
+    lora = variants.build("LoRA", TINY.build(), budget).trainable
+    assert abs(spiel / lora - 1) < 0.2
+    with pytest.raises(ValueError, match="variant must be one of lower bound \\| LoRA .*, got 'DoRA'"):
+        variants.build("DoRA", base, budget)
+
+
+def test_a_variant_that_fails_fails_alone() -> None:
+    failures: dict[str, str] = {}
+    runs = stepping.set_up(TINY.build, ["LoRA", "DoRA"], variants.Budget.of_rank(2), failures)
+    assert list(runs) == ["LoRA"] and "variant must be one of" in failures["DoRA"]
+    stepping.warm_up(runs, [torch.tensor([[10**6]])], failures)
+    assert not runs and "IndexError" in failures["LoRA"]
+
+
+def test_bases_survive_json() -> None:
+    spec = memory.MemorySpec(TINY.sliced(1), "LoRA", variants.Budget.of_rank(2), 1, 16)
+    assert memory.MemorySpec.from_json(spec.to_json()) == spec
+    measured = memory.measure_here(spec)
+    assert measured["peak_mib"] >= measured["loaded_mib"] > 50 and measured["trainable"] > 0
+    with pytest.raises(ValueError, match="a base needs a checkpoint or a shape"):
+        bases.BaseSpec().build()
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    spec = memory.MemorySpec(TINY, "SpIEL-AG", variants.Budget.of_rank(2), 1, 16)
+    measured = memory.peak_memory(spec)
+    assert measured["peak_mib"] >= measured["loaded_mib"] > 50
+    assert "no result after 0 s" in memory.peak_memory(spec, timeout_seconds=0.01)["error"]
+
+
+# Operations
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("op", list(op_registry.OPERATIONS))
+def test_operations_agree_with_their_dense_formulas(op: str, dtype: str) -> None:
+    bench = op_cases.Bench(CPU, RATES, seconds_per_case=0.0)
+    case = op_cases.Case(op, 64, 128, 0.05, 16, dtype)
+    entry = bench.measure(case, op_registry.OPERATIONS[op])
+    assert "failed" not in entry, entry["failed"]
+    assert len(entry["seconds"]) == len(entry["dense_seconds"]) == 3 and entry["floor_seconds"] > 0
+    # Rounding of the dense product swaps candidates near the threshold.
+    allowed = 0.1 if op == "select" else 1e-2 if dtype == "bfloat16" else 1e-5
+    assert entry.get("error", 0.0) <= allowed
+    assert f"{op} " in op_cases.describe(entry)
+
+
+def test_an_operation_that_fails_is_reported_alone() -> None:
+    def prepare(bench: Any, case: Any) -> Any:
+        raise ImportError("no such operation yet")
+
+    kept: list[int] = []
+    cases = [op_cases.Case(op, 64, 128, 0.05, 16) for op in ("missing", "fold")]
+    operations = {"missing": prepare, "fold": op_registry.OPERATIONS["fold"]}
+    bench = op_cases.Bench(CPU, RATES, 0.0)
+    results, left_out = op_cases.measure_all(bench, cases, operations, keep=lambda r: kept.append(len(r)))
+    assert "ImportError: no such operation yet" in results[0]["failed"] and "seconds" in results[1]
+    assert kept == [1, 2] and left_out == 0
+    assert op_cases.measure_all(bench, cases, operations, timing.Clock(0.0)) == ([], 2)
+
+
+def test_floors_are_the_larger_of_two_times() -> None:
+    assert RATES.seconds(1e10, 0, "float32") == 1.0
+    assert RATES.seconds(1e10, 3e11, "float32") == pytest.approx(3.0)
+    measured = floors.measure_floors(CPU, ["float32"], tiny=True)
+    assert measured.bytes_per_second > 0 and measured.flops_per_second["float32"] > 0
+
+
+def test_the_fit_finds_the_constants_of_the_rule() -> None:
+    shapes = [(576, 576), (192, 576), (4096, 4096)]
+    points = [(r, c, d, 150 * (r + c) / (r * c) + 12 * d) for r, c in shapes for d in (0.001, 0.01, 0.05)]
+    fit = cost_model.fit_sampled(points)
+    assert (fit.per_size, fit.per_density) == pytest.approx((150, 12)) and fit.relative_error < 1e-9
+    # A cost that falls with density has no business in the rule.
+    assert cost_model.fit_sampled([(64, 64, 0.01, 1.0), (64, 64, 0.1, 0.5)]).per_density == 0.0
+    with pytest.raises(ValueError, match="need at least two measurements, got 1"):
+        cost_model.fit_sampled(points[:1])
+
+
+# Commands
+
+
+def test_step_command(tmp_path: Path) -> None:
+    argv = ["--tiny", "--parts", "time", "share", "layer", "--r", "2", "--shapes", "1x16", "--repetitions", "1"]
+    step.run(parsed(step, *argv, "--cycles", "1", "--output", str(tmp_path)))
+    timed = environment.load("step_tiny_r2_1x16", tmp_path)
+    assert list(timed["seconds"]) == list(step.TIMED) and not timed["failed"]
+    assert timed["versions"]["torch"] == torch.__version__ and timed["commit"] and timed["date"]
+    share = environment.load("share_tiny_r2_1x16", tmp_path)["growth"]
+    assert {name: len(entry["seconds"]) for name, entry in share.items()} == {
+        "accumulated_gradient": 25,
+        "momentum": 25,
+    }
+    assert not environment.load("layer_64x48", tmp_path)["failed"]
+
+
+def test_scaling_varies_one_size_at_a_time() -> None:
+    args = parsed(scaling, "--densities", "0.1", "--widths", "64", "--tokens", "32")
+    points = list(scaling.points(args))
+    assert [point.grows for point in points] == ["density", "width", "tokens"]
+    assert points[2].batch() == (1, 32) and points[0].batch() == (4, 128)
+    small = scaling.Point("tokens", 0.1, 64, 16)
+    result = scaling.measure(small, 1, memory=False)
+    assert list(result["seconds"]) == list(scaling.VARIANTS) and not result["failed"]

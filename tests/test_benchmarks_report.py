@@ -1,0 +1,160 @@
+"""The page of results is what the JSON says: tables, targets, plots."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks_under_test import ROOT, environment, page, plots, report, tables, targets
+
+MACHINE = {"batch_size": 4, "tokens": 128, "dtype": "float32"}
+
+
+def write_cpu_results(folder: Path, spiel_seconds: float = 0.9) -> tables.Results:
+    """Made-up results of every CPU benchmark."""
+    seconds = {"lower bound": [0.8], "LoRA": [1.0, 1.1, 0.9], "LoRA, dropout 0.05": [1.3], "SpIEL-AG": [spiel_seconds]}
+    peak = {"LoRA": {"peak_mib": 1000.0}, "SpIEL-AG": {"peak_mib": 800.0}, "full fine-tuning": {"error": "killed"}}
+    for r in (4, 16):
+        settings = {**MACHINE, "r": r}
+        failed = {"dense formula": "OutOfMemoryError: none left"}
+        environment.save(
+            f"step_smollm2_r{r}_4x128", {"settings": settings, "seconds": seconds, "failed": failed}, folder
+        )
+        environment.save(f"memory_smollm2_r{r}_4x128", {"settings": settings, "memory": peak}, folder)
+    growth = {"seconds": [1.0] * 25, "share": 0.03, "share_of_moving_steps": 0.02}
+    shares = {"settings": {**MACHINE, "r": 16}, "growth": {"accumulated_gradient": growth, "momentum": growth}}
+    environment.save("share_smollm2_r16_4x128", shares, folder)
+    sizes = {"rows": 4096, "cols": 4096, "density": 0.01, "tokens": 2048}
+    layer_seconds = {"frozen linear": [1.0], "SpIEL, profile indices": [1.1]}
+    environment.save("layer_4096x4096", {"settings": sizes, "seconds": layer_seconds, "failed": {}}, folder)
+    environment.save("ops_cpu", {"floors": FLOORS, "results": [*operations("float32")]}, folder)
+    points = [
+        {"grows": grows, "density": 0.01, "width": 512, "tokens": 512, "seconds": {"LoRA": [0.2], "lower bound": [0.1]}}
+        for grows in ("density", "width", "tokens")
+    ]
+    environment.save("scaling_cpu", {"results": points}, folder)
+    return tables.Results(folder)
+
+
+FLOORS = {"bytes_per_second": 1e10, "flops_per_second": {"float32": 1e11}}
+
+
+def operations(dtype: str) -> list[dict[str, Any]]:
+    common = {"tokens": 512, "dtype": dtype, "indices": "profile", "floor_seconds": 0.01}
+    gathers = [
+        {**common, "op": op, "rows": n, "cols": n, "density": d, "k": int(d * n * n)}
+        | {"seconds": [0.1 * d * n], "dense_seconds": [0.1]}
+        for op in ("gather", "gather sampled")
+        for n in (64, 128)
+        for d in (0.01, 0.1)
+    ]
+    fold = {**common, "op": "fold nf4", "rows": 4096, "cols": 4096, "density": 0.03, "k": 10}
+    return [
+        *gathers,
+        {**fold, "seconds": [0.012], "dense_seconds": [0.04]},
+        {**fold, "op": "select", "failed": "NameError: not yet"},
+    ]
+
+
+def write_gpu_results(folder: Path) -> None:
+    setting = {"r": 64, "batch_size": 1, "tokens": 2048, "checkpointing": True}
+    step = {"seconds": {"LoRA": [1.0], "SpIEL-AG, profile indices": [0.97]}, "failed": {"dense formula": "too large"}}
+    entries = [{**setting, "layers": 4, **step}]
+    environment.save("gpu_steps_7b_nf4", {"status": "done", "took_seconds": 9.0, "steps": entries}, folder)
+    weighed = {"peak_mib": 1000.0, "peak_between_windows_mib": 900.0, "seconds": [1.0]}
+    whole = {"LoRA": weighed, "SpIEL-MA, SM3": {**weighed, "peak_mib": 940.0}, "SpIEL-AG": {"failed": "out of memory"}}
+    base = {"base": {"shape": {"layers": 32}}, "variants": whole}
+    environment.save("gpu_whole_7b_nf4", {"status": "failed", "reason": "a | b", "took_seconds": 9.0, **base}, folder)
+    environment.save("gpu_gather", {"status": "running", "results": operations("bfloat16")}, folder)
+    environment.save(
+        "gpu_dequantize", {"status": "done", "took_seconds": 1.0, "results": operations("bfloat16")}, folder
+    )
+
+
+def verdicts(results: tables.Results) -> dict[str, list[str]]:
+    return {row[0]: row[1:] for row in (targets.judge(target, results) for target in targets.TARGETS)}
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert report.PAGE.read_text(encoding="utf-8") == page.page(tables.Results())
+
+
+def test_targets_are_judged_by_the_medians(tmp_path: Path) -> None:
+    found = verdicts(write_cpu_results(tmp_path))
+    step = "CPU, SmolLM2-135M, fp32, 4x128: step, SpIEL"
+    assert found[f"{step} / LoRA, r=4"] == ["<= 0.95", "0.90", "met"]
+    assert found[f"{step} / LoRA with dropout 0.05, r=16"] == ["<= 0.82", "0.69", "met"]
+    assert found[f"{step} / lower bound, r=4"] == ["<= 1.12", "1.12", "missed"]
+    assert found["the same, peak memory, SpIEL-AG / LoRA, r=4"] == ["<= 0.82", "0.80", "met"]
+    assert found["the same, peak memory, SpIEL-MA / LoRA, r=16"] == ["<= 0.82", "", "not measured"]
+    assert found["share of a run spent moving deltas, SpIEL-AG (CPU)"] == ["<= 4.0%", "3.0%", "met"]
+    assert [row[2] for label, row in found.items() if "H100" in label] == ["not measured"] * 11
+
+
+def test_gpu_targets_are_judged(tmp_path: Path) -> None:
+    write_gpu_results(tmp_path)
+    found = verdicts(tables.Results(tmp_path))
+    nf4 = "H100, 7B NF4, r=64, checkpointing, 1x2048"
+    assert found[f"{nf4}: step, SpIEL-AG / QLoRA, slice, profile indices"] == ["<= 1.00", "0.97", "met"]
+    assert found[f"{nf4}: peak memory, SpIEL-MA + SM3 / QLoRA"] == ["<= 0.95", "0.94", "met"]
+    assert found[f"{nf4}: peak memory, SpIEL-AG + AdamW / QLoRA"][2] == "not measured"
+    fold = "H100: NF4 dequantize + scatter-add over its byte floor, 4096x4096"
+    assert found[fold] == ["<= 1.30", "1.20", "met"]
+
+
+def test_page_and_plots_of_every_benchmark(tmp_path: Path) -> None:
+    write_gpu_results(tmp_path)
+    results = write_cpu_results(tmp_path)
+    text = page.page(results)
+    for title in ("Targets", "Steps on a CPU: r=4, 4x128", "Peak memory on a CPU", "Operations on a CPU", "GPU"):
+        assert f"## {title}\n" in text
+    assert "| dense formula | failed | OutOfMemoryError: none left |" in text
+    assert "| whole_7b_nf4 | failed | a / b |" in text and "| gather | cut off |" in text
+    assert "| select | 4096x4096 | 3.00% | 512 | float32 | profile | failed | NameError: not yet |" in text
+    widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    headers = [line.count("|") for line in text.splitlines() if line.startswith("|---")]
+    assert set(widths) == set(headers)
+    drawn = plots.draw_all(results, tmp_path / "plots")
+    assert {path.stem for path in drawn} == set(plots.PLOTS)
+    assert all(0 < path.stat().st_size < 100_000 and f"plots/{path.name})" in text for path in drawn)
+
+
+def test_an_empty_folder_gives_a_page_of_targets(tmp_path: Path) -> None:
+    text = page.page(tables.Results(tmp_path))
+    assert text.count("not measured") == len(targets.TARGETS) and "## GPU" not in text
+    assert plots.drawable(tables.Results(tmp_path)) == {}
+
+
+def test_tables_of_a_text_are_renewed(tmp_path: Path) -> None:
+    results = write_cpu_results(tmp_path)
+    text = (
+        "before\n<!-- benchmarks: steps -->\nold\n<!-- end -->\n\n<!-- benchmarks: quality -->\n<!-- end -->\nafter\n"
+    )
+    renewed = report.with_tables(text, results)
+    assert f"<!-- benchmarks: steps -->\n\n{tables.step_overview(results)}\n\n<!-- end -->" in renewed
+    assert "<!-- benchmarks: quality -->\n<!-- end -->\nafter" in renewed and "old" not in renewed
+    assert report.with_tables(renewed, results) == renewed
+    with pytest.raises(ValueError, match="no table is called 'speed'; there are quality, steps"):
+        report.with_tables("<!-- benchmarks: speed -->\n<!-- end -->", results)
+
+
+def test_report_command(tmp_path: Path) -> None:
+    write_cpu_results(tmp_path)
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- benchmarks: memory -->\n<!-- end -->\n")
+    argv = ["--output", str(tmp_path), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
+    report.run(parser.parse_args(argv))
+    assert "| SpIEL-AG | 800 MiB (0.80) | 800 MiB (0.80) |" in readme.read_text()
+    assert (tmp_path / "page.md").read_text() == page.page(tables.Results(tmp_path))
+    assert (tmp_path / "plots" / "steps.png").is_file()
+
+
+def test_links_of_the_page_exist() -> None:
+    text = report.PAGE.read_text(encoding="utf-8")
+    for name in plots.drawable(tables.Results()):
+        assert f"(results/plots/{name}.png)" in text
+        assert (ROOT / "benchmarks" / "results" / "plots" / f"{name}.png").is_file()
