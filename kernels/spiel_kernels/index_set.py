@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import operation
+
 
 def index_dtype(numel: int) -> torch.dtype:
     """The narrowest supported dtype for positions in a weight of `numel` elements: int32 below 2**31, else int64."""
@@ -87,6 +89,11 @@ def check_index_set(indices: Tensor, numel: int | None) -> str | None:
     return None
 
 
+def _fake_replace(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
+    return indices.new_empty(indices.shape, dtype=torch.int64), indices.new_empty(indices.shape, dtype=torch.int64)
+
+
+@operation("replace_positions(Tensor indices, Tensor drop, Tensor grown) -> (Tensor, Tensor)", _fake_replace)
 def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
     """Drop some positions of an index set and add as many others, keeping it sorted.
 

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from .dispatch import operation, runs_triton
 from .gather import ConvGeometry, conv_row_blocks, embedding_row_gradients, outer_row_blocks
 
+# Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
+# than a fifth of what it should let pass.
+_SAMPLE = 4096
+_SAMPLE_REACHED = 256
+# Standard deviations by which a guess is lower than the sample says: it is of no use if fewer than k reach it.
+_MARGIN = 2.5
+# Scores of which the largest stands for all; it must be rare that it is above the bound.
+_GROUP = 8
+# Entries of a dense gradient at a time.
+_DENSE_BLOCK = 1 << 20
 
+
+def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
+    return scores.new_empty(min(k, scores.numel()), dtype=torch.int64)
+
+
+@operation("stable_topk(Tensor scores, int k) -> Tensor", _fake_stable_topk)
 def stable_topk(scores: Tensor, k: int) -> Tensor:
     """Slots of the `k` largest scores; among equal scores the earlier slot wins.
 
@@ -15,27 +35,62 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
 
     Args:
         scores: ``[n]``, no NaN.
-        k: how many; more than n returns all.
+        k: how many, at least 0; more than n returns all.
 
     Returns:
         int64 ``[min(k, n)]`` in ascending order of slots.
     """
+    _check_k(k)
     if k >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k).values[-1]
+    threshold = torch.topk(scores, k, sorted=False).values.min()
     keep = scores > threshold
     ties = (scores == threshold).nonzero().flatten()
     keep[ties[: k - int(keep.sum())]] = True
     return keep.nonzero().flatten()
 
 
+def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
+    """A value that probably k of the scores in `pieces` reach, and not many more; NaN if some of them are, perhaps.
+
+    Args:
+        pieces: ``[n_i]`` each, not all empty.
+        k: at least 1 and at most the number of scores.
+    """
+    total = sum(piece.numel() for piece in pieces)
+    share = k / total
+    # An odd step meets all columns of a matrix whose width is a power of two.
+    step = int(total / max(_SAMPLE, _SAMPLE_REACHED / share)) | 1
+    sample = torch.cat([piece[::step] for piece in pieces])
+    size = sample.numel()
+    rank = int(share * size + _MARGIN * math.sqrt(share * (1 - share) * size)) + 1
+    return float(torch.kthvalue(sample, size + 1 - min(max(rank, 1), size)).values)
+
+
+def few_above(scores: Tensor, bound: float) -> Tensor | None:
+    """Slots of `scores` ``[n]`` above `bound`, int64 ascending; NaN is not. None where they are not few.
+
+    Looks at the largest of eight scores first, and at all eight only where that is above the bound.
+    """
+    grouped = scores.numel() // _GROUP * _GROUP
+    groups = scores[:grouped].view(_GROUP, -1)
+    # Not "above": a NaN hides the others of its group.
+    some = (groups.amax(0) <= bound).logical_not_().nonzero().flatten()
+    if _GROUP * some.numel() > grouped // 3:
+        return None
+    member, group = (groups.index_select(1, some) > bound).nonzero(as_tuple=True)
+    slots = some.index_select(0, group).add_(member, alpha=grouped // _GROUP)
+    rest = (scores[grouped:] > bound).nonzero().flatten()
+    return torch.cat([slots, rest + grouped]) if rest.numel() else slots
+
+
 class StreamingTopK:
     """The k largest of many scores that arrive in blocks of ascending positions.
 
-    Holds at most k scores between blocks; ties go to the lowest position, and scores at or below `floor` (as well as
-    NaN) are never chosen.
+    Holds at most 3 k scores, or a block's, between blocks; ties go to the lowest position, and scores at or below
+    `floor` (as well as NaN) are never chosen.
 
     Args:
         k: how many to keep.
@@ -44,9 +99,14 @@ class StreamingTopK:
 
     def __init__(self, k: int, floor: float = 0.0) -> None:
         self.k = k
-        self.floor = floor
-        self.scores: Tensor | None = None
-        self.positions: Tensor | None = None
+        # A score must be above this: the floor, and later what k of the scores held reach. Whoever is equal to it
+        # loses, as those have lower positions.
+        self._bound = floor
+        self._bounded = False
+        self._scores: list[Tensor] = []
+        self._positions: list[Tensor] = []
+        self._held = 0
+        self._held_at_bound = 0
 
     def update(self, scores: Tensor, positions: Tensor | int) -> None:
         """Offer a block.
@@ -55,71 +115,139 @@ class StreamingTopK:
             scores: ``[n]``.
             positions: int64 ``[n]`` ascending and above all earlier ones, or the int offset of a dense block.
         """
-        bound = self.floor
-        if self.scores is not None and self.scores.numel() == self.k and self.k:
-            bound = max(bound, float(self.scores.min()))
-        # Equal to the bound loses: whoever holds it has a lower position.
-        slots = (scores > bound).nonzero().flatten()
-        if slots.numel() > self.k:
-            slots = slots[stable_topk(scores[slots], self.k)]
-        found = scores[slots]
-        where = slots + positions if isinstance(positions, int) else positions[slots]
-        if self.scores is not None and self.positions is not None:
-            found = torch.cat([self.scores, found])
-            where = torch.cat([self.positions, where])
-            if found.numel() > self.k:
-                keep = stable_topk(found, self.k)
-                found, where = found[keep], where[keep]
-        self.scores, self.positions = found, where
+        if self.k == 0 or scores.numel() == 0:
+            return
+        slots = few_above(scores, self._bound)
+        if slots is None:
+            slots = self._many_above(scores)
+        self._scores.append(scores.index_select(0, slots))
+        self._positions.append(slots + positions if isinstance(positions, int) else positions.index_select(0, slots))
+        self._held += slots.numel()
+        if self._held >= max(self.k, self._held_at_bound + self.k // 4):
+            self._raise_bound()
+        if self._held > 3 * self.k:
+            self._shrink()
 
     def result(self) -> Tensor:
         """int64 positions found, at most k, ascending."""
-        if self.positions is None:
+        if not self._scores:
             return torch.empty(0, dtype=torch.int64)
-        return self.positions
+        if self._held > self.k:
+            self._shrink()
+        return self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
+
+    def _many_above(self, scores: Tensor) -> Tensor:
+        """Slots of `scores` above the bound, or of the k largest and some more if that tells a higher bound."""
+        if not self._bounded and scores.numel() > self.k:
+            threshold = sampled_threshold([scores], self.k)
+            if threshold > self._bound:
+                slots = (scores >= threshold).nonzero().flatten()
+                if slots.numel() >= self.k:
+                    self._bound, self._bounded = threshold, True
+                    return slots
+        return (scores > self._bound).nonzero().flatten()
+
+    def _raise_bound(self) -> None:
+        """Look for a value above the bound that k of the scores held reach."""
+        threshold = sampled_threshold(self._scores, self.k)
+        if threshold > self._bound:
+            reached = sum(int(torch.count_nonzero(scores >= threshold)) for scores in self._scores)
+            if reached >= self.k:
+                self._bound, self._bounded = threshold, True
+        self._held_at_bound = self._held
+
+    def _shrink(self) -> None:
+        """Hold the k best of more."""
+        scores, positions = torch.cat(self._scores), torch.cat(self._positions)
+        if self._bounded:
+            slots = (scores >= self._bound).nonzero().flatten()
+            scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
+        slots = stable_topk(scores, self.k)
+        scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
+        self._scores, self._positions = [scores], [positions]
+        self._held = self._held_at_bound = scores.numel()
+        self._bound, self._bounded = float(scores.min()), True
 
 
+def _check_k(k: int) -> None:
+    if k < 0:
+        raise ValueError(f"k must be at least 0, got {k}")
+
+
+def _top_of(scores: Tensor, k: int) -> Tensor:
+    """Slots of the k largest of ``|scores|`` ``[n]``, never all of them at once."""
+    top = StreamingTopK(k)
+    for number, block in enumerate(scores.detach().split(_DENSE_BLOCK)):
+        top.update(block.abs(), number * _DENSE_BLOCK)
+    return top.result().to(scores.device)
+
+
+def _fake_topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
+    return a.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@operation("topk_outer(Tensor a, Tensor b, int k) -> Tensor", _fake_topk_outer)
 def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
     """Positions of the k largest ``|a.T @ b|``, exact, row block by row block.
 
     Args:
-        a: ``[N, rows]``; b: ``[N, cols]``.
-        k: how many; entries that are exactly zero are never chosen.
+        a: ``[N, rows]``; b: ``[N, cols]``; floating, any strides, N may be 0.
+        k: how many, at least 0; entries that are zero or NaN are never chosen.
 
     Returns:
         int64 ``[<= k]`` flat positions in ``[rows, cols]``, ascending; ties go to the lowest position.
+
+    Raises:
+        ValueError: k is negative, or `a` and `b` are not matrices of as many rows.
     """
+    _check_k(k)
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0]:
+        raise ValueError(f"a and b must be [N, rows] and [N, cols], got {tuple(a.shape)} and {tuple(b.shape)}")
+    if runs_triton(a, b):
+        from .triton_backend import select
+
+        return select.topk_outer(a, b, k)
     top = StreamingTopK(k)
-    for start, block in outer_row_blocks(a, b):
-        top.update(block.abs().flatten(), start * b.shape[1])
+    for start, block in outer_row_blocks(a.detach(), b.detach()):
+        top.update(block.abs_().flatten(), start * b.shape[1])
     return top.result().to(a.device)
 
 
 def topk_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Tensor:
     """`topk_outer` for a convolution's weight gradient; positions in ``[out, in / groups, *kernel]``."""
+    _check_k(k)
     top = StreamingTopK(k)
-    if x.shape[0] == 0:
-        return top.result().to(x.device)
-    for start, block in conv_row_blocks(grad_out, x, geometry):
-        top.update(block.abs().flatten(), start * geometry.cols)
+    if x.shape[0]:
+        for start, block in conv_row_blocks(grad_out.detach(), x.detach(), geometry):
+            top.update(block.abs_().flatten(), start * geometry.cols)
     return top.result().to(x.device)
 
 
+def _fake_topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool, k: int) -> Tensor:
+    return grad_out.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@operation(
+    "topk_embedding(Tensor grad_out, Tensor ids, int? padding_idx, bool by_frequency, int k) -> Tensor",
+    _fake_topk_embedding,
+)
 def topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool, k: int) -> Tensor:
     """`topk_outer` for an embedding's weight gradient; only rows that occur in `ids` can be chosen."""
-    rows, gradients = embedding_row_gradients(grad_out, ids, padding_idx, by_frequency)
+    _check_k(k)
+    rows, gradients = embedding_row_gradients(grad_out.detach(), ids, padding_idx, by_frequency)
     width = gradients.shape[1]
-    top = StreamingTopK(k)
-    offsets = torch.arange(width, device=rows.device)
-    for start in range(0, rows.numel(), 1024):
-        block = gradients[start : start + 1024]
-        positions = (rows[start : start + 1024, None] * width + offsets).flatten()
-        top.update(block.abs().flatten(), positions)
-    return top.result().to(grad_out.device)
+    # Rows are in ascending order, so slots among them rank ties as positions do.
+    slots = _top_of(gradients.flatten(), k)
+    row = torch.div(slots, width, rounding_mode="floor")
+    return rows[row] * width + (slots - row * width)
 
 
+def _fake_topk_dense(gradient: Tensor, k: int) -> Tensor:
+    return gradient.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@operation("topk_dense(Tensor gradient, int k) -> Tensor", _fake_topk_dense)
 def topk_dense(gradient: Tensor, k: int) -> Tensor:
     """`topk_outer` for a gradient that is already there, of any shape."""
-    top = StreamingTopK(k)
-    top.update(gradient.abs().flatten(), 0)
-    return top.result().to(gradient.device)
+    _check_k(k)
+    return _top_of(gradient.flatten(), k)
