@@ -1,1 +1,9 @@
 """Measurements of speed, memory and quality: ``python -m benchmarks --help``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("spiel_kernels") is None:
+    # A checkout that is not installed, as on a machine that is only lent.
+    sys.path.append(str(Path(__file__).parent.parent / "kernels"))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from .demo_task import load_task, packed_batches, token_stream
 
@@ -67,6 +68,7 @@ class BaseSpec:
     def build(self) -> Any:
         """The model, frozen."""
         if self.checkpoint is not None:
+            logging.disable_progress_bar()
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
             for parameter in model.parameters():
                 # Memory of its own: a mapped file would be counted, or not, as the kernel pleases.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .floors import Floors, measure_floors
+from .gather_rates import fit_rates
 from .index_sets import INDEX_SETS
 from .op_cases import Bench, Case, measure_all
 from .op_registry import OPERATIONS
@@ -40,7 +41,7 @@ def _measure(context: Context, cases: list[Case]) -> None:
     results, left_out = measure_all(
         bench, cases, OPERATIONS, context.clock, lambda results: context.keep(results=results)
     )
-    context.keep(results=results, cases_left_out=left_out)
+    context.keep(results=results, cases_left_out=left_out, rates=fit_rates(results, floors.flops_per_second))
 
 
 def dequantize(context: Context) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .gather_rates import describe_rates
 from .parts import FAILED, REASON, RUNNING, STATUS
 from .stepping import LORA
 from .tables import (
@@ -124,6 +125,7 @@ def gpu_table(results: dict[str, Part | None]) -> str:
     operations = [entry for result in present.values() for entry in result.get("results", [])]
     if operations:
         blocks += [operation_table(operations), gather_table(operations)]
+    blocks += [describe_rates(result["rates"]) for result in present.values() if result.get("rates")]
     single = present.get("one_layer", {})
     if single.get("seconds"):
         blocks.append(layer_table(single, "frozen linear"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -44,8 +45,9 @@ def peak_memory(spec: MemorySpec, timeout_seconds: float = 600.0) -> dict[str, A
     """Peak resident memory of a fresh process that trains the variant past its warm-up, in MiB.
 
     Returns:
-        ``peak_mib``, ``loaded_mib`` (resident before the variant is set up: interpreter, libraries and base model) and
-        ``trainable``; or ``error``.
+        ``peak_mib``, ``steady_mib`` (the same of a step after the warm-up, between SpIEL's windows), ``step_peaks_mib``
+        (of each step, set-up included in the first), ``loaded_mib`` (resident before the variant is set up:
+        interpreter, libraries and base model) and ``trainable``; or ``error``.
     """
     command = [sys.executable, "-m", "benchmarks.memory", spec.to_json()]
     folder = Path(__file__).parent.parent
@@ -67,31 +69,44 @@ def _status_mib(field: str) -> float:
 
 
 def _forget_peak() -> bool:
-    """Give freed memory back and start the kernel's peak count anew, so that loading does not count."""
-    gc.collect()
+    """Start the kernel's peak count anew; False where the system does not let us."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return False
     return True
 
 
-def _train(run: TrainingRun, batches: list[Tensor]) -> None:
+def _give_back_freed() -> None:
+    """What loading a model has freed is not part of training it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _step_peaks(run: TrainingRun, batches: list[Tensor]) -> list[float]:
+    """Peak MiB of each step through the warm-up and one more."""
+    peaks = []
     for number in range(run.warmup_steps + 1):
         run.step(batches[number % len(batches)])
+        peaks.append(_status_mib("VmHWM"))
+        _forget_peak()
+    return peaks
 
 
 def measure_here(spec: MemorySpec) -> dict[str, Any]:
     """What `peak_memory` returns, of this very process."""
     base = spec.base.build()
     batches = spec.base.batches(spec.batch_size, spec.tokens)
+    _give_back_freed()
     forgotten = _forget_peak()
     loaded = _status_mib("VmRSS")
     run = build(spec.variant, base, spec.budget)
-    _train(run, batches)
+    peaks = _step_peaks(run, batches)
     return {
-        "peak_mib": _status_mib("VmHWM"),
+        "peak_mib": max(peaks),
+        "steady_mib": peaks[-1],
+        "step_peaks_mib": peaks,
         "loaded_mib": loaded,
         "loading_left_out": forgotten,
         "trainable": run.trainable,

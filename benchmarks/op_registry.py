@@ -93,22 +93,27 @@ def _gather(method: str) -> Callable[[Bench, Case], Prepared]:
             _operand_bytes(case) + case.k * (_INDEX + _VALUE),
             2.0 * case.tokens * case.k,
             _largest_difference,
-            _plan_notes(bench, case, indices, method) if bench.device.type == "cuda" else {},
+            _plan_notes(bench, case, indices, method),
         )
 
     return prepare
 
 
 def _plan_notes(bench: Bench, case: Case, indices: Tensor, method: str) -> dict[str, Any]:
-    """What the gather decides once per cycle, and what that costs."""
-    from spiel_kernels.outer_plan import plan_outer
+    """What the gather decides once per cycle, and what that costs; CPUs need no plan unless a method is forced."""
+    from spiel_kernels.outer_plan import PLANNED_METHODS, plan_outer
+
+    if method not in PLANNED_METHODS and bench.device.type == "cpu":
+        return {}
 
     def make() -> Any:
         return plan_outer(indices, case.rows, case.cols, case.tokens, case.torch_dtype, method=method)
 
     plan = make()
+    compact = plan.method == "compact"
     return {
         "method": plan.method,
+        **({"tile_shape": list(plan.layout), "tiles": plan.tiles.block.numel()} if compact else {}),
         "plan_seconds": wall_seconds(make, bench.device),
         "plan_bytes": plan.nbytes,
         "product_share": plan.product_share,

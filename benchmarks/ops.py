@@ -1,7 +1,7 @@
 """Operations of `spiel_kernels` against their dense formulas and against the floor, across densities and shapes.
 
 The floor is the larger of bytes over the measured copy bandwidth and FLOPs over the measured matrix product rate.
-Prints the constants of the cost model by which the sampled gather is chosen on a CPU.
+Prints the constants of the cost models by which the gather is chosen, on a CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from .cost_model import fits
 from .environment import add_output_argument, save
 from .floors import measure_floors
+from .gather_rates import describe_rates, fit_rates
 from .index_sets import INDEX_SETS
 from .op_cases import Bench, Case, measure_all
 from .op_registry import OPERATIONS
@@ -98,6 +99,9 @@ def run(args: argparse.Namespace) -> None:
             f"sampled gather, {tokens} tokens, {dtype}: cost / dense = {fit.per_size:.0f} (out + in) / (out in) + "
             f"{fit.per_density:.2f} density (relative error {fit.relative_error:.0%} over {fit.points} cases)"
         )
+    rates = fit_rates(results, floors.flops_per_second) if device.type == "cuda" else {}
+    if rates:
+        print(describe_rates(rates))
     print(f"-> {args.output / name}.json")
 
 

@@ -14,7 +14,7 @@ from .tables import (
     fit_table,
     gather_table,
     layer_table,
-    memory_overview,
+    memory_table,
     operation_table,
     profile_table,
     quality_table,
@@ -65,8 +65,8 @@ def _cpu_steps(results: Results) -> Iterator[str]:
             "Peak memory on a CPU",
             first,
             "Resident memory of a process of its own, interpreter and libraries included, through SpIEL's first window "
-            "and close.",
-            memory_overview(results),
+            "and close, and in a step between windows.",
+            *(f"{setting_name(r['settings'])}:\n\n{memory_table(r)}" for r in memory.values()),
             _plot(results, "memory"),
         )
 

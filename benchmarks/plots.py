@@ -62,7 +62,8 @@ def _gather_lines(entries: Sequence[dict[str, Any]], by: Callable[[dict[str, Any
 def _cost_axes(axes: Any, title: str) -> None:
     axes.axhline(1.0, color="black", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="density", ylabel="time over the dense product", title=title)
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7)
 
 
 def _sampled(results: Results) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ class _Study:
         measured = {}
         for name in names:
             measured[name] = peak_memory(MemorySpec(self.spec, name, Budget.of_rank(r), *shape))
-            print(f"{name:28} {measured[name]}"[:200], flush=True)
+            print(f"{name:28} {_weighed(measured[name])}", flush=True)
         self.save("memory", r, shape, {"memory": measured})
 
     def share(self, r: int, shape: tuple[int, int]) -> None:
@@ -114,6 +114,14 @@ class _Study:
             del run
             print(f"{growth:22} moving deltas takes {result[growth]['share']:.1%} of a run", flush=True)
         self.save("share", r, shape, {"growth": result})
+
+
+def _weighed(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return f"failed: {entry['error']}"[:200]
+    return (
+        f"peak {entry['peak_mib']:.0f} MiB, between windows {entry['steady_mib']:.0f}, loaded {entry['loaded_mib']:.0f}"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

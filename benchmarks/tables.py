@@ -57,11 +57,11 @@ def ratio(values: dict[str, float], name: str, reference: str) -> float | None:
     return values[name] / values[reference] if name in values and values.get(reference) else None
 
 
-def peaks(result: dict[str, Any] | None) -> dict[str, float]:
-    """Peak MiB by variant, of those that could be measured."""
+def peaks(result: dict[str, Any] | None, key: str = "peak_mib") -> dict[str, float]:
+    """Peak MiB by variant, of those that could be measured; `key` "steady_mib": between windows."""
     if result is None:
         return {}
-    return {name: entry["peak_mib"] for name, entry in result["memory"].items() if "peak_mib" in entry}
+    return {name: entry[key] for name, entry in result["memory"].items() if key in entry}
 
 
 def setting_name(settings: dict[str, Any]) -> str:
@@ -138,6 +138,20 @@ def step_table(result: dict[str, Any]) -> str:
     ]
     rows += [[name, "failed", reason[:80], "", ""] for name, reason in result.get("failed", {}).items()]
     return markdown(["step", "median s", "20% to 80%", "over LoRA", "over lower bound"], rows)
+
+
+def memory_table(result: dict[str, Any]) -> str:
+    """One setting: through SpIEL's first window and close, and between windows."""
+    highest, steady = peaks(result), peaks(result, "steady_mib")
+    rows = []
+    for name, entry in result["memory"].items():
+        if "error" in entry:
+            rows.append([name, "failed", entry["error"].replace("\n", " ").replace("|", "/")[:80], "", "", ""])
+            continue
+        cells = [[f"{values[name]:.0f}", number(ratio(values, name, LORA))] for values in (highest, steady)]
+        rows.append([name, f"{entry['loaded_mib']:.0f}", *cells[0], *cells[1]])
+    header = ["memory", "MiB before set-up", "peak MiB", "over LoRA", "peak MiB between windows", "over LoRA"]
+    return markdown(header, rows)
 
 
 def layer_table(result: dict[str, Any], reference: str) -> str:

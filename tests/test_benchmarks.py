@@ -15,6 +15,7 @@ from benchmarks_under_test import (
     demo_task,
     environment,
     floors,
+    gather_rates,
     index_sets,
     memory,
     op_cases,
@@ -28,7 +29,7 @@ from benchmarks_under_test import (
     windows,
 )
 
-from spiel_kernels import check_index_set
+from spiel_kernels import check_index_set, outer_cost
 from spiel_peft import SparseDelta
 
 CPU = torch.device("cpu")
@@ -204,6 +205,7 @@ def test_bases_survive_json() -> None:
     assert memory.MemorySpec.from_json(spec.to_json()) == spec
     measured = memory.measure_here(spec)
     assert measured["peak_mib"] >= measured["loaded_mib"] > 50 and measured["trainable"] > 0
+    assert measured["peak_mib"] == max(measured["step_peaks_mib"]) and len(measured["step_peaks_mib"]) == 3
     with pytest.raises(ValueError, match="a base needs a checkpoint or a shape"):
         bases.BaseSpec().build()
 
@@ -290,3 +292,26 @@ def test_scaling_varies_one_size_at_a_time() -> None:
     small = scaling.Point("tokens", 0.1, 64, 16)
     result = scaling.measure(small, 1, memory=False)
     assert list(result["seconds"]) == list(scaling.VARIANTS) and not result["failed"]
+
+
+def test_rates_of_a_gpu_are_found_from_its_gathers() -> None:
+    truth = outer_cost.CostModel(tile_efficiency=0.3, cache_bandwidth=2e12, memory_bandwidth=1e12, launch=4e-6)
+    entries = []
+    for density, n in ((0.001, 4096), (0.01, 4096), (0.03, 2048)):
+        k, tiles = int(density * n * n), int(density * 20 * n * n / 4096)
+        problem = outer_cost.Problem(k, n, n, 2048, torch.bfloat16)
+        seconds = {
+            "dense": outer_cost.dense_seconds(problem, truth),
+            "entries": outer_cost.entries_seconds(problem, truth),
+            "compact": outer_cost.compact_seconds(problem, (64, 64), tiles, truth),
+        }
+        common = {"k": k, "rows": n, "cols": n, "tokens": 2048, "dtype": "bfloat16", "tile_shape": [64, 64]}
+        entries += [
+            {**common, "op": f"gather {method}", "method": method, "tiles": tiles, "seconds": [value]}
+            for method, value in seconds.items()
+        ]
+    entries.append({**common, "op": "gather dense", "failed": "out of memory"})
+    rates = gather_rates.fit_rates(entries, {"bfloat16": truth.half_flops})
+    assert rates["mean_factor"] < 1.05 and rates["cache_bandwidth"] == pytest.approx(2e12, rel=0.1)
+    assert "CostModel(half_flops=6e+14" in gather_rates.describe_rates(rates)
+    assert gather_rates.fit_rates([], {}) == {}

@@ -15,7 +15,12 @@ MACHINE = {"batch_size": 4, "tokens": 128, "dtype": "float32"}
 def write_cpu_results(folder: Path, spiel_seconds: float = 0.9) -> tables.Results:
     """Made-up results of every CPU benchmark."""
     seconds = {"lower bound": [0.8], "LoRA": [1.0, 1.1, 0.9], "LoRA, dropout 0.05": [1.3], "SpIEL-AG": [spiel_seconds]}
-    peak = {"LoRA": {"peak_mib": 1000.0}, "SpIEL-AG": {"peak_mib": 800.0}, "full fine-tuning": {"error": "killed"}}
+    loaded = {"loaded_mib": 500.0}
+    peak = {
+        "LoRA": {**loaded, "peak_mib": 1000.0, "steady_mib": 900.0},
+        "SpIEL-AG": {**loaded, "peak_mib": 800.0, "steady_mib": 720.0},
+        "full fine-tuning": {"error": "killed"},
+    }
     for r in (4, 16):
         settings = {**MACHINE, "r": r}
         failed = {"dense formula": "OutOfMemoryError: none left"}
@@ -112,6 +117,8 @@ def test_page_and_plots_of_every_benchmark(tmp_path: Path) -> None:
         assert f"## {title}\n" in text
     assert "| dense formula | failed | OutOfMemoryError: none left |" in text
     assert "| whole_7b_nf4 | failed | a / b |" in text and "| gather | cut off |" in text
+    assert "| SpIEL-AG | 500 | 800 | 0.80 | 720 | 0.80 |" in text
+    assert "| full fine-tuning | failed | killed |" in text
     assert "| select | 4096x4096 | 3.00% | 512 | float32 | profile | failed | NameError: not yet |" in text
     widths = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     headers = [line.count("|") for line in text.splitlines() if line.startswith("|---")]
