@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from .delta import SparseDelta
 from .tensor_checks import check_indices_and_values, check_training_state
+from .training_state import STATE_KEYS
 
 MARKER = ".spiel_delta."
+_ANOTHER_BUDGET = ", another budget (r, density or num_deltas)"
 
 
 def split_file_key(key: str) -> tuple[str, str] | None:
@@ -33,12 +35,12 @@ def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, SparseDelta]) -> None:
-    """Refuse a damaged or hostile adapter file.
+    """Refuse a damaged or hostile adapter file, and the training state of another run than the model's.
 
     Args:
         tensors: the file: keys ``<module>.spiel_delta.values``, ``.indices`` and optional training state.
         deltas: the model's deltas by the same module path; modules of the file that the model lacks are checked for
-            what can be known without it.
+            what can be known without it. A file with training state must not have others.
 
     Raises:
         ValueError: names the first bad tensor and what is wrong with it.
@@ -56,6 +58,8 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
         if problem is not None:
             name, what = problem
             raise ValueError(f"The adapter file is refused, nothing was loaded: tensor '{module}{MARKER}{name}' {what}")
+    if any(name in entries for entries in modules.values() for name in STATE_KEYS):
+        _refuse_more_modules(sorted(set(modules) - set(deltas)))
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
@@ -66,6 +70,37 @@ def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tupl
     if problem is None and fits:
         problem = check_training_state(entries, delta)
     return problem
+
+
+def _refuse_more_modules(names: list[str]) -> None:
+    # Modules that the file lacks are PEFT's "missing keys"; a run that is resumed with them missing is refused later.
+    if names:
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            "The adapter file is refused, nothing was loaded: it is of a run that trained modules which this adapter "
+            f"lacks ({shown}); resume on the model and with the target_modules that the checkpoint was made with"
+        )
+
+
+def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Refuse a state dict as a whole before `load_state_dict` copies its first tensor.
+
+    torch copies what fits and reports the rest at the end, which would leave deltas of two runs in one model.
+
+    Args:
+        model: a module that contains deltas.
+        state_dict: keys as in `model.state_dict()`, behind `prefix`. Keys of other modules are ignored, and missing
+            ones are left to torch, which does not tell here whether they are wanted.
+
+    Raises:
+        RuntimeError: lists what does not fit.
+    """
+    problems: list[str] = []
+    for name, delta in model.named_modules():
+        if isinstance(delta, SparseDelta):
+            problems += delta.problems_with(state_dict, f"{prefix}{name}.")
+    if problems:
+        raise RuntimeError("Error(s) in loading SpIEL deltas, nothing was loaded:\n\t" + "\n\t".join(problems))
 
 
 class SizeCheck:
@@ -99,6 +134,7 @@ def size_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix:
         if isinstance(found, Tensor) and isinstance(tensor, Tensor) and found.shape != tensor.shape:
             problems.append(
                 f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(found.shape)}, the model "
-                f"{tuple(tensor.shape)}; load it with the config it was saved with"
+                f"{tuple(tensor.shape)}{_ANOTHER_BUDGET if MARKER in name else ''}; load it with the config it was "
+                "saved with"
             )
     return problems

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spiel_kernels import index_dtype
 
 from .resident import unfold_deltas
+from .run_settings import RunSettings
 from .tensor_checks import check_indices_and_values, check_training_state
 from .training_state import STATE_KEYS, TrainingState
 
@@ -98,6 +99,7 @@ class SparseDelta(nn.Module):
         self.state = TrainingState()
         self.untouched = True  # neither loaded nor trained since it was created
         self.indices_assigned = False
+        self.reindexed = False  # indices were loaded, and the optimizer's state may still be that of others
         self.collector: Collector | None = None
         # An optimizer whose hooks we hear has stepped this very object, so it will again.
         self.is_stepped = False
@@ -197,29 +199,42 @@ class SparseDelta(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        problems = self.problems_with(state_dict, prefix)
         training = {key: state_dict.pop(prefix + key) for key in STATE_KEYS if prefix + key in state_dict}
-        incoming = {name: state_dict[prefix + name] for name in ("indices", "values") if prefix + name in state_dict}
-        # PEFT's loaders check whole files first; this guards plain `load_state_dict`.
-        wrong_sizes = [
-            f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(tensor.shape)}, the model ({self.k},)"
-            for name, tensor in incoming.items()
-            if tensor.shape != self.indices.shape
-        ]
-        if wrong_sizes:
-            error_msgs.extend(wrong_sizes)
-            return
-        problem = check_indices_and_values(incoming, self.numel) or check_training_state(training, self)
-        if problem is not None:
-            error_msgs.append(f"{prefix}{problem[0]} {problem[1]}")
+        # PEFT's loaders and `SpIELModel` check everything first; this guards a delta that is loaded by itself.
+        if problems:
+            error_msgs.extend(problems)
             return
         unfold_deltas([self])
+        before = None if self.untouched or self.indices.is_meta else self.indices.clone()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if incoming:
+        if prefix + "indices" in state_dict:
+            self.reindexed |= before is not None and not torch.equal(before, self.indices.to(before.device))
             self.state = TrainingState.from_tensors(training, self.indices.device)
             self.untouched = False
             self.is_stepped = False
+
+    def problems_with(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """What keeps this delta from being loaded from `state_dict`, where its keys start with `prefix`."""
+        names = ("indices", "values", *STATE_KEYS)
+        incoming = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        wrong_sizes = [
+            f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(incoming[name].shape)}, the model "
+            f"({self.k},), another budget; set r, density or num_deltas as the checkpoint has it"
+            for name in ("indices", "values")
+            if name in incoming and incoming[name].shape != self.indices.shape
+        ]
+        if wrong_sizes:
+            return wrong_sizes
+        problem = check_indices_and_values(incoming, self.numel) or check_training_state(incoming, self)
+        return [f"{prefix}{problem[0]} {problem[1]}"] if problem is not None else []
+
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Training state as it is saved, with the settings it depends on; empty before the first step."""
+        tensors = self.state.tensors()
+        return {**tensors, **RunSettings.of(self).tensors()} if tensors else {}
 
 
 def new_indices(positions: Tensor, numel: int, device: torch.device) -> Tensor:

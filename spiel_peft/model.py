@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, drop_orphans
+from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, check_live_state_dict, drop_orphans
 from .config import SpIELConfig
 from .cycle.collector import WindowCollector
 from .delta import AdapterRun
@@ -317,7 +317,7 @@ class SpIELModel(BaseTuner):
         # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
         for name, layer in model.named_modules():
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
-                for key, tensor in layer.spiel_delta[adapter_name].state.tensors().items():
+                for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
                     out[f"{name.removeprefix('_fsdp_wrapped_module.')}{MARKER}{adapter_name}.{key}"] = tensor
         return out
 
@@ -331,22 +331,27 @@ class SpIELModel(BaseTuner):
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name, "loaded")
         deltas = {
-            name.removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
+            name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
         state_dict = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
+        if config.inference_mode:
+            state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
         discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
             check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
         except ValueError:
             discard()
             raise
-        if config.inference_mode:
-            state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         SizeCheck(model, discard)
         return _name_training_state(model, adapter_name, remapped)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Runs before the same method of any layer.
+        check_live_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Inspection
 

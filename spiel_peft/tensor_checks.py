@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spiel_kernels import check_index_set
 
+from .run_settings import check_settings
 from .training_state import CANDIDATE_SQUARES, CANDIDATE_SUMS, CANDIDATES, COL, MAX_LR, PROGRESS, ROW, STATE_KEYS
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def check_training_state(tensors: Mapping[str, Tensor], delta: SparseDelta) -> P
     if problem is not None:
         return PROGRESS, problem
     return (
-        _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], delta)
+        check_settings(tensors, delta)
+        or _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], delta)
         or _check_accumulators(tensors.get(ROW), tensors.get(COL), delta)
         or _check_float(MAX_LR, tensors.get(MAX_LR), 1)
     )

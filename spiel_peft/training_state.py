@@ -15,7 +15,9 @@ CANDIDATE_SUMS = "spiel_candidate_sums"
 CANDIDATE_SQUARES = "spiel_candidate_squares"
 ROW = "spiel_row"
 COL = "spiel_col"
-STATE_KEYS = (PROGRESS, MAX_LR, CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES, ROW, COL)
+SETTINGS = "spiel_settings"
+GROWTH = "spiel_growth"
+STATE_KEYS = (PROGRESS, MAX_LR, CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES, ROW, COL, SETTINGS, GROWTH)
 
 _FRESH_CODES = {None: -1, False: 0, True: 1}
 
@@ -29,12 +31,14 @@ class CandidateWindow:
         sums: sum over the window's steps of one gradient per step, ``[c]`` float32 (float64 for float64 deltas).
         squares: sum over the window's steps of its square, ``[c]``.
         steps: optimizer steps that counted so far.
+        shared: chosen by several ranks together, at the end of a step; a step that does not count leaves it.
     """
 
     positions: Tensor
     sums: Tensor
     squares: Tensor
     steps: int = 0
+    shared: bool = False
 
 
 @dataclass
@@ -47,12 +51,19 @@ class StepGradient:
         probe_sums: their raw gradient summed over micro-batches; compared with ``values.grad`` at the step, it tells
             by which factor the trainer has scaled, averaged and clipped.
         graph_task: id of the autograd pass that contributed last.
+        seen: ``values.grad`` at the probes just before the step, where it could be noted.
+        accumulated: whether the SM3 accumulators have been given this step's gradient.
+        proposed: sorted positions that this rank proposes as candidates, in the index dtype; `pending` is of these
+            then. Only where several ranks train together.
     """
 
     pending: Tensor | None = None
     probe: Tensor | None = None
     probe_sums: Tensor | None = None
     graph_task: int = -1
+    seen: Tensor | None = None
+    accumulated: bool = False
+    proposed: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -69,6 +80,9 @@ class TrainingState:
         row, col: SM3 accumulators ``[rows]`` and ``[cols]``, present once used.
         current: contributions to the step in progress.
         unheld_steps: gradient accumulations seen since an optimizer last stepped this delta.
+        saved_cycle: `regrow_every` and `accumulation_steps` of the run that a loaded state is of, if it says so.
+        sought: whether the optimizers alive have been asked if they were loaded with state for this delta.
+        with_optimizer: whether an optimizer was loaded with the same state, and has not stepped since.
     """
 
     step: int = 0
@@ -81,6 +95,9 @@ class TrainingState:
     col: Tensor | None = None
     current: StepGradient = field(default_factory=StepGradient)
     unheld_steps: int = 0
+    saved_cycle: tuple[int, int] | None = None
+    sought: bool = False
+    with_optimizer: bool = False
 
     @property
     def finished(self) -> bool:
@@ -114,6 +131,8 @@ class TrainingState:
         state = cls(step=step, closes=closes, fresh=decoded, total_steps=total_steps)
         if MAX_LR in tensors:
             state.max_lr = float(tensors[MAX_LR].item())
+        if SETTINGS in tensors:
+            state.saved_cycle = int(tensors[SETTINGS][3]), int(tensors[SETTINGS][4])
         if CANDIDATES in tensors:
             state.window = CandidateWindow(
                 positions=tensors[CANDIDATES].to(device, copy=True),
@@ -137,5 +156,7 @@ class TrainingState:
         current = self.current
         if current.pending is not None:
             current.pending = fn(current.pending)
+        if current.proposed is not None:
+            current.proposed = fn(current.proposed)
         if current.probe is not None and current.probe_sums is not None:
             current.probe, current.probe_sums = fn(current.probe), fn(current.probe_sums)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..delta import AdapterRun, SparseDelta
 from . import engine, runs
+from .optimizer_state import carry
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:
@@ -34,6 +35,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
             "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "
             "after get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
         )
+    carry(optimizer)
     for delta in held:
         delta.restore_dtype()
         if runs.owned_by_another(delta, optimizer):

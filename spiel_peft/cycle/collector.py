@@ -14,6 +14,7 @@ from ..delta import AdapterRun, SparseDelta
 from ..training_state import CandidateWindow, StepGradient
 from ..weight_gradients import WeightGradient
 from .growth_registry import get_growth_criterion
+from .optimizer_state import seek
 from .schedule import in_window, is_skipped, next_close
 
 _PROBES = 16
@@ -26,6 +27,8 @@ class WindowCollector:
 
     def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
         """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
+        if not delta.state.sought:
+            seek(delta)
         _note_accumulation(delta)
         if not _gathers_now(delta):
             return None

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import Any
 
 import torch
 
 from ..delta import AdapterRun, SparseDelta
-from ..training_state import TrainingState
-from .trainer_discovery import running_trainer_state
+from ..training_state import StepGradient, TrainingState
+from .growth_registry import get_growth_criterion
+from .optimizer_state import carry, take_up
+from .schedule import in_window
+from .trainer_discovery import running_trainer, trainer_state
 
 # Which optimizer steps a delta. Keyed by its state: one that was just loaded belongs to nobody, so that whoever steps
 # it first continues it instead of beginning anew.
 _OWNERS: weakref.WeakKeyDictionary[TrainingState, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
+# Optimizers that have stepped deltas: what they keep for them is of the indices of that time.
+_STEPPED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# The trainer that a run is of, and its TrainerState, of which every `train()` makes a new one.
+_TRAINERS: weakref.WeakKeyDictionary[AdapterRun, tuple[weakref.ref[Any], weakref.ref[Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 # Runs whose length a trainer told; the next trainer is asked again.
 _ASKED: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
 def owned_by_another(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a different optimizer has stepped the delta in its present run."""
+    """Whether a different optimizer has stepped the delta in its present run, and did not hand its state over."""
     owner = _OWNERS.get(delta.state)
-    return owner is not None and owner() is not optimizer
+    return owner is not None and owner() is not optimizer and not delta.state.with_optimizer
 
 
 def begin_run(delta: SparseDelta) -> None:
@@ -30,7 +40,7 @@ def begin_run(delta: SparseDelta) -> None:
     # Only a run that has stepped is over: what was gathered for the first step of this one stays.
     if not old.step:
         return
-    delta.state = TrainingState(row=old.row, col=old.col)
+    delta.state = TrainingState(row=old.row, col=old.col, sought=True)
     if old.finished and old.window is not None and old.window.steps == 0:
         delta.state.window, delta.state.current = old.window, old.current
 
@@ -39,31 +49,94 @@ def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
     """Called before every step with the deltas that `optimizer` is about to step; acts where a run begins or resumes.
 
     Raises:
-        ValueError: the length of the run is needed and unknown; nothing was trained then.
+        ValueError: the length of the run is needed and unknown, or the optimizer was loaded with the state of another
+            run; nothing was trained then.
     """
+    take_up(optimizer, at_step=True)
+    restarted = {run for run in {delta.run for delta in deltas} if _trains_again(run)}
     # A finished run that steps on may be the next `train()` of the same trainer.
-    joining = [d for d in deltas if d.state not in _OWNERS or owned_by_another(d, optimizer) or d.state.finished]
+    joining = [
+        d
+        for d in deltas
+        if _OWNERS.get(d.state, lambda: None)() is not optimizer or d.state.finished or d.run in restarted
+    ]
     if not joining:
         return
-    trainer = running_trainer_state()
+    trainer = running_trainer()
+    for resumed in {d.run: d for d in joining if d.state not in _OWNERS and d.state.step}.values():
+        _refuse_half_loaded([d for d in joining if d.run is resumed.run and d.untouched])
+        _warn_of_another_cycle(resumed)
     for delta in joining:
         if owned_by_another(delta, optimizer):
             set_total_steps(delta.run, delta.run.config.total_steps)
-        if _begins_anew(delta, optimizer, trainer is not None and trainer.global_step == 0):
+        if _begins_anew(delta, optimizer, trainer_state(trainer), delta.run in restarted):
             begin_run(delta)
-    for run in {delta.run: None for delta in joining if delta.state not in _OWNERS}:
+        else:
+            _drop_misplaced_window(delta)
+        _drop_moments_of_other_indices(delta, optimizer)
+    for run in {delta.run: None for delta in joining if delta.state not in _OWNERS or delta.run in restarted}:
         _learn_total_steps(run, trainer)
         _decide_freshness(run)
+        _warn_if_nothing_will_close(run)
     for delta in joining:
         _OWNERS[delta.state] = weakref.ref(optimizer)
+        delta.state.with_optimizer = False
+    _STEPPED.add(optimizer)
+    carry(optimizer)
 
 
-def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer_starts: bool) -> bool:
+def _trains_again(run: AdapterRun) -> bool:
+    """Whether the trainer that the run is of has been told to train once more."""
+    trainer, seen = (reference() for reference in _TRAINERS.get(run, (lambda: None, lambda: None)))
+    return trainer is not None and trainer.state is not seen
+
+
+def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: Any, restarted: bool) -> bool:
     """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
+    trainer_starts = trainer is not None and trainer.global_step == 0
     if delta.state not in _OWNERS:
-        # Loaded with its training state: to be resumed, unless that run was over.
-        return delta.state.finished or trainer_starts
-    return owned_by_another(delta, optimizer) or (delta.state.finished and trainer_starts)
+        # Loaded with its training state: to be resumed. Unless that run was over, and nobody says it goes on.
+        return trainer_starts or (delta.state.finished and trainer is None and not delta.state.with_optimizer)
+    return owned_by_another(delta, optimizer) or (trainer_starts and (restarted or delta.state.finished))
+
+
+def _refuse_half_loaded(untouched: list[SparseDelta]) -> None:
+    if untouched:
+        names = sorted(delta.module_name for delta in untouched)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            f"Adapter {untouched[0].run.adapter_name!r} cannot be resumed: the checkpoint has no deltas for {shown}. "
+            "Resume on the model and with the target_modules that the checkpoint was made with."
+        )
+
+
+def _warn_of_another_cycle(delta: SparseDelta) -> None:
+    saved, config = delta.state.saved_cycle, delta.run.config
+    if saved is not None and saved != (config.regrow_every, config.accumulation_steps):
+        warnings.warn(
+            f"Adapter {delta.run.adapter_name!r} is resumed with regrow_every={config.regrow_every}, "
+            f"accumulation_steps={config.accumulation_steps}; its checkpoint was made with {saved[0]} and {saved[1]}. "
+            "The new schedule holds from here on, so the run does not end as it would have without the interruption.",
+            stacklevel=2,
+        )
+
+
+def _drop_misplaced_window(delta: SparseDelta) -> None:
+    """Drop a window that the schedule does not have at this step.
+
+    Such as one of another schedule, or one opened by a backward pass after the end of a run, which takes itself for
+    the first one of the next run.
+    """
+    state, config = delta.state, delta.run.config
+    if state.window is not None and not in_window(state.step, config.regrow_every, config.accumulation_steps):
+        state.window, state.current = None, StepGradient()
+
+
+def _drop_moments_of_other_indices(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> None:
+    """Other indices were loaded than those for which this optimizer has moments, and no moments with them."""
+    if delta.reindexed and optimizer in _STEPPED and not delta.state.with_optimizer:
+        optimizer.state.pop(delta.values, None)
+    delta.reindexed = False
 
 
 def _decide_freshness(run: AdapterRun) -> None:
@@ -76,9 +149,12 @@ def _decide_freshness(run: AdapterRun) -> None:
 
 
 def _learn_total_steps(run: AdapterRun, trainer: Any) -> None:
-    if trainer is not None and (run.total_steps is None or run in _ASKED):
-        run.total_steps = int(trainer.max_steps)
-        _ASKED.add(run)
+    state = trainer_state(trainer)
+    if state is not None:
+        _TRAINERS[run] = weakref.ref(trainer), weakref.ref(state)
+        if run.total_steps is None or run in _ASKED:
+            run.total_steps = int(state.max_steps)
+            _ASKED.add(run)
     if run.total_steps is None:
         # A resumed run is as long as it was.
         run.total_steps = max(delta.state.total_steps for delta in run.deltas()) or None
@@ -87,6 +163,18 @@ def _learn_total_steps(run: AdapterRun, trainer: Any) -> None:
             f"stop_regrowing_at={run.config.stop_regrowing_at} is a fraction of total_steps, and nothing says how long "
             "this run is: set total_steps in SpIELConfig, or pass it to SpIELOptimizer or SpIELCallback"
         )
+
+
+def _warn_if_nothing_will_close(run: AdapterRun) -> None:
+    first = run.config.accumulation_steps
+    if run.total_steps is None or run.total_steps >= first or get_growth_criterion(run.config.growth).propose is None:
+        return
+    warnings.warn(
+        f"Adapter {run.adapter_name!r}: the run of {run.total_steps} optimizer steps ends before its first cycle "
+        f"closes, at step accumulation_steps={first}: its positions stay as they are (a new adapter's: drawn at "
+        "random). Lower accumulation_steps or train longer.",
+        stacklevel=2,
+    )
 
 
 def check_total_steps(total_steps: int | None) -> None:

@@ -26,7 +26,7 @@ def running_trainer() -> Any:
     return None
 
 
-def running_trainer_state() -> Any:
-    """The `TrainerState` of the running trainer if it says how long the run is, else None."""
-    state = getattr(running_trainer(), "state", None)
+def trainer_state(trainer: Any) -> Any:
+    """The `TrainerState` of a trainer that says how long it trains, else None."""
+    state = getattr(trainer, "state", None)
     return state if state is not None and state.max_steps > 0 else None
