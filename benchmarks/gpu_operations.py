@@ -49,7 +49,7 @@ def dequantize(context: Context) -> None:
     cases = [
         Case(op, *shape, density, dtype="bfloat16", indices=kind)
         for op, kind, density, shape in itertools.product(
-            ("fold nf4", "fold int8"), INDEX_SETS, _BUDGET_DENSITIES, _shapes(context)
+            ("fold nf4", "fold int8", "fold nf4 layer"), INDEX_SETS, _BUDGET_DENSITIES, _shapes(context)
         )
     ]
     _measure(context, cases)

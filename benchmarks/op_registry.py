@@ -215,6 +215,31 @@ def _dequantizer(weight: Any) -> tuple[Callable[[], Tensor], dict[str, str]]:
     return (lambda: dequantize_4bit(packed, state)), {"dense_formula": "bitsandbytes' dequantization"}
 
 
+def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
+    """What a 4-bit layer does in each pass: on a CPU bitsandbytes dequantizes."""
+    import bitsandbytes as bnb
+
+    from spiel_peft.quantized_weight import adapted_in_workspace
+
+    from .bases import nf4_linear
+
+    layer = nf4_linear(bench.randn(case.rows, case.cols, dtype=case.torch_dtype) * 0.02, case.torch_dtype)
+    indices, values = bench.index_set(case), bench.randn(case.k) * 1e-3
+    wide = indices.to(torch.int64)
+
+    def dense() -> Tensor:
+        base = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return base.flatten().scatter_add(0, wide, values.to(base.dtype)).view_as(base)
+
+    nbytes = case.numel * (0.5 + 1 / 64 + case.torch_dtype.itemsize) + case.k * (_INDEX + _VALUE)
+    return Prepared(
+        lambda: adapted_in_workspace(layer, [(indices, values)], case.torch_dtype),
+        dense,
+        nbytes,
+        error=_largest_difference,
+    )
+
+
 def _fold_int8(bench: Bench, case: Case) -> Prepared:
     """8-bit rows: dequantize and add the deltas, into a workspace."""
     from spiel_kernels.quantized import dequantize_fold_8bit
@@ -250,5 +275,6 @@ OPERATIONS: dict[str, Callable[[Bench, Case], Prepared]] = {
     "momentum growth": _momentum,
     "sm3 step": _sm3,
     "fold nf4": _fold_nf4,
+    "fold nf4 layer": _fold_nf4_layer,
     "fold int8": _fold_int8,
 }

@@ -60,10 +60,11 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     """What is to be measured; the combinations that say most come first."""
     names = args.ops or [name for name in OPERATIONS if name not in ("gather compact", "gather entries")]
     for tokens, dtype, kind in itertools.product(args.tokens, args.dtypes, args.indices):
-        for (rows, cols), name in itertools.product(args.shapes, names):
+        # All operations of one index set together: to draw it takes longer than most of them.
+        for (rows, cols), density, name in itertools.product(args.shapes, args.densities, names):
             if name not in _OF_TOKENS and tokens != args.tokens[0]:
                 continue
-            for density in _densities(args, name, rows * cols, tokens, dtype):
+            if density in _densities(args, name, rows * cols, tokens, dtype):
                 yield Case(name, rows, cols, density, tokens, dtype, kind)
 
 

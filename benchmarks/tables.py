@@ -195,9 +195,8 @@ def gather_table(entries: Sequence[dict[str, Any]]) -> str:
 def operation_table(entries: Sequence[dict[str, Any]]) -> str:
     """All other operations: time, over the dense formula, over the floor."""
     rows = []
-    for entry in entries:
-        if entry["op"].startswith("gather"):
-            continue
+    names = list(dict.fromkeys(entry["op"] for entry in entries if not entry["op"].startswith("gather")))
+    for entry in sorted((e for e in entries if e["op"] in names), key=lambda entry: names.index(entry["op"])):
         line = [entry["op"], f"{entry['rows']}x{entry['cols']}", f"{entry['density']:.2%}", str(entry["tokens"])]
         line += [entry["dtype"], entry["indices"]]
         if "failed" in entry:
