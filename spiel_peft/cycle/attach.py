@@ -9,6 +9,7 @@ from torch import nn
 
 from ..delta import AdapterRun, SparseDelta
 from . import engine, runs
+from .optimizer_check import check_optimizer
 from .optimizer_state import carry
 
 
@@ -25,6 +26,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
 
     Raises:
         ValueError: see above; nothing is changed then.
+        TypeError: the optimizer keeps state that cannot follow the indices, see `check_optimizer`.
     """
     runs.check_total_steps(total_steps)
     optimizer = _innermost(optimizer)
@@ -35,6 +37,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
             "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "
             "after get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
         )
+    check_optimizer(optimizer, held)
     carry(optimizer)
     for delta in held:
         delta.restore_dtype()

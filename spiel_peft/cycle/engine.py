@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from spiel_kernels import replace_positions, sm3_accumulate_
+from spiel_kernels import replace_positions
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..resident import unfold_deltas
 from ..training_state import StepGradient
+from . import nested_steps
 from .agreement import agree_on_proposals, agree_on_values
 from .collector import drop_step
 from .exchange import Exchange, decide_exchange
 from .growth_registry import GrowthCriterion, get_growth_criterion
-from .moments import GrownSeeds, check_state, permute, reseed_state
-from .proposals import accumulators, propose
+from .moments import permute, reseed_state
+from .optimizer_check import check_optimizer, check_state
+from .proposals import propose
 from .report import CycleReport
 from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
+from .state_rules import GrownSeeds
+from .step_gradients import accumulate_after_step, gradient_at_probes, note_gradients, will_take_place
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +61,14 @@ def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dic
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Take the deltas out of the base weights, and begin a run where a delta sees its first step."""
-    held = held_deltas(optimizer)
-    unfold_deltas(delta for delta, _ in held)
-    if getattr(optimizer, "delegates_step", False):
+    deltas = [delta for delta, _ in held_deltas(optimizer)]
+    unfold_deltas(deltas)
+    if not deltas or getattr(optimizer, "delegates_step", False):
         return
-    if held:
-        join(optimizer, [delta for delta, _ in held])
+    if nested_steps.begin(optimizer, {id(delta.values) for delta in deltas}):
+        check_optimizer(optimizer, deltas)
+        join(optimizer, deltas)
+        note_gradients(optimizer, deltas, args, kwargs)
 
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -73,18 +79,22 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     held = held_deltas(optimizer)
     # A closure runs forward passes inside the step.
     unfold_deltas(delta for delta, _ in held)
+    optimizers = nested_steps.end(optimizer)
+    if not optimizers:
+        return
     for delta, group in held:
         runs.setdefault(id(delta.run), []).append((delta, group))
     with torch.no_grad():
         for held_by_run in runs.values():
-            _after_step_of_run(optimizer, held_by_run)
+            _after_step_of_run(optimizers, held_by_run)
 
 
-def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[SparseDelta, dict[str, Any]]]) -> None:
-    grads = [delta.values.grad for delta, _ in held]
-    if all(grad is None for grad in grads):
+def _after_step_of_run(optimizers: list[torch.optim.Optimizer], held: list[tuple[SparseDelta, dict[str, Any]]]) -> None:
+    grads = [delta.values.grad for delta, _ in held if delta.values.grad is not None]
+    if not grads:
         return
-    if not _step_took_place(optimizer, grads):
+    # One wait for the device, however many matrices there are.
+    if not bool(will_take_place(optimizers, grads)):
         for delta, _ in held:
             drop_step(delta)
             delta.state.unheld_steps = 0
@@ -92,7 +102,7 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
     factors = _scalings([delta for delta, _ in held])
     _commit_windows([delta for delta, _ in held], factors)
     for delta, group in held:
-        _count_step(optimizer, delta, group)
+        _count_step(optimizers, delta, group)
     run = held[0][0].run
     config = run.config
     due = [
@@ -102,39 +112,24 @@ def _after_step_of_run(optimizer: torch.optim.Optimizer, held: list[tuple[Sparse
     ]
     criterion = get_growth_criterion(config.growth)
     if due and criterion.propose is not None:
-        _close(optimizer, run, criterion, due)
+        _close(optimizers, run, criterion, due)
 
 
-def _step_took_place(optimizer: torch.optim.Optimizer, grads: list[Tensor | None]) -> bool:
-    # A fused optimizer fires its hooks on overflow steps too, wherever the overflow was.
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and float(found_inf) > 0:
-        return False
-    sums = [grad.detach().sum(dtype=torch.float64) for grad in grads if grad is not None]
-    # One wait for the device, however many matrices there are.
-    return bool(torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all())
-
-
-def _count_step(optimizer: torch.optim.Optimizer, delta: SparseDelta, group: dict[str, Any]) -> None:
+def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, group: dict[str, Any]) -> None:
+    accumulate_after_step(optimizers, delta)
     state = delta.state
     state.current = StepGradient()
     state.step += 1
     state.total_steps = delta.run.total_steps or 0
-    state.max_lr = max(state.max_lr, float(group.get("lr", 0.0)))
+    state.max_lr = max(state.max_lr, _learning_rate(group))
     state.unheld_steps = 0
     delta.untouched = False
     delta.is_stepped = not state.finished
-    criterion = get_growth_criterion(delta.run.config.growth)
-    if criterion.accumulates and delta.values.grad is not None and not optimizer_accumulates(optimizer):
-        row, col = accumulators(delta)
-        sm3_accumulate_(row, col, delta.indices, delta.values.grad.to(row.dtype))
-    if criterion.propose is not None:
-        check_state(optimizer, delta.values)
 
 
-def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer updates the deltas' SM3 accumulators in its own step."""
-    return bool(getattr(optimizer, "updates_spiel_accumulators", False))
+def _learning_rate(group: dict[str, Any]) -> float:
+    # Some optimizers set their own and leave this None.
+    return float(group.get("lr") or 0.0)
 
 
 def _commit_windows(deltas: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> None:
@@ -173,10 +168,10 @@ def _scalings(deltas: list[SparseDelta]) -> dict[SparseDelta, Tensor]:
     """
     products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
     for delta in deltas:
-        current, grad = delta.state.current, delta.values.grad
-        if grad is not None and current.probe is not None and current.probe_sums is not None:
-            raw = current.probe_sums.double()
-            products[delta] = (grad[current.probe].double() * raw).sum(), (raw * raw).sum()
+        seen = gradient_at_probes(delta)
+        if seen is not None:
+            raw = delta.state.current.probe_sums.double()
+            products[delta] = (seen.double() * raw).sum(), (raw * raw).sum()
     if not products:
         return {}
     device = deltas[0].values.device
@@ -187,7 +182,7 @@ def _scalings(deltas: list[SparseDelta]) -> dict[SparseDelta, Tensor]:
 
 
 def _close(
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     run: AdapterRun,
     criterion: GrowthCriterion,
     due: list[tuple[SparseDelta, dict[str, Any]]],
@@ -197,14 +192,17 @@ def _close(
         for delta, _ in due:
             delta.state.window = None
         return
-    # Everything is decided, and what a criterion proposes is checked, before anything is changed.
+    # Everything is decided, and what a criterion proposes and the optimizer keeps is checked, before anything is
+    # changed.
+    for delta, _ in due:
+        check_state(optimizers, delta.values)
     rates = [_rate(delta, group) for delta, group in due]
     exchanges = [
         _decide(criterion, delta, math.floor(rate * delta.k)) for (delta, _), rate in zip(due, rates, strict=True)
     ]
     magnitude = sum(float(delta.values.abs().double().sum()) for delta, _ in due)
     for (delta, _), exchange in zip(due, exchanges, strict=True):
-        _carry_out(optimizer, criterion, delta, exchange)
+        _carry_out(optimizers, criterion, delta, exchange)
     replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta, _ in due)
     report = CycleReport(step, rates[0], replaced, total - replaced, magnitude / total)
     run.log.append(report)
@@ -218,7 +216,7 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
         return 1.0
     if run.total_steps is not None:
         return regrow_rate(config.regrow_schedule, config.initial_regrow_rate, state.step, run.total_steps)
-    return lr_following_rate(config.initial_regrow_rate, float(group.get("lr", 0.0)), state.max_lr)
+    return lr_following_rate(config.initial_regrow_rate, _learning_rate(group), state.max_lr)
 
 
 def _decide(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Exchange:
@@ -229,12 +227,14 @@ def _decide(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Excha
 
 
 def _carry_out(
-    optimizer: torch.optim.Optimizer, criterion: GrowthCriterion, delta: SparseDelta, exchange: Exchange
+    optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion, delta: SparseDelta, exchange: Exchange
 ) -> None:
     state = delta.state
     if exchange.grown.numel():
         new, source = replace_positions(delta.indices, exchange.drop, exchange.grown)
-        reseed_state(optimizer, delta.values, source, _seeds(criterion, delta, exchange.grown))
+        seeds = _seeds(criterion, delta, exchange.grown)
+        for optimizer in optimizers:
+            reseed_state(optimizer, delta.values, source, seeds)
         delta.indices.copy_(new)
         delta.values.copy_(permute(delta.values.detach(), source, 0.0))
         if delta.values.grad is not None:
@@ -257,4 +257,4 @@ def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> Gro
         known = positions[slots] == grown
         mean[known] = (window.sums[slots[known]] / window.steps).to(mean)
         mean_square[known] = (window.squares[slots[known]] / window.steps).to(mean)
-    return GrownSeeds(agree_on_values(mean), agree_on_values(mean_square))
+    return GrownSeeds(agree_on_values(mean), agree_on_values(mean_square), delta.state.step)

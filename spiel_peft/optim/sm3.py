@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spiel_kernels import sm3_accumulate_
 
-from ..cycle.engine import accumulators, held_deltas
+from ..cycle.engine import held_deltas
+from ..cycle.proposals import accumulators
 
 
 class SM3(torch.optim.Optimizer):

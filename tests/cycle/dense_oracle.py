@@ -230,7 +230,8 @@ class DenseOracle:
             return
         mean = matrix.sums[p] / matrix.window_steps
         if s.optimizer == "sgd":
-            matrix.first[p] = mean / (1 - s.momentum) if s.momentum else 0.0
+            # What a momentum that began with the run has added up by now.
+            matrix.first[p] = mean * sum(s.momentum**n for n in range(self.steps)) if s.momentum else 0.0
             return
         matrix.first[p] = mean * (1 - s.betas[0] ** self.steps)
         matrix.second[p] = matrix.squares[p] / matrix.window_steps * (1 - s.betas[1] ** self.steps)

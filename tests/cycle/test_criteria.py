@@ -117,6 +117,7 @@ def test_unmappable_optimizer_state_is_refused() -> None:
 
     with pytest.raises(TypeError, match="LBFGS keeps state .*growth='none'"):
         optimizer.step(closure)
+    assert not any(delta.values.detach().any() for delta in deltas_of(model).values())
 
 
 def test_every_matrix_and_close_draws_from_a_generator_of_its_own() -> None:

@@ -1,7 +1,8 @@
-"""bitsandbytes' 8-bit optimizer state across a close."""
+"""bitsandbytes' optimizer state across a close, in 8 and in 32 bits."""
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,29 +14,41 @@ from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 
 from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
-from spiel_peft.cycle.moments import GrownSeeds, check_state, reseed_state
+from spiel_peft.cycle.moments import reseed_state
+from spiel_peft.cycle.state_layout import buffers_of
+from spiel_peft.cycle.state_rules import GrownSeeds
 
 BLOCK = 256
 K = 4096 + 300
+STEPS = 4
+# Paged optimizers are ordinary ones on a CPU, and say so.
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-def stepped(kind: type[Any], steps: int = 4, k: int = K) -> tuple[Any, nn.Parameter]:
+def stepped(kind: type[Any], steps: int = STEPS, k: int = K, **settings: Any) -> tuple[Any, nn.Parameter]:
     parameter = nn.Parameter(torch.zeros(k))
-    optimizer = kind([parameter], lr=0.01)
+    optimizer = kind([parameter], lr=0.01, **settings)
     for _ in range(steps):
         parameter.grad = torch.randn(k) * 0.1
         optimizer.step()
     return optimizer, parameter
 
 
+def rows(state: dict[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
+    """Codes and scales of each average that shares state `number`."""
+    codes, scales = state[f"state{number}"], state[f"absmax{number}"]
+    return [(codes, scales)] if codes.dim() == 1 else list(zip(codes, scales, strict=True))
+
+
 def dequantized(state: dict[str, Any], number: int) -> Tensor:
-    code, absmax = state[f"qmap{number}"], state[f"absmax{number}"]
-    return dequantize_blockwise(state[f"state{number}"], absmax=absmax, code=code, blocksize=BLOCK)
+    """``[rows, k]``"""
+    code = state[f"qmap{number}"]
+    return torch.stack([dequantize_blockwise(c, absmax=s, code=code, blocksize=BLOCK) for c, s in rows(state, number)])
 
 
-def largest_step(state: dict[str, Any], number: int, values: Tensor) -> Tensor:
+def largest_step(state: dict[str, Any], number: int, row: int, values: Tensor) -> Tensor:
     """For every value the wider of the two steps of its block's code next to it."""
-    code, absmax = state[f"qmap{number}"].sort().values, state[f"absmax{number}"]
+    code, (_, absmax) = state[f"qmap{number}"].sort().values, rows(state, number)[row]
     scale = absmax.repeat_interleave(BLOCK)[: values.numel()]
     where = torch.searchsorted(code, values / scale).clamp(1, code.numel() - 2)
     below, above = code[where] - code[where - 1], code[where + 1] - code[where]
@@ -49,38 +62,96 @@ def exchange_of(k: int) -> tuple[Tensor, int]:
     return source, grown.numel()
 
 
-@pytest.mark.parametrize(
-    ("kind", "roles"),
-    [
-        (bnb.optim.AdamW8bit, {1: "first", 2: "second"}),
-        (bnb.optim.PagedAdamW8bit, {1: "first", 2: "second"}),
-        (bnb.optim.Lion8bit, {1: "first"}),
-        (bnb.optim.RMSprop8bit, {1: "second"}),
-    ],
-)
-def test_entries_move_by_at_most_a_step_of_their_new_block(kind: type[Any], roles: dict[int, str]) -> None:
-    optimizer, parameter = stepped(kind)
+def seeds_of(m: int) -> GrownSeeds:
+    mean = torch.randn(m) * 0.05
+    return GrownSeeds(mean, mean.square() + 0.001, STEPS)
+
+
+FAST, SLOW, SQUARE = 1 - 0.9**STEPS, 1 - 0.9999**STEPS, 1 - 0.999**STEPS
+# By how much the window's mean (or, where "square", its mean square) is multiplied, row by row of each state.
+KINDS: dict[str, dict[int, list[tuple[str, float]]]] = {
+    "AdamW": {1: [("mean", FAST)], 2: [("square", SQUARE)]},
+    "Adam": {1: [("mean", FAST)], 2: [("square", SQUARE)]},
+    "LAMB": {1: [("mean", FAST)], 2: [("square", SQUARE)]},
+    "AdEMAMix": {1: [("mean", FAST), ("mean", SLOW)], 2: [("square", SQUARE)]},
+    "Lion": {1: [("mean", 1 - 0.99**STEPS)]},
+    "RMSprop": {1: [("square", 1.0)]},
+    "Adagrad": {1: [("square", STEPS)]},
+    "SGD": {1: [("mean", 1 + 0.9 + 0.81 + 0.729)]},
+    "LARS": {1: [("mean", 1 + 0.9 + 0.81 + 0.729)]},
+}
+NEEDS_MOMENTUM = {"SGD", "LARS"}
+PAGED = ["AdamW", "Adam", "Lion", "AdEMAMix"]
+
+
+def kind_of(name: str) -> tuple[type[Any], dict[str, Any]]:
+    plain = name.removeprefix("Paged").removesuffix("8bit")
+    return getattr(bnb.optim, name), {"momentum": 0.9} if plain in NEEDS_MOMENTUM else {}
+
+
+def expected_rows(before: Tensor, source: Tensor, seeds: GrownSeeds, factors: list[tuple[str, float]]) -> Tensor:
+    out = torch.empty_like(before)
+    kept = source >= 0
+    for row, old, (what, factor) in zip(out, before, factors, strict=True):
+        seed = seeds.mean if what == "mean" else seeds.mean_square
+        row[kept] = old[source[kept]]
+        row[~kept] = seed[-1 - source[~kept]] * factor
+    return out
+
+
+@pytest.mark.parametrize("name", [f"{name}8bit" for name in KINDS] + [f"Paged{name}8bit" for name in PAGED])
+def test_entries_move_by_at_most_a_step_of_their_new_block(name: str) -> None:
+    kind, settings = kind_of(name)
+    optimizer, parameter = stepped(kind, **settings)
+    factors = KINDS[name.removeprefix("Paged").removesuffix("8bit")]
     state = optimizer.state[parameter]
     assert state["state1"].dtype == torch.uint8
-    before = {number: dequantized(state, number) for number in roles}
+    before = {number: dequantized(state, number) for number in factors}
     source, m = exchange_of(K)
-    mean = torch.randn(m) * 0.05
-    seeds = GrownSeeds(mean, mean.square() + 0.001)
-    check_state(optimizer, parameter)
+    seeds = seeds_of(m)
     reseed_state(optimizer, parameter, source, seeds)
-    corrections = {"first": 1 - 0.9**4, "second": 1 - 0.999**4}
-    if kind is bnb.optim.RMSprop8bit:
-        corrections["second"] = 1.0
-    for number, role in roles.items():
-        after = dequantized(state, number)
-        kept = source >= 0
-        expected = torch.empty(K)
-        expected[kept] = before[number][source[kept]]
-        seed = seeds.mean if role == "first" else seeds.mean_square
-        expected[~kept] = seed[-1 - source[~kept]] * corrections[role]
-        assert ((after - expected).abs() <= largest_step(state, number, expected) + 1e-12).all(), number
-        if role == "second":
-            assert (after[(expected > 0)] > 0).all()
+    for number, of_rows in factors.items():
+        expected = expected_rows(before[number], source, seeds, of_rows)
+        for row, (got, wanted) in enumerate(zip(dequantized(state, number), expected, strict=True)):
+            error = (got - wanted).abs()
+            assert (error <= largest_step(state, number, row, wanted) + 1e-12).all(), (number, row)
+            if of_rows[row][0] == "square":
+                assert (got[wanted > 0] > 0).all()
+
+
+@pytest.mark.parametrize("name", [*KINDS, *(f"Paged{name}" for name in PAGED)])
+def test_state_in_32_bits_is_exact(name: str) -> None:
+    kind, settings = kind_of(name)
+    optimizer, parameter = stepped(kind, k=300, **settings)
+    factors = KINDS[name.removeprefix("Paged")]
+    state = optimizer.state[parameter]
+    before = {n: state[f"state{n}"].clone().view(-1, 300) for n in factors}
+    source, m = exchange_of(300)
+    seeds = seeds_of(m)
+    reseed_state(optimizer, parameter, source, seeds)
+    kept = source >= 0
+    for number, of_rows in factors.items():
+        got, expected = state[f"state{number}"].view(-1, 300), expected_rows(before[number], source, seeds, of_rows)
+        assert torch.equal(got[:, kept], expected[:, kept])
+        torch.testing.assert_close(got[:, ~kept], expected[:, ~kept])
+    assert state["step"] == STEPS
+
+
+@pytest.mark.parametrize("t_beta3", [3, 6, 1000])
+def test_a_scheduled_slow_average_is_what_steps_on_the_mean_make_it(t_beta3: int) -> None:
+    """AdEMAMix's own update, run on the window's mean as a constant gradient, is the oracle."""
+    steps = 7
+    optimizer, parameter = stepped(bnb.optim.AdEMAMix, steps, k=40, t_beta3=t_beta3, t_alpha=5)
+    source, m = exchange_of(40)
+    seeds = seeds_of(m)
+    reseed_state(optimizer, parameter, source, seeds)
+    other = nn.Parameter(torch.zeros(m))
+    reference = bnb.optim.AdEMAMix([other], lr=0.01, t_beta3=t_beta3, t_alpha=5)
+    for _ in range(steps):
+        other.grad = seeds.mean.clone()
+        reference.step()
+    got = optimizer.state[parameter]["state1"][:, source < 0]
+    torch.testing.assert_close(got, reference.state[other]["state1"][:, -1 - source[source < 0]], rtol=1e-4, atol=1e-9)
 
 
 def nearest_code(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, SimpleNamespace]:
@@ -92,37 +163,66 @@ def nearest_code(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, 
     return packed.to(torch.uint8), SimpleNamespace(absmax=absmax)
 
 
-def test_a_tiny_second_moment_is_not_rounded_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.RMSprop8bit])
+def test_a_tiny_second_moment_is_not_rounded_to_zero(monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
+    """Neither that of a grown entry, nor that of a kept one that gets into a block with large ones."""
     monkeypatch.setattr(bitsandbytes.functional, "quantize_blockwise", nearest_code)
-    optimizer, parameter = stepped(bnb.optim.AdamW8bit)
+    optimizer, parameter = stepped(kind)
+    number = 2 if kind is bnb.optim.AdamW8bit else 1
     source, m = exchange_of(K)
-    reseed_state(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), torch.full((m,), 1e-12)))
-    assert (dequantized(optimizer.state[parameter], 2)[source < 0] > 0).all()
+    square = torch.full((m,), 1e-12)
+    square[::2] = 1e6
+    reseed_state(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), square, STEPS))
+    assert (dequantized(optimizer.state[parameter], number) > 0).all()
 
 
-def test_small_matrices_keep_float_state() -> None:
-    optimizer, parameter = stepped(bnb.optim.AdamW8bit, k=300)
-    source, m = exchange_of(300)
-    before = optimizer.state[parameter]["state1"].clone()
-    assert before.dtype == torch.float32
-    reseed_state(optimizer, parameter, source, None)
-    kept = source >= 0
-    assert torch.equal(optimizer.state[parameter]["state1"][kept], before[source[kept]])
-    assert (optimizer.state[parameter]["state1"][~kept] == 0).all()
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdEMAMix8bit])
+def test_as_many_deltas_as_a_code_table_has_entries(kind: type[Any]) -> None:
+    """The table of codes looks like per-entry state then; it is shared by all parameters and must not be touched."""
+    optimizer, parameter = stepped(kind, k=256, min_8bit_size=0)
+    state = optimizer.state[parameter]
+    assert state["state1"].dtype == torch.uint8
+    tables = {name: state[name].clone() for name in ("qmap1", "qmap2")}
+    source, m = exchange_of(256)
+    reseed_state(optimizer, parameter, source, seeds_of(m))
+    assert [buffer.name for buffer in buffers_of(optimizer, parameter)] == ["state1", "state2"]
+    for name, table in tables.items():
+        assert torch.equal(state[name], table)
 
 
-def test_stacked_state_is_refused() -> None:
+def test_norms_are_left_alone() -> None:
+    optimizer, parameter = stepped(bnb.optim.LAMB, k=100, max_unorm=1.0)
+    state = optimizer.state[parameter]
+    state["gnorm_vec"] = torch.arange(100.0)  # as long as the parameter, and of the whole update
+    norm = state["unorm_vec"].clone()
+    source, m = exchange_of(100)
+    reseed_state(optimizer, parameter, source, seeds_of(m))
+    assert torch.equal(state["gnorm_vec"], torch.arange(100.0))
+    assert torch.equal(state["unorm_vec"], norm)
+
+
+def on_a_gpu(tensor: Tensor) -> Any:
+    """What `buffers_of` asks of a tensor."""
+    return SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=tensor.shape)
+
+
+def test_mixed_up_scales_on_a_gpu_are_refused_by_name() -> None:
+    """The GPU kernel finds the second average's scales behind the first one's, half a block early."""
     optimizer, parameter = stepped(bnb.optim.AdEMAMix8bit)
-    with pytest.raises(TypeError, match="AdEMAMix8bit keeps state 'state1'"):
-        check_state(optimizer, parameter)
+    optimizer.state[parameter]["absmax1"] = on_a_gpu(optimizer.state[parameter]["absmax1"])
+    with pytest.raises(TypeError, match="AdEMAMix8bit keeps state 'state1' of 4396 deltas .* multiple of 256"):
+        buffers_of(optimizer, parameter)
+    optimizer, parameter = stepped(bnb.optim.AdEMAMix8bit, k=4096)
+    optimizer.state[parameter]["absmax1"] = on_a_gpu(optimizer.state[parameter]["absmax1"])
+    assert len(buffers_of(optimizer, parameter)) == 2
 
 
-@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.Lion8bit])
-def test_training_with_closes(kind: type[Any]) -> None:
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit", "AdEMAMix8bit"])
+def test_training_with_closes(name: str) -> None:
     torch.manual_seed(0)
     model = adapt(nn.Sequential(nn.Linear(80, 100)), target_modules=["0"], density=0.6, total_steps=20)
     delta, start = first_delta(model), indices_of(model)["0"]
-    optimizer = kind(trainable(model), lr=0.003)
+    optimizer = getattr(bnb.optim, name)(trainable(model), lr=0.003)
     x = torch.randn(64, 80)
     y = x @ torch.randn(80, 100) * 0.1
     losses = []
@@ -136,4 +236,4 @@ def test_training_with_closes(kind: type[Any]) -> None:
     assert optimizer.state[delta.values]["state1"].dtype == torch.uint8
     assert moved(start, delta.indices) > 100
     assert len(log_of(model)) == 3
-    assert losses[-1] < 0.8 * losses[0]
+    assert math.isfinite(losses[-1]) and losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,86 @@
+"""Optimizers that step other optimizers: one training step, however many of them take part in it.
+
+Sharpness-aware minimization, Lookahead, Schedule-Free's wrapper and ZeRO's are optimizers around an optimizer, both
+with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from dataclasses import dataclass, field
+from types import FrameType
+
+import torch
+
+_Reference = weakref.ref[torch.optim.Optimizer]
+
+
+@dataclass(eq=False)
+class _OpenStep:
+    """A step in progress: the outermost optimizer, ids of what it holds, and the optimizers it has stepped."""
+
+    optimizer: _Reference
+    parameters: set[int]
+    parts: list[_Reference] = field(default_factory=list)
+
+
+class _OpenSteps(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_OpenStep] = []
+
+
+_OPEN = _OpenSteps()
+
+
+def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
+    """Note that a step begins; whether it is one of its own, not part of another optimizer's.
+
+    Args:
+        optimizer: about to step.
+        parameters: ids of the deltas' values that it holds.
+    """
+    if _OPEN.stack:
+        # Steps that an exception has ended are not on the call stack any more.
+        running = _on_the_call_stack()
+        _OPEN.stack = [s for s in _OPEN.stack if s.optimizer() is not optimizer and id(s.optimizer()) in running]
+    for step in _OPEN.stack:
+        if step.parameters & parameters:
+            step.parts.append(weakref.ref(optimizer))
+            return False
+    _OPEN.stack.append(_OpenStep(weakref.ref(optimizer), parameters))
+    return True
+
+
+def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Note that a step has ended: the optimizers that took part, itself first; none if it was part of another's."""
+    for step in _OPEN.stack:
+        if step.optimizer() is optimizer:
+            _OPEN.stack.remove(step)
+            parts = [part() for part in step.parts]
+            return [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
+        if any(part() is optimizer for part in step.parts):
+            return []
+    return [optimizer]
+
+
+def _on_the_call_stack() -> set[int]:
+    """Ids of the objects whose methods are running."""
+    found = set()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        found.add(id(frame.f_locals.get("self")))
+        frame = frame.f_back
+    return found
+
+
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
+    """An optimizer's attributes that are optimizers, or lists and dicts with optimizers: one of each."""
+    found = {}
+    for name, value in vars(optimizer).items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for inner in values:
+            if isinstance(inner, torch.optim.Optimizer):
+                found[name] = inner
+    return found

@@ -1,0 +1,260 @@
+"""What a grown entry starts with in each buffer that an optimizer keeps. Pure functions of window statistics.
+
+One idea makes the rules: a grown entry gets what it would have by now, had its gradient been the window's mean since
+the optimizer's first step. For Adam that is the mean times ``1 - beta1**step``, so that the corrected estimate is
+unbiased although `step` is kept per tensor. A sum builds up as a sum: SGD's momentum to ``g (1 - mu**t) / (1 - mu)``,
+Adagrad's to ``t g**2``. The exception are second moments that the optimizer uses as they are, without correction: they
+get the mean square in full. Both choices err to the same side: a grown delta never starts with longer steps than one
+that had the same gradient all along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GrownSeeds:
+    """Window statistics of the grown positions.
+
+    Attributes:
+        mean: mean gradient per step ``[m]``; NaN where a position was not in the window.
+        mean_square: mean squared gradient per step ``[m]``; NaN likewise.
+        steps: optimizer steps of the run so far, for optimizers that do not count theirs.
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+    steps: int
+
+
+@dataclass(frozen=True)
+class Past:
+    """What an optimizer has done so far to a parameter.
+
+    Attributes:
+        group: the parameter's group.
+        steps: optimizer steps so far.
+        corrects: whether the optimizer counts its steps, to correct averages that started at zero.
+    """
+
+    group: dict[str, Any]
+    steps: int
+    corrects: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any], state: dict[str, Any], run_steps: int) -> Past:
+        # Apex counts in the group; so does Schedule-Free, as "k", which means other things elsewhere.
+        counts = (state.get("step"), group.get("step"), group.get("k") if "weight_sum" in group else None)
+        counted = next((int(count) for count in counts if isinstance(count, (int, float, Tensor))), None)
+        corrects = counted is not None and bool(group.get("bias_correction", True))
+        return cls(group, run_steps if counted is None else counted, corrects)
+
+    def beta(self, number: int) -> float:
+        betas = self.group["betas"]
+        return float(betas[min(number, len(betas) - 1)])
+
+    @property
+    def sign(self) -> float:
+        """-1 for optimizers that maximize: they turn gradients round before anything else."""
+        return -1.0 if self.group.get("maximize") else 1.0
+
+
+Measure = Callable[[GrownSeeds, Past], Tensor]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a grown entry of one buffer starts with.
+
+    Attributes:
+        measured: the seeds ``[m]`` by what the window tells; None if it tells nothing of this buffer.
+        otherwise: without a measure: "zero"; "kept": the mean over the matrix's kept entries; "lr": the learning rate.
+            What is not "zero" scales or divides updates, and is never zero.
+    """
+
+    measured: Measure | None
+    otherwise: str
+
+    @property
+    def positive(self) -> bool:
+        return self.otherwise != "zero"
+
+
+def _average(number: int) -> Rule:
+    """Moving average of gradients that decays by ``betas[number]``."""
+    return Rule(lambda seeds, past: seeds.mean * past.sign * (1.0 - past.beta(number) ** past.steps), "zero")
+
+
+def _slow_average(seeds: GrownSeeds, past: Past) -> Tensor:
+    """AdEMAMix's slow average: never corrected, and its decay may be scheduled over ``t_beta3`` steps."""
+    t_beta3 = past.group.get("t_beta3")
+    log_decay = past.steps * math.log(past.beta(2))
+    if t_beta3:
+        log_fast, log_slow = math.log(past.beta(0)), math.log(past.beta(2))
+        progress = torch.arange(1, past.steps + 1, dtype=torch.float64) / float(t_beta3)
+        log_decays = log_fast * log_slow / ((1.0 - progress) * log_slow + progress * log_fast)
+        log_decay = float(log_decays.clamp(max=log_slow).sum())
+    return seeds.mean * past.sign * -math.expm1(log_decay)
+
+
+def _momentum(seeds: GrownSeeds, past: Past) -> Tensor:
+    """SGD's momentum, a geometric sum; only its first gradient is not dampened."""
+    mu, steps = float(past.group["momentum"]), past.steps
+    return seeds.mean * past.sign * _geometric_sum(mu, steps, float(past.group["dampening"]))
+
+
+def _momentum_in_betas(seeds: GrownSeeds, past: Past) -> Tensor:
+    """The same of bitsandbytes, which dampens nothing."""
+    return seeds.mean * _geometric_sum(past.beta(0), past.steps, 0.0)
+
+
+def _geometric_sum(mu: float, steps: int, dampening: float) -> float:
+    if steps < 1:
+        return 0.0
+    later = float(steps - 1) if mu >= 1.0 else (1.0 - mu ** (steps - 1)) / (1.0 - mu)
+    return mu ** (steps - 1) + (1.0 - dampening) * later
+
+
+def _corrected_square(seeds: GrownSeeds, past: Past) -> Tensor:
+    corrects = past.corrects and len(past.group.get("betas") or ()) > 1
+    return seeds.mean_square * ((1.0 - past.beta(1) ** past.steps) if corrects else 1.0)
+
+
+def _sum_of_squares(seeds: GrownSeeds, past: Past) -> Tensor:
+    return float(past.group.get("initial_accumulator_value", 0.0)) + seeds.mean_square * past.steps
+
+
+_ZERO = Rule(None, "zero")
+_KEPT = Rule(None, "kept")
+_LEARNING_RATE = Rule(None, "lr")
+_SQUARE = Rule(lambda seeds, past: seeds.mean_square, "kept")
+_CORRECTED_SQUARE = Rule(_corrected_square, "kept")
+# A norm, in the gradient's unit.
+_NORM = Rule(lambda seeds, past: seeds.mean_square.sqrt(), "kept")
+_SUM_OF_SQUARES = Rule(_sum_of_squares, "kept")
+
+# By the names that torch, transformers and most others use.
+_BY_NAME = {
+    "exp_avg": _average(0),
+    "exp_avg_fast": _average(0),
+    "exp_avg_slow": Rule(_slow_average, "zero"),
+    "momentum_buffer": Rule(_momentum, "zero"),
+    "exp_avg_sq": _CORRECTED_SQUARE,
+    "max_exp_avg_sq": _CORRECTED_SQUARE,
+    "square_avg": _SQUARE,
+    "variance": _SQUARE,
+    "exp_inf": _NORM,
+    "sum": _SUM_OF_SQUARES,
+    "step_size": _LEARNING_RATE,
+    # What stands for the past of an entry that has none: Rprop's last gradient, RMSprop's mean (zero makes its
+    # variance the mean square), averages and iterates of the deltas themselves.
+    "prev": _ZERO,
+    "grad_avg": _ZERO,
+    "ax": _ZERO,
+    "z": _ZERO,
+}
+# Settings without which a buffer of that name is in a unit of its own: preconditioned or scaled by a learning rate.
+_NEEDS = {
+    "exp_avg": ("betas",),
+    "exp_avg_fast": ("betas",),
+    "exp_avg_slow": ("betas",),
+    "momentum_buffer": ("momentum", "dampening"),
+    "sum": ("initial_accumulator_value",),
+    "step_size": ("step_sizes",),
+}
+# By what bitsandbytes calls the update: the rules of `state1`, row by row, and of `state2`.
+_BITSANDBYTES: dict[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = {
+    "adam": ((_average(0),), (_CORRECTED_SQUARE,)),
+    "lamb": ((_average(0),), (_CORRECTED_SQUARE,)),
+    "ademamix": ((_average(0), Rule(_slow_average, "zero")), (_CORRECTED_SQUARE,)),
+    # Steps by the sign of a mix with betas[0]; its average decays by the other one.
+    "lion": ((_average(1),), ()),
+    "momentum": ((Rule(_momentum_in_betas, "zero"),), ()),
+    "lars": ((Rule(_momentum_in_betas, "zero"),), ()),
+    "rmsprop": ((_SQUARE,), ()),
+    "adagrad": ((_SUM_OF_SQUARES,), ()),
+}
+
+
+def rules_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str, rows: Tensor) -> list[Rule]:
+    """The rule for each row of a buffer.
+
+    Args:
+        optimizer: whose buffer it is.
+        group: the parameter's group.
+        name: of the buffer in the optimizer's state.
+        rows: its entries ``[rows, k]``.
+    """
+    known = _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""))
+    if known is not None and name in ("state1", "state2"):
+        rules = known[0] if name == "state1" else known[1]
+        if len(rules) == rows.shape[0]:
+            return list(rules)
+    return [_rule_by_name(optimizer, group, name) or _general_rule(row) for row in rows]
+
+
+def _rule_by_name(optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str) -> Rule | None:
+    rule = _BY_NAME.get(name)
+    if rule is None or {"d", "growth_rate"} <= group.keys():
+        # Prodigy and D-Adaptation keep their moments in units of the step size d that they estimate.
+        return None
+    if any(group.get(setting) is None for setting in _NEEDS.get(name, ())):
+        return _KEPT if rule.positive else _ZERO
+    if name == "exp_avg" and "lion" in type(optimizer).__name__.lower():
+        return _average(1)
+    return rule
+
+
+def _general_rule(row: Tensor) -> Rule:
+    """For a buffer that nobody knows.
+
+    What is never negative (a sum of squares, a step size) divides or scales, and must not be zero; anything else adds
+    up.
+    """
+    return _KEPT if bool((row >= 0).all()) and bool((row > 0).any()) else _ZERO
+
+
+def seeds_for(rule: Rule, row: Tensor, source: Tensor, past: Past, seeds: GrownSeeds | None) -> Tensor:
+    """What the grown entries of one row of a buffer start with, ``[m]``.
+
+    Args:
+        rule: see `rules_of`.
+        row: the entries before the close, ``[k]``.
+        source: int64 ``[k]`` from `spiel_kernels.replace_positions`.
+        past: of the optimizer and the parameter.
+        seeds: window statistics of the grown positions; None without a window.
+    """
+    dtype = torch.promote_types(row.dtype, torch.float32)
+    otherwise = _otherwise(rule, row, source, past)
+    out = torch.full((int((source < 0).sum()),), otherwise, dtype=dtype, device=row.device)
+    if rule.measured is not None and seeds is not None:
+        measured = rule.measured(seeds, past).to(out)
+        # Of what was not in the window, or had no gradient in it, nothing is measured.
+        out = torch.where(measured > 0 if rule.positive else measured.isfinite(), measured, out)
+    if rule.positive and row.is_floating_point():
+        out = out.clamp(min=torch.finfo(row.dtype).tiny)
+    return out
+
+
+def _otherwise(rule: Rule, row: Tensor, source: Tensor, past: Past) -> float:
+    if rule.otherwise == "lr":
+        smallest, largest = past.group["step_sizes"]
+        return min(max(float(past.group["lr"]), float(smallest)), float(largest))
+    return _mean_of_kept(row, source) if rule.otherwise == "kept" else 0.0
+
+
+def _mean_of_kept(row: Tensor, source: Tensor) -> float:
+    # If all entries are new, or the kept ones never had a gradient, those that leave tell the scale.
+    for entries in (row[source[source >= 0]], row):
+        if entries.numel():
+            mean = float(entries.to(torch.promote_types(entries.dtype, torch.float32)).mean())
+            if mean > 0:
+                return mean
+    return 0.0

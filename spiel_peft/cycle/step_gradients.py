@@ -1,0 +1,96 @@
+"""The gradient that a step is given, noted before the step: some optimizers write into it.
+
+Among torch's, Adagrad, Adamax and SGD with Nesterov momentum do in their foreach versions, the default on a GPU; what
+they leave behind in ``p.grad`` is no gradient any more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import sm3_accumulate_
+
+from ..delta import SparseDelta
+from .growth_registry import get_growth_criterion
+from .nested_steps import inner_optimizers
+from .proposals import accumulators
+
+
+def note_gradients(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta], args: Any, kwargs: Any) -> None:
+    """Called before a step, without waiting for the device: keeps what is needed of the deltas' gradients.
+
+    With a closure there is none yet, and an optimizer that unscales in its own kernel leaves it unscaled: in these two
+    cases the gradient is looked at after the step. So it is for the accumulators, if another optimizer is inside.
+
+    Args:
+        optimizer: about to step the deltas.
+        deltas: of any adapters.
+        args, kwargs: of its `step`.
+    """
+    for delta in deltas:
+        delta.state.current.seen = None
+        delta.state.current.accumulated = False
+    if _has_closure(args, kwargs) or getattr(optimizer, "grad_scale", None) is not None:
+        return
+    with torch.no_grad():
+        for delta in deltas:
+            current, grad = delta.state.current, delta.values.grad
+            if grad is not None and current.probe is not None:
+                current.seen = grad[current.probe]
+        if optimizer_accumulates(optimizer) or inner_optimizers(optimizer):
+            return
+        for run in {delta.run: None for delta in deltas if delta.values.grad is not None}:
+            if get_growth_criterion(run.config.growth).accumulates:
+                _accumulate(optimizer, [d for d in deltas if d.run is run and d.values.grad is not None])
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return any(callable(value) for value in (*args[1:], *kwargs.values()))
+
+
+def _accumulate(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
+    takes_place = will_take_place([optimizer], [delta.values.grad for delta in deltas])
+    for delta in deltas:
+        row, col = accumulators(delta)
+        grad = delta.values.grad.to(row.dtype)
+        # A gradient of zero leaves the accumulators as they are.
+        sm3_accumulate_(row, col, delta.indices, torch.where(takes_place.to(grad.device), grad, 0.0))
+        delta.state.current.accumulated = True
+
+
+def accumulate_after_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta) -> None:
+    """Bring the SM3 accumulators up to date, unless that was done before the step or is the optimizer's affair."""
+    grad = delta.values.grad
+    if grad is None or delta.state.current.accumulated or any(map(optimizer_accumulates, optimizers)):
+        return
+    if get_growth_criterion(delta.run.config.growth).accumulates:
+        row, col = accumulators(delta)
+        sm3_accumulate_(row, col, delta.indices, grad.to(row.dtype))
+
+
+def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer updates the deltas' SM3 accumulators in its own step."""
+    return bool(getattr(optimizer, "updates_spiel_accumulators", False))
+
+
+def will_take_place(optimizers: list[torch.optim.Optimizer], grads: list[Tensor]) -> Tensor:
+    """Whether a step with these gradients counts, as a bool on their device: they are finite, and so are all others."""
+    sums = [grad.detach().sum(dtype=torch.float64) for grad in grads]
+    finite = torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all()
+    for optimizer in optimizers:
+        # A fused optimizer fires its hooks on overflow steps too, wherever the overflow was.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            finite = finite & (torch.as_tensor(found_inf).to(finite.device) == 0).all()
+    return finite
+
+
+def gradient_at_probes(delta: SparseDelta) -> Tensor | None:
+    """What the step was given at the slots `probe` ``[p]``; None if nothing was gathered for it."""
+    current, grad = delta.state.current, delta.values.grad
+    if grad is None or current.probe is None or current.probe_sums is None:
+        return None
+    return grad[current.probe] if current.seen is None else current.seen
