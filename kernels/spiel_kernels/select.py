@@ -53,7 +53,7 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
 
 
 def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
-    """A value that probably k of the scores in `pieces` reach, and not many more; NaN if some of them are, perhaps.
+    """A value that probably k of the scores in `pieces` reach, and not many more; perhaps NaN if some of them are.
 
     Args:
         pieces: ``[n_i]`` each, not all empty.
@@ -66,7 +66,7 @@ def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
     sample = torch.cat([piece[::step] for piece in pieces])
     size = sample.numel()
     rank = int(share * size + _MARGIN * math.sqrt(share * (1 - share) * size)) + 1
-    return float(torch.kthvalue(sample, size + 1 - min(max(rank, 1), size)).values)
+    return float(torch.topk(sample, min(max(rank, 1), size), sorted=False).values.min())
 
 
 def few_above(scores: Tensor, bound: float) -> Tensor | None:
