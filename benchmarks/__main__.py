@@ -15,7 +15,12 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for module in (step, ops, scaling, gpu, profile, quality, report):
         name = module.__name__.rpartition(".")[2]
-        command = commands.add_parser(name, help=str(module.__doc__).splitlines()[0])
+        command = commands.add_parser(
+            name,
+            help=str(module.__doc__).splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args()

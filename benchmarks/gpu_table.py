@@ -124,9 +124,9 @@ def gpu_table(results: dict[str, Part | None]) -> str:
         blocks.append(share_table(shares))
     operations = [entry for result in present.values() for entry in result.get("results", [])]
     if operations:
-        blocks += [operation_table(operations), gather_table(operations)]
+        blocks += [table(operations) for table in (operation_table, gather_table)]
     blocks += [describe_rates(result["rates"]) for result in present.values() if result.get("rates")]
     single = present.get("one_layer", {})
     if single.get("seconds"):
         blocks.append(layer_table(single, "frozen linear"))
-    return "\n\n".join(blocks)
+    return "\n\n".join(block for block in blocks if block)

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", nargs="+", choices=PARTS, default=["time"])
     add("--r", nargs="+", type=int, default=[16], help="ranks whose number of values is trained")
     add("--shapes", nargs="+", type=_shape, default=[(4, 128)], metavar="BxT", help="sequences x tokens of a batch")
-    add("--variants", nargs="+", choices=list(VARIANTS), help="all that fit by default")
+    add("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=f"out of {' | '.join(VARIANTS)}")
     add("--repetitions", type=int, default=7, help="timed steps per variant (fewer of long batches)")
     add("--cycles", type=int, default=2, help="cycles timed for the share of a run")
     add("--tiny", action="store_true", help="a tiny random model, to try the benchmark itself")

@@ -176,6 +176,8 @@ def _case_key(entry: dict[str, Any]) -> tuple[Any, ...]:
 def gather_table(entries: Sequence[dict[str, Any]]) -> str:
     """Cost of the sparse gradient over the dense product, by method and density."""
     gathers = [entry for entry in entries if entry["op"].startswith("gather")]
+    if not gathers:
+        return ""
     densities = sorted({entry["density"] for entry in gathers})
     cells: dict[tuple[Any, ...], dict[float, str]] = {}
     for entry in gathers:
@@ -196,6 +198,8 @@ def operation_table(entries: Sequence[dict[str, Any]]) -> str:
     """All other operations: time, over the dense formula, over the floor."""
     rows = []
     names = list(dict.fromkeys(entry["op"] for entry in entries if not entry["op"].startswith("gather")))
+    if not names:
+        return ""
     for entry in sorted((e for e in entries if e["op"] in names), key=lambda entry: names.index(entry["op"])):
         line = [entry["op"], f"{entry['rows']}x{entry['cols']}", f"{entry['density']:.2%}", str(entry["tokens"])]
         line += [entry["dtype"], entry["indices"]]
