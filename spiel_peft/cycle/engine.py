@@ -31,7 +31,7 @@ from .report import CycleReport
 from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
 from .state_rules import GrownSeeds
-from .step_gradients import accumulate_after_step, gradient_at_probes, note_gradients, will_take_place
+from .step_gradients import accumulate_after_step, gradient_at_probes, note_gradients, when_known, will_take_place
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +59,21 @@ def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dic
     return sorted(held, key=lambda pair: (pair[0].run.adapter_name, pair[0].module_name))
 
 
-def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     """Take the deltas out of the base weights, and begin a run where a delta sees its first step."""
     deltas = [delta for delta, _ in held_deltas(optimizer)]
     unfold_deltas(deltas)
     if not deltas or getattr(optimizer, "delegates_step", False):
-        return
-    if nested_steps.begin(optimizer, {id(delta.values) for delta in deltas}):
-        check_optimizer(optimizer, deltas)
-        join(optimizer, deltas)
-        note_gradients(optimizer, deltas, args, kwargs)
+        return None
+    if not nested_steps.begin(optimizer, {id(delta.values) for delta in deltas}):
+        return None
+    check_optimizer(optimizer, deltas)
+    join(optimizer, deltas)
+
+    def note(first: bool) -> None:
+        note_gradients(optimizer, deltas, first)
+
+    return when_known(note, args, kwargs)
 
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -6,6 +6,8 @@ they leave behind in ``p.grad`` is no gradient any more.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,36 +21,59 @@ from .nested_steps import inner_optimizers
 from .proposals import accumulators
 
 
-def note_gradients(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta], args: Any, kwargs: Any) -> None:
-    """Called before a step, without waiting for the device: keeps what is needed of the deltas' gradients.
+def when_known(note: Callable[[bool], None], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Call `note` when a step's gradient is known: now, or after a closure that the step evaluates.
 
-    With a closure there is none yet, and an optimizer that unscales in its own kernel leaves it unscaled: in these two
-    cases the gradient is looked at after the step. So it is for the accumulators, if another optimizer is inside.
+    Args:
+        note: told whether it is called for the first time in this step; a closure may be evaluated several times.
+        args, kwargs: of the optimizer's `step`, itself included.
+
+    Returns:
+        What `step` is to be called with instead; None if with the same.
+    """
+    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        note(True)
+        return None
+    evaluations = 0
+
+    @functools.wraps(closure)
+    def noting(*closure_args: Any, **closure_kwargs: Any) -> Any:
+        nonlocal evaluations
+        loss = closure(*closure_args, **closure_kwargs)
+        note(evaluations == 0)
+        evaluations += 1
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": noting}
+    return (args[0], noting, *args[2:]), kwargs
+
+
+def note_gradients(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta], first: bool) -> None:
+    """Keep what is needed of the deltas' gradients before an optimizer can write to them; waits for no device.
+
+    An optimizer that unscales in its own kernel finds the gradient unscaled, and leaves what it made of it: there, it
+    is looked at after the step. So it is for the accumulators, if another optimizer is inside.
 
     Args:
         optimizer: about to step the deltas.
         deltas: of any adapters.
-        args, kwargs: of its `step`.
+        first: whether these are the step's first gradients; only those are of the weights as they are, and accumulated.
     """
+    unscales = getattr(optimizer, "grad_scale", None) is not None
+    accumulates = not (unscales or optimizer_accumulates(optimizer) or inner_optimizers(optimizer))
     for delta in deltas:
-        delta.state.current.seen = None
-        delta.state.current.accumulated = False
-    if _has_closure(args, kwargs) or getattr(optimizer, "grad_scale", None) is not None:
+        current, grad = delta.state.current, delta.values.grad
+        known = not unscales and grad is not None and current.probe is not None
+        current.seen = grad.detach()[current.probe] if known else None
+        current.accumulated = accumulates and not first
+    if not accumulates or not first:
         return
     with torch.no_grad():
-        for delta in deltas:
-            current, grad = delta.state.current, delta.values.grad
-            if grad is not None and current.probe is not None:
-                current.seen = grad[current.probe]
-        if optimizer_accumulates(optimizer) or inner_optimizers(optimizer):
-            return
         for run in {delta.run: None for delta in deltas if delta.values.grad is not None}:
             if get_growth_criterion(run.config.growth).accumulates:
                 _accumulate(optimizer, [d for d in deltas if d.run is run and d.values.grad is not None])
-
-
-def _has_closure(args: Any, kwargs: Any) -> bool:
-    return any(callable(value) for value in (*args[1:], *kwargs.values()))
 
 
 def _accumulate(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
