@@ -70,7 +70,8 @@ def _on_the_call_stack() -> set[int]:
     found = set()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        found.add(id(frame.f_locals.get("self")))
+        if "self" in frame.f_locals:  # else the id of None would be there, which a dead reference gives as well
+            found.add(id(frame.f_locals["self"]))
         frame = frame.f_back
     return found
 
