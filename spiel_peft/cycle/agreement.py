@@ -1,35 +1,216 @@
-"""One decision for all data-parallel ranks."""
+"""What the ranks that train together must agree on, and what happens if they do not.
+
+Ranks exchange a few numbers at every step and checksums at every close. Whoever compares them sees the same table, so
+that all ranks go on or all raise; none is left waiting.
+"""
 
 from __future__ import annotations
+
+import hashlib
+import logging
+import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..delta import SparseDelta
+from ..training_state import TrainingState
+from .checksums import checksum
+from .exchange import Exchange, decide_exchange
+from .growth_registry import GrowthCriterion
+from .proposals import propose
+from .ranks import Ranks
 
-def agree_on_proposals(proposed: Tensor) -> Tensor:
-    """Rank 0's proposals on every rank; without a process group, the tensor itself.
+logger = logging.getLogger(__name__)
 
-    Each rank sees gradients of its own data only. Ranks that chose from these would end up with different indices,
-    which a data-parallel wrapper then hides by broadcasting rank 0's buffers.
+# Outcomes of a step as one rank sees it.
+SKIPPED, TOOK_PLACE, WITHOUT_GRADIENT = 0, 1, 2
+
+_SAME_RUN = "build the model with the same SpIELConfig and load the same checkpoint on every rank"
+# What is compared at every step besides the outcome, and what to do about a difference.
+_STEP_FIELDS = {
+    "optimizer steps so far": "step the optimizer equally often, and load the same checkpoint, on every rank",
+    "closed cycles": _SAME_RUN,
+    "total_steps": "pass the same total_steps on every rank, as a data loader's length may differ between ranks",
+    "whether all deltas were zero when the run began": _SAME_RUN,
+    "the number of deltas in the optimizer": "use an optimizer that does not distribute parameters over the ranks",
+    "steps in open windows": _SAME_RUN,
+    "the adapter's settings or its training state": _SAME_RUN,
+}
+_FRESH_CODES = {None: -1, False: 0, True: 1}
+# States whose settings have been compared.
+_COMPARED: weakref.WeakSet[TrainingState] = weakref.WeakSet()
+
+
+def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> int:
+    """Compare where all ranks are in the run, and what they think of the step that has just been taken.
+
+    Args:
+        ranks: those that have taken the step.
+        deltas: that the optimizer has stepped, of one adapter, ordered by name.
+        outcome: integer scalar, this rank's `SKIPPED`, `TOOK_PLACE` or `WITHOUT_GRADIENT`.
+
+    Returns:
+        The common outcome: a step that any rank skipped is skipped by all.
+
+    Raises:
+        RuntimeError: on every rank, if they are not at the same place of the same run.
     """
-    if not _several_ranks():
-        return proposed
-    size = torch.tensor([proposed.numel()], device=proposed.device)
-    torch.distributed.broadcast(size, 0)
-    if torch.distributed.get_rank() != 0:
-        proposed = torch.empty(int(size), dtype=torch.int64, device=proposed.device)
-    torch.distributed.broadcast(proposed, 0)
-    return proposed
+    device = deltas[0].values.device
+    row = torch.tensor([0, *_place_in_run(deltas)], device=device)
+    row[0] = outcome
+    # The one wait for the device that a step has anyway.
+    table = ranks.gather(row).tolist()
+    for column, (field, remedy) in enumerate(_STEP_FIELDS.items(), start=1):
+        said = [of_rank[column] for of_rank in table]
+        if len(set(said)) > 1:
+            by_rank = ", ".join(f"{value} on rank {ranks.name(index)}" for index, value in enumerate(said))
+            shown = "" if column == len(_STEP_FIELDS) else f" ({by_rank})"
+            raise RuntimeError(
+                f"adapter {deltas[0].run.adapter_name!r}: the ranks that train it together disagree on {field}{shown}. "
+                f"To go on they have to be at the same step of the same run: {remedy}."
+            )
+    _COMPARED.update(delta.state for delta in deltas)
+    outcomes = {of_rank[0] for of_rank in table}
+    return outcomes.pop() if len(outcomes) == 1 else SKIPPED
 
 
-def agree_on_values(values: Tensor) -> Tensor:
-    """Rank 0's values, of which every rank has as many; seeds of one rank's own would let optimizer states drift."""
-    if _several_ranks():
-        torch.distributed.broadcast(values, 0)
-    return values
+def _place_in_run(deltas: list[SparseDelta]) -> list[int]:
+    first = deltas[0].state
+    window_steps = sum(1 + delta.state.window.steps for delta in deltas if delta.state.window is not None)
+    new = any(delta.state not in _COMPARED for delta in deltas)
+    return [
+        first.step,
+        first.closes,
+        deltas[0].run.total_steps or 0,
+        _FRESH_CODES[first.fresh],
+        len(deltas),
+        window_steps,
+        _fingerprint(deltas) if new else 0,
+    ]
 
 
-def _several_ranks() -> bool:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    return torch.distributed.get_world_size() > 1
+def _fingerprint(deltas: list[SparseDelta]) -> int:
+    """A number for everything that decides how the run goes on; computed where a run begins or resumes."""
+    c = deltas[0].run.config
+    parts: list[object] = [c.growth, c.regrow_every, c.accumulation_steps, c.initial_regrow_rate]
+    parts += [c.regrow_schedule, c.stop_regrowing_at, c.seed]
+    for delta in deltas:
+        parts += [delta.module_name, delta.weight_shape, delta.k]
+        parts += [(name, int(checksum(tensor))) for name, tensor in sorted(delta.state.tensors().items())]
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+# Closes
+
+_CLOSE_FIELDS = {
+    "values": "they were changed on some ranks only, or optimizers differ (state, learning rate, steps taken)",
+    "indices": "they were changed on some ranks only",
+    "number of deltas to replace": "total_steps or learning rates differ between ranks",
+    "decision what to prune and grow": "a fault of this package or of the growth criterion: please report it",
+}
+
+
+def check_same(ranks: Ranks, deltas: list[SparseDelta]) -> None:
+    """Raise a RuntimeError on every rank unless all of them hold the same indices and values."""
+    columns = [[checksum(delta.values), checksum(delta.indices)] for delta in deltas]
+    _compare(ranks, deltas, ranks.gather(_table(columns)))
+
+
+def decide(
+    ranks: Ranks | None, criterion: GrowthCriterion, deltas: list[SparseDelta], counts: Sequence[int]
+) -> list[Exchange]:
+    """The exchanges of a close, one decision for all ranks.
+
+    All compute them from the same sums; where a growth criterion proposes something else on some rank, all follow the
+    first one.
+
+    Args:
+        ranks: those that close; None: this process alone.
+        criterion: the adapter's.
+        deltas: whose cycle closes, ordered by name.
+        counts: how many each of them is to replace at most.
+
+    Raises:
+        ValueError: the criterion's proposals are not allowed here (see `propose`).
+        RuntimeError: on every rank, if their indices, values or decisions differ, or the criterion failed on another.
+    """
+    if ranks is None:
+        return [_exchange(d, propose(criterion, d, count), count) for d, count in zip(deltas, counts, strict=True)]
+    return _decide_together(ranks, criterion, deltas, counts)
+
+
+def _decide_together(
+    ranks: Ranks, criterion: GrowthCriterion, deltas: list[SparseDelta], counts: Sequence[int]
+) -> list[Exchange]:
+    exchanges: list[Exchange] = []
+    rows, error = [], None
+    for delta, count in zip(deltas, counts, strict=True):
+        try:
+            proposed = propose(criterion, delta, count)
+        except Exception as failure:  # the others have to be told, whatever it is
+            proposed, error = delta.indices[:0].to(torch.int64), error or failure
+        exchanges.append(_exchange(delta, proposed, count))
+        rows.append([*_row(delta, count, exchanges[-1]), checksum(proposed)])
+    device = deltas[0].values.device
+    gathered = ranks.gather(torch.cat([_table(rows).view(-1), torch.tensor([error is not None], device=device)]))
+    _raise_failure(ranks, criterion, error, gathered[:, -1].tolist())
+    table = gathered[:, :-1].view(ranks.size, len(deltas), -1)
+    differing = (table[:, :, -1] != table[:1, :, -1]).any(0).tolist()
+    if not any(differing):
+        _compare(ranks, deltas, table[:, :, :-1])
+        return exchanges
+    _compare(ranks, deltas, table[:, :, :3])
+    logger.warning("growth criterion %r proposes other positions on other ranks: the first rank's hold", criterion.name)
+    for place, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
+        if differing[place]:
+            own = propose(criterion, delta, count) if ranks.index == 0 else delta.indices[:0].to(torch.int64)
+            exchanges[place] = _exchange(delta, ranks.broadcast_flat(own), count)
+    rows = [_row(*of_delta) for of_delta in zip(deltas, counts, exchanges, strict=True)]
+    _compare(ranks, deltas, ranks.gather(_table(rows)))
+    return exchanges
+
+
+def _exchange(delta: SparseDelta, proposed: Tensor, count: int) -> Exchange:
+    exchange = decide_exchange(delta.indices, delta.values.detach(), proposed, count)
+    # Held for all matrices at once, so no wider than need be.
+    return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
+
+
+def _row(delta: SparseDelta, count: int, exchange: Exchange) -> list[Tensor]:
+    number = torch.tensor(count, device=delta.values.device)
+    decision = checksum(exchange.drop) * 3 + checksum(exchange.grown)
+    return [checksum(delta.values), checksum(delta.indices), number, decision]
+
+
+def _table(rows: list[list[Tensor]]) -> Tensor:
+    device = rows[0][0].device
+    return torch.stack([torch.stack([entry.to(device) for entry in row]) for row in rows])
+
+
+def _raise_failure(ranks: Ranks, criterion: GrowthCriterion, error: Exception | None, failed: list[int]) -> None:
+    if error is not None:
+        raise error
+    if any(failed):
+        names = [ranks.name(index) for index, has in enumerate(failed) if has]
+        raise RuntimeError(f"growth criterion {criterion.name!r} failed on ranks {names}; see the error there")
+
+
+def _compare(ranks: Ranks, deltas: list[SparseDelta], table: Tensor) -> None:
+    """Raise a RuntimeError if rows of the table ``[ranks, deltas, fields]`` differ, naming what, where and on whom."""
+    unequal = table != table[:1]
+    if not bool(unequal.any()):
+        return
+    place = int(unequal.any(2).any(0).nonzero()[0])
+    field = int(unequal[:, place].any(0).nonzero()[0])
+    others = [ranks.name(index) for index in unequal[:, place, field].nonzero().flatten().tolist()]
+    more = int(unequal.any(2).any(0).sum()) - 1
+    name, cause = list(_CLOSE_FIELDS.items())[field]
+    raise RuntimeError(
+        f"adapter {deltas[place].run.adapter_name!r}, step {deltas[place].state.step}: the {name} of module "
+        f"{deltas[place].module_name!r} on ranks {others} {'differ' if name.endswith('s') else 'differs'} from rank "
+        f"{ranks.name(0)}'s" + (f", and {more} more modules differ" if more else "") + f". Likely cause: {cause}. "
+        "Training stops here, as the ranks would go on with different models; resume from the last checkpoint."
+    )

@@ -13,11 +13,13 @@ from spiel_kernels.fold import accumulation_dtype
 from ..delta import AdapterRun, SparseDelta
 from ..training_state import CandidateWindow, StepGradient
 from ..weight_gradients import WeightGradient
+from .data_parallel import ranks_of
 from .growth_registry import get_growth_criterion
 from .optimizer_state import seek
 from .schedule import in_window, is_skipped, next_close
 
 _PROBES = 16
+_COMMON_PROBES = 256
 # Runs whose user has been told that nobody steps their deltas.
 _WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
@@ -30,9 +32,11 @@ class WindowCollector:
         if not delta.state.sought:
             seek(delta)
         _note_accumulation(delta)
-        if not _gathers_now(delta):
-            return None
         state = delta.state
+        if state.window is None and ranks_of(delta) is not None:
+            return _proposed(delta, gradient)
+        if not gathers_at(delta, state.step):
+            return None
         if state.window is None:
             positions = gradient.topk(delta.k)
             if positions.numel() == 0:
@@ -48,15 +52,40 @@ class WindowCollector:
             return
         current = delta.state.current
         if current.pending is None or current.probe_sums is None:
-            current.pending = torch.zeros_like(delta.state.window.sums)
-            current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
-            current.probe_sums = torch.zeros_like(active[current.probe])
+            dtype = accumulation_dtype(delta.values)
+            current.pending = torch.zeros(candidates.shape, dtype=dtype, device=candidates.device)
+            if ranks_of(delta) is not None:
+                current.probe = common_probe(delta)
+                current.probe_sums = torch.zeros(current.probe.shape, dtype=dtype, device=active.device)
+            else:
+                current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
+                current.probe_sums = torch.zeros_like(active[current.probe])
         current.pending += candidates
         current.probe_sums += active[current.probe]
 
 
-def _gathers_now(delta: SparseDelta) -> bool:
-    run, config, done = delta.run, delta.run.config, delta.state.step
+def _proposed(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+    """The positions that this rank proposes as candidates, found in the first backward pass of the step."""
+    current = delta.state.current
+    if not proposes_at(delta, delta.state.step):
+        return None
+    if current.proposed is None:
+        positions = gradient.topk(delta.k)
+        if positions.numel() == 0:
+            return None
+        current.proposed = positions.to(delta.indices.dtype)
+    return current.proposed
+
+
+def common_probe(delta: SparseDelta) -> Tensor:
+    """Slots of some active deltas, the same on every rank, whatever gradients it has."""
+    count = min(_COMMON_PROBES, delta.k)
+    return torch.arange(count, device=delta.values.device) * delta.k // count
+
+
+def gathers_at(delta: SparseDelta, done: int) -> bool:
+    """Whether the step after `done` finished ones belongs to an accumulation window."""
+    run, config = delta.run, delta.run.config
     if delta.state.finished and done == delta.state.total_steps:
         done = 0  # if anything follows, it is the first step of another run
     if not get_growth_criterion(config.growth).gathers:
@@ -65,6 +94,14 @@ def _gathers_now(delta: SparseDelta) -> bool:
         return False
     close = next_close(done, config.regrow_every, config.accumulation_steps)
     return not is_skipped(close, run.total_steps, config.stop_regrowing_at)
+
+
+def proposes_at(delta: SparseDelta, done: int) -> bool:
+    """Whether, among several ranks, the step after `done` finished ones is one to propose candidates in.
+
+    That is the step before a window or, where that belongs to another window or there is none, one in the window.
+    """
+    return delta.state.window is None and (gathers_at(delta, done) or gathers_at(delta, done + 1))
 
 
 def _note_accumulation(delta: SparseDelta) -> None:
@@ -92,7 +129,8 @@ def _gradient_is_clear(delta: SparseDelta) -> bool:
 def drop_step(delta: SparseDelta) -> None:
     """Forget the step in progress. A window that it would have opened chooses its candidates anew."""
     delta.state.current = StepGradient()
-    if delta.state.window is not None and delta.state.window.steps == 0:
+    window = delta.state.window
+    if window is not None and window.steps == 0 and not window.shared:
         delta.state.window = None
 
 

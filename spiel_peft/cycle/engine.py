@@ -19,19 +19,21 @@ from spiel_kernels import replace_positions
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..resident import unfold_deltas
 from ..training_state import StepGradient
-from . import nested_steps
-from .agreement import agree_on_proposals, agree_on_values
+from . import data_parallel, nested_steps
+from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
 from .collector import drop_step
-from .exchange import Exchange, decide_exchange
+from .data_parallel import note_step, ranks_of, someone_has_left
+from .exchange import Exchange
 from .growth_registry import GrowthCriterion, get_growth_criterion
 from .moments import permute, reseed_state
 from .optimizer_check import check_optimizer, check_state
-from .proposals import propose
+from .ranks import Ranks
 from .report import CycleReport
 from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
 from .state_rules import GrownSeeds
-from .step_gradients import accumulate_after_step, gradient_at_probes, note_gradients, when_known, will_take_place
+from .step_gradients import accumulate_after_step, note_gradients, when_known, will_take_place
+from .windows import commit_windows, narrow, ready_probes
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ def install() -> None:
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(before_step))
         _handles.append(register_optimizer_step_post_hook(after_step))
+        data_parallel.install()
 
 
 def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dict[str, Any]]]:
@@ -71,6 +74,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
     join(optimizer, deltas)
 
     def note(first: bool) -> None:
+        ready_probes(deltas)
         note_gradients(optimizer, deltas, first)
 
     return when_known(note, args, kwargs)
@@ -80,7 +84,7 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     """Take the finished step into account, and close the cycle of every adapter that is due."""
     if getattr(optimizer, "delegates_step", False):
         return
-    runs: dict[int, list[tuple[SparseDelta, dict[str, Any]]]] = {}
+    parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
     held = held_deltas(optimizer)
     # A closure runs forward passes inside the step.
     unfold_deltas(delta for delta, _ in held)
@@ -88,24 +92,32 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     if not optimizers:
         return
     for delta, group in held:
-        runs.setdefault(id(delta.run), []).append((delta, group))
+        parties.setdefault((id(delta.run), ranks_of(delta)), []).append((delta, group))
     with torch.no_grad():
-        for held_by_run in runs.values():
-            _after_step_of_run(optimizers, held_by_run)
+        for (_, ranks), held_together in parties.items():
+            _after_step_of_run(optimizers, held_together, ranks)
+    note_step(optimizers, [delta for delta, _ in held])
 
 
-def _after_step_of_run(optimizers: list[torch.optim.Optimizer], held: list[tuple[SparseDelta, dict[str, Any]]]) -> None:
-    grads = [delta.values.grad for delta, _ in held if delta.values.grad is not None]
-    if not grads:
+def _after_step_of_run(
+    optimizers: list[torch.optim.Optimizer], held: list[tuple[SparseDelta, dict[str, Any]]], ranks: Ranks | None
+) -> None:
+    deltas = [delta for delta, _ in held]
+    pauses = ranks is not None and any(someone_has_left(delta) for delta in deltas)
+    if pauses:
+        ranks = None
+        for delta in deltas:
+            delta.state.window = None
+    outcome = _outcome(optimizers, deltas, ranks)
+    if outcome == WITHOUT_GRADIENT:
         return
-    # One wait for the device, however many matrices there are.
-    if not bool(will_take_place(optimizers, grads)):
-        for delta, _ in held:
+    if outcome == SKIPPED:
+        for delta in deltas:
             drop_step(delta)
             delta.state.unheld_steps = 0
         return
-    factors = _scalings([delta for delta, _ in held])
-    _commit_windows([delta for delta, _ in held], factors)
+    if not pauses:
+        commit_windows(deltas, ranks)
     for delta, group in held:
         _count_step(optimizers, delta, group)
     run = held[0][0].run
@@ -116,8 +128,17 @@ def _after_step_of_run(optimizers: list[torch.optim.Optimizer], held: list[tuple
         if closes_at(delta.state.step, config.regrow_every, config.accumulation_steps)
     ]
     criterion = get_growth_criterion(config.growth)
-    if due and criterion.propose is not None:
-        _close(optimizers, run, criterion, due)
+    if due and criterion.propose is not None and not pauses:
+        _close(optimizers, run, criterion, due, ranks)
+
+
+def _outcome(optimizers: list[torch.optim.Optimizer], deltas: list[SparseDelta], ranks: Ranks | None) -> int:
+    """Whether the step counts; one wait for the device, however many matrices and ranks there are."""
+    grads = [delta.values.grad for delta in deltas if delta.values.grad is not None]
+    if ranks is None:
+        return int(will_take_place(optimizers, grads)) if grads else WITHOUT_GRADIENT
+    own = will_take_place(optimizers, grads) if grads else torch.tensor(WITHOUT_GRADIENT)
+    return agree_on_step(ranks, deltas, own)
 
 
 def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, group: dict[str, Any]) -> None:
@@ -137,74 +158,30 @@ def _learning_rate(group: dict[str, Any]) -> float:
     return float(group.get("lr") or 0.0)
 
 
-def _commit_windows(deltas: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> None:
-    """Add the finished step's candidate gradients to the open windows, scaled and clipped as the active ones were."""
-    windowed = [delta for delta in deltas if delta.state.window is not None]
-    gathered = [d for d in windowed if d.state.current.pending is not None and d in factors]
-    finite: dict[SparseDelta, bool] = {}
-    if gathered:
-        # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step. One
-        # wait for the device tells for all of them.
-        device = gathered[0].values.device
-        sums = torch.stack([_step_gradient(d, factors[d]).sum(dtype=torch.float64).to(device) for d in gathered])
-        finite = dict(zip(gathered, torch.isfinite(sums).tolist(), strict=True))
-    for delta in windowed:
-        if finite.get(delta) is False:
-            drop_step(delta)
-            continue
-        window = delta.state.window
-        if delta in finite:
-            step_gradient = _step_gradient(delta, factors[delta])
-            window.sums += step_gradient
-            window.squares += step_gradient.square_()
-        window.steps += 1
-
-
-def _step_gradient(delta: SparseDelta, factor: Tensor) -> Tensor:
-    pending = delta.state.current.pending
-    return pending * factor.to(pending.dtype)
-
-
-def _scalings(deltas: list[SparseDelta]) -> dict[SparseDelta, Tensor]:
-    """What unscaling, averaging and clipping made of each gathering delta's raw gradients: ``grad`` over the probes.
-
-    Optimizers that unscale inside their kernel write the result back, so this holds for them too. A matrix whose
-    probes are all zero (an embedding whose active rows did not occur) takes the factor of the others.
-    """
-    products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
-    for delta in deltas:
-        seen = gradient_at_probes(delta)
-        if seen is not None:
-            raw = delta.state.current.probe_sums.double()
-            products[delta] = (seen.double() * raw).sum(), (raw * raw).sum()
-    if not products:
-        return {}
-    device = deltas[0].values.device
-    seen_total = torch.stack([seen.to(device) for seen, _ in products.values()]).sum()
-    raw_total = torch.stack([raw.to(device) for _, raw in products.values()]).sum()
-    overall = torch.where(raw_total > 0, seen_total / raw_total, torch.ones_like(raw_total))
-    return {delta: torch.where(raw > 0, seen / raw, overall.to(raw.device)) for delta, (seen, raw) in products.items()}
-
-
 def _close(
     optimizers: list[torch.optim.Optimizer],
     run: AdapterRun,
     criterion: GrowthCriterion,
     due: list[tuple[SparseDelta, dict[str, Any]]],
+    ranks: Ranks | None,
 ) -> None:
-    step = due[0][0].state.step
+    deltas = [delta for delta, _ in due]
+    step = deltas[0].state.step
     if is_skipped(step, run.total_steps, run.config.stop_regrowing_at):
-        for delta, _ in due:
+        if ranks is not None:
+            check_same(ranks, deltas)
+        for delta in deltas:
             delta.state.window = None
         return
     # Everything is decided, and what a criterion proposes and the optimizer keeps is checked, before anything is
     # changed.
     for delta, _ in due:
         check_state(optimizers, delta.values)
+    for delta in deltas:
+        narrow(delta)
     rates = [_rate(delta, group) for delta, group in due]
-    exchanges = [
-        _decide(criterion, delta, math.floor(rate * delta.k)) for (delta, _), rate in zip(due, rates, strict=True)
-    ]
+    counts = [math.floor(rate * delta.k) for delta, rate in zip(deltas, rates, strict=True)]
+    exchanges = decide(ranks, criterion, deltas, counts)
     magnitude = sum(float(delta.values.abs().double().sum()) for delta, _ in due)
     for (delta, _), exchange in zip(due, exchanges, strict=True):
         _carry_out(optimizers, criterion, delta, exchange)
@@ -222,13 +199,6 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
     if run.total_steps is not None:
         return regrow_rate(config.regrow_schedule, config.initial_regrow_rate, state.step, run.total_steps)
     return lr_following_rate(config.initial_regrow_rate, _learning_rate(group), state.max_lr)
-
-
-def _decide(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Exchange:
-    proposed = agree_on_proposals(propose(criterion, delta, count))
-    exchange = decide_exchange(delta.indices, delta.values.detach(), proposed, count)
-    # Held for all matrices at once, so no wider than need be.
-    return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
 
 
 def _carry_out(
@@ -262,4 +232,4 @@ def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> Gro
         known = positions[slots] == grown
         mean[known] = (window.sums[slots[known]] / window.steps).to(mean)
         mean_square[known] = (window.squares[slots[known]] / window.steps).to(mean)
-    return GrownSeeds(agree_on_values(mean), agree_on_values(mean_square), delta.state.step)
+    return GrownSeeds(mean, mean_square, delta.state.step)

@@ -1,0 +1,42 @@
+"""Candidates that several ranks choose together. Pure functions of tensors.
+
+Every rank proposes the positions of its own largest gradients; a position's score is the sum of what ranks said of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NO_POSITION = -1
+
+
+def padded(tensor: Tensor, size: int, filler: int = 0) -> Tensor:
+    """A one-dimensional tensor at length `size`."""
+    return torch.cat([tensor, tensor.new_full((size - tensor.numel(),), filler)])
+
+
+def unite(positions: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """The union of all proposals and the sums of the gradients that came with them.
+
+    A rank that did not propose a position counts as zero there: its gradient is smaller than its k largest ones.
+
+    Args:
+        positions: integer ``[ranks, c]``, distinct within a rank, `NO_POSITION` where it had no more to propose.
+        gradients: floating ``[ranks, c]``.
+
+    Returns:
+        Sorted positions ``[u]`` and sums ``[u]``, the same bits wherever they are computed: ranks are added in order.
+    """
+    union = torch.unique(positions[positions != NO_POSITION])
+    sums = torch.zeros(union.numel(), dtype=gradients.dtype, device=gradients.device)
+    for of_rank, values in zip(positions, gradients, strict=True):
+        proposed = of_rank != NO_POSITION
+        sums[torch.searchsorted(union, of_rank[proposed])] += values[proposed]
+    return union, sums
+
+
+def best_slots(scores: Tensor, count: int) -> Tensor:
+    """Ascending slots of the `count` highest scores (all if there are fewer); ties go to the lowest slot."""
+    best = torch.sort(scores, descending=True, stable=True).indices[:count]
+    return torch.sort(best).values
