@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .workspace import workspace
 
 CHUNK_TOKENS = 256
 
@@ -52,13 +55,31 @@ def _quiet_first_use() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 1], dtype=torch.int32), one, one.float(), (1, 1))
 
 
-def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """A CSR matrix of zeros with the given sorted flat positions."""
+# Bounds of the rows in an index set, ``int32 [rows + 1]``: they change when the indices do.
+_row_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
+    if indices.is_inference():  # has no version
+        return _search_bounds(indices, rows, cols)
+    key = (indices._version, rows, cols)
+    known = _row_bounds.get(indices)
+    if known is None or known[0] != key:
+        known = (key, _search_bounds(indices, rows, cols))
+        _row_bounds[indices] = known
+    return known[1]
+
+
+def _search_bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
     # int64 bounds: the last one may be 2**31 for int32 positions.
     starts = torch.arange(rows + 1, device=indices.device) * cols
-    crow = torch.searchsorted(indices.to(torch.int64), starts)
+    return torch.searchsorted(indices.to(torch.int64), starts).to(torch.int32)
+
+
+def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """A CSR matrix of zeros with the given sorted flat positions."""
     return torch.sparse_csr_tensor(
-        crow.to(torch.int32),
+        _bounds(indices, rows, cols),
         torch.remainder(indices, cols).to(torch.int32),
         torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
         (rows, cols),
@@ -80,11 +101,15 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
     _quiet_first_use()
     rows, cols = a.shape[1], b.shape[1]
     sums = [_pattern(indices, rows, cols, dtype) if indices.numel() else None for indices in index_sets]
+    chunk = min(CHUNK_TOKENS, a.shape[0])
+    copies = workspace(rows + cols, chunk, dtype, a.device)
     for start in range(0, a.shape[0], CHUNK_TOKENS):
         # Rows of the copies are what the dot products run along.
-        a_rows = a[start : start + CHUNK_TOKENS].to(dtype).T.contiguous()
-        b_rows = b[start : start + CHUNK_TOKENS].to(dtype).T.contiguous()
+        a_part, b_part = a[start : start + CHUNK_TOKENS], b[start : start + CHUNK_TOKENS]
+        turned = copies[:, : a_part.shape[0]]
+        turned[:rows].copy_(a_part.T)
+        turned[rows:].copy_(b_part.T)
         for total in sums:
             if total is not None:
-                torch.sparse.sampled_addmm(total, a_rows, b_rows.T, out=total)
+                torch.sparse.sampled_addmm(total, turned[:rows], turned[rows:].T, out=total)
     return [torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums]
