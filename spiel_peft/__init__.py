@@ -6,6 +6,7 @@ Importing this package makes peft_type "SPIEL" known to PEFT.
 from .callback import SpIELCallback
 from .config import SpIELConfig
 from .cycle import engine as _engine
+from .cycle.data_parallel import set_data_parallel_group
 from .cycle.growth_registry import GrowthCriterion, GrowthRequest, register_growth_criterion
 from .cycle.report import CycleReport
 from .delta import SparseDelta
@@ -32,6 +33,7 @@ __all__ = [
     "SparseDelta",
     "register",
     "register_growth_criterion",
+    "set_data_parallel_group",
 ]
 
 register()

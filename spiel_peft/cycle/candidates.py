@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 NO_POSITION = -1
+# Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
+_SHORTLIST = 2
 
 
 def padded(tensor: Tensor, size: int, filler: int = 0) -> Tensor:
@@ -34,6 +36,14 @@ def unite(positions: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         proposed = of_rank != NO_POSITION
         sums[torch.searchsorted(union, of_rank[proposed])] += values[proposed]
     return union, sums
+
+
+def shortlist(union: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What is left of a union and its sums if there is more than ranks shall gather: the best by absolute sum."""
+    if union.numel() <= _SHORTLIST * k:
+        return union, sums
+    best = best_slots(sums.abs(), _SHORTLIST * k)
+    return union[best], sums[best]
 
 
 def best_slots(scores: Tensor, count: int) -> Tensor:

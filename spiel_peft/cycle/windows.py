@@ -23,14 +23,11 @@ from spiel_kernels.fold import accumulation_dtype
 
 from ..delta import SparseDelta
 from ..training_state import CandidateWindow
-from .candidates import NO_POSITION, best_slots, padded, unite
+from .candidates import NO_POSITION, best_slots, padded, shortlist, unite
 from .collector import common_probe, drop_step, gathers_at, proposes_at
 from .data_parallel import ranks_of
 from .ranks import Ranks, in_buckets
 from .step_gradients import gradient_at_probes
-
-# Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
-_SHORTLIST = 2
 
 
 def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
@@ -177,9 +174,7 @@ def _proposal(delta: SparseDelta) -> tuple[Tensor, Tensor]:
 
 
 def _open_window(delta: SparseDelta, union: Tensor, sums: Tensor) -> None:
-    if union.numel() > _SHORTLIST * delta.k:
-        best = best_slots(sums.abs(), _SHORTLIST * delta.k)
-        union, sums = union[best], sums[best]
+    union, sums = shortlist(union, sums, delta.k)
     # Takes no memory until a step has counted.
     zeros = torch.zeros((), dtype=sums.dtype, device=sums.device).expand(union.numel())
     delta.state.window = CandidateWindow(union.to(delta.indices.dtype), zeros, zeros, shared=True)
