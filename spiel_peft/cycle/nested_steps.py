@@ -44,7 +44,8 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
     if _OPEN.stack:
         # Steps that an exception has ended are not on the call stack any more.
         running = _on_the_call_stack()
-        _OPEN.stack = [s for s in _OPEN.stack if s.optimizer() is not optimizer and id(s.optimizer()) in running]
+        open_steps = [(step, step.optimizer()) for step in _OPEN.stack]
+        _OPEN.stack = [s for s, o in open_steps if o is not None and o is not optimizer and id(o) in running]
     for step in _OPEN.stack:
         if step.parameters & parameters:
             step.parts.append(weakref.ref(optimizer))
@@ -76,12 +77,10 @@ def _on_the_call_stack() -> set[int]:
     return found
 
 
-def inner_optimizers(optimizer: torch.optim.Optimizer) -> dict[str, torch.optim.Optimizer]:
-    """An optimizer's attributes that are optimizers, or lists and dicts with optimizers: one of each."""
-    found = {}
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.optim.Optimizer]]:
+    """The optimizers among an optimizer's attributes, lists and dicts included, each with the attribute's name."""
+    found = []
     for name, value in vars(optimizer).items():
         values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-        for inner in values:
-            if isinstance(inner, torch.optim.Optimizer):
-                found[name] = inner
+        found += [(name, inner) for inner in values if isinstance(inner, torch.optim.Optimizer)]
     return found

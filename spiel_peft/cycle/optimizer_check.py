@@ -62,19 +62,21 @@ def check_state(optimizers: list[torch.optim.Optimizer], parameter: Tensor) -> N
     Raises:
         TypeError: see above.
     """
-    for optimizer in optimizers:
-        if not buffers_of(optimizer, parameter):
+    kept = [buffers_of(optimizer, parameter) for optimizer in optimizers]
+    if not any(kept):
+        for optimizer in optimizers:
             _check_for_hidden_state(optimizer, optimizers)
 
 
-def _check_for_hidden_state(optimizer: torch.optim.Optimizer, known: list[torch.optim.Optimizer]) -> None:
+def _check_for_hidden_state(optimizer: torch.optim.Optimizer, took_part: list[torch.optim.Optimizer]) -> None:
     """An optimizer that keeps nothing here may keep it in others, for copies of the parameters."""
-    for name, inner in inner_optimizers(optimizer).items():
-        if not any(inner is other for other in known):
-            raise TypeError(
-                f"{type(optimizer).__name__} keeps its state in other optimizers ({name!r}: {type(inner).__name__}), "
-                "where SpIEL cannot permute it with the indices; use another optimizer, or growth='none'"
-            )
+    inside = inner_optimizers(optimizer)
+    if inside and not any(inner is other for _, inner in inside for other in took_part):
+        name, inner = inside[0]
+        raise TypeError(
+            f"{type(optimizer).__name__} keeps its state in other optimizers ({name!r}: {type(inner).__name__}), "
+            "where SpIEL cannot permute it with the indices; use another optimizer, or growth='none'"
+        )
 
 
 def _rehearse(optimizer: torch.optim.Optimizer, like: Tensor) -> None:

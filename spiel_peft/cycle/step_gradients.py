@@ -1,7 +1,7 @@
 """The gradient that a step is given, noted before the step: some optimizers write into it.
 
-Among torch's, Adagrad, Adamax and SGD with Nesterov momentum do in their foreach versions, the default on a GPU; what
-they leave behind in ``p.grad`` is no gradient any more.
+SGD with Nesterov momentum does in its foreach version, the default on a GPU, and so does Schedule-Free; what they
+leave behind in ``p.grad`` is no gradient any more.
 """
 
 from __future__ import annotations

@@ -25,11 +25,13 @@ STEPS = 4
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
-def stepped(kind: type[Any], steps: int = STEPS, k: int = K, **settings: Any) -> tuple[Any, nn.Parameter]:
-    parameter = nn.Parameter(torch.zeros(k))
+def stepped(
+    kind: type[Any], steps: int = STEPS, k: int = K, device: str = "cpu", **settings: Any
+) -> tuple[Any, nn.Parameter]:
+    parameter = nn.Parameter(torch.zeros(k, device=device))
     optimizer = kind([parameter], lr=0.01, **settings)
     for _ in range(steps):
-        parameter.grad = torch.randn(k) * 0.1
+        parameter.grad = torch.randn(k, device=device) * 0.1
         optimizer.step()
     return optimizer, parameter
 
@@ -43,7 +45,9 @@ def rows(state: dict[str, Any], number: int) -> list[tuple[Tensor, Tensor]]:
 def dequantized(state: dict[str, Any], number: int) -> Tensor:
     """``[rows, k]``"""
     code = state[f"qmap{number}"]
-    return torch.stack([dequantize_blockwise(c, absmax=s, code=code, blocksize=BLOCK) for c, s in rows(state, number)])
+    return torch.stack(
+        [dequantize_blockwise(c.to(s.device), absmax=s, code=code, blocksize=BLOCK) for c, s in rows(state, number)]
+    )
 
 
 def largest_step(state: dict[str, Any], number: int, row: int, values: Tensor) -> Tensor:
@@ -55,15 +59,15 @@ def largest_step(state: dict[str, Any], number: int, row: int, values: Tensor) -
     return torch.maximum(below, above) * scale
 
 
-def exchange_of(k: int) -> tuple[Tensor, int]:
-    source = torch.randperm(k)
-    grown = torch.randperm(k)[: k // 5]
-    source[grown] = -1 - torch.arange(grown.numel())
+def exchange_of(k: int, device: str = "cpu") -> tuple[Tensor, int]:
+    source = torch.randperm(k, device=device)
+    grown = torch.randperm(k, device=device)[: k // 5]
+    source[grown] = -1 - torch.arange(grown.numel(), device=device)
     return source, grown.numel()
 
 
-def seeds_of(m: int) -> GrownSeeds:
-    mean = torch.randn(m) * 0.05
+def seeds_of(m: int, device: str = "cpu") -> GrownSeeds:
+    mean = torch.randn(m, device=device) * 0.05
     return GrownSeeds(mean, mean.square() + 0.001, STEPS)
 
 
@@ -101,14 +105,18 @@ def expected_rows(before: Tensor, source: Tensor, seeds: GrownSeeds, factors: li
 
 @pytest.mark.parametrize("name", [f"{name}8bit" for name in KINDS] + [f"Paged{name}8bit" for name in PAGED])
 def test_entries_move_by_at_most_a_step_of_their_new_block(name: str) -> None:
+    check_quantized(name, K, "cpu")
+
+
+def check_quantized(name: str, k: int, device: str) -> None:
     kind, settings = kind_of(name)
-    optimizer, parameter = stepped(kind, **settings)
+    optimizer, parameter = stepped(kind, k=k, device=device, **settings)
     factors = KINDS[name.removeprefix("Paged").removesuffix("8bit")]
     state = optimizer.state[parameter]
     assert state["state1"].dtype == torch.uint8
     before = {number: dequantized(state, number) for number in factors}
-    source, m = exchange_of(K)
-    seeds = seeds_of(m)
+    source, m = exchange_of(k, device)
+    seeds = seeds_of(m, device)
     reseed_state(optimizer, parameter, source, seeds)
     for number, of_rows in factors.items():
         expected = expected_rows(before[number], source, seeds, of_rows)

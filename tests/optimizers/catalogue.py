@@ -20,6 +20,12 @@ class Inherited(torch.optim.AdamW):
     """A user's own version of a known optimizer."""
 
 
+def evaluate(closure: Callable[[], Any] | None) -> None:
+    if closure is not None:
+        with torch.enable_grad():
+            closure()
+
+
 class SignedMean(torch.optim.Optimizer):
     """Steps by the mean gradient's sign: an average, a magnitude per entry, a count per entry, and a scalar."""
 
@@ -28,6 +34,7 @@ class SignedMean(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        evaluate(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -51,6 +58,7 @@ class TwoIterates(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        evaluate(closure)
         for group in self.param_groups:
             first, second = group["betas"]
             group["k"] += 1
@@ -79,6 +87,7 @@ class LionOfSomebody(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        evaluate(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:

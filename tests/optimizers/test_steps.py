@@ -1,0 +1,345 @@
+"""What trainers do around and inside an optimizer's step: schedules, clipping, loss scaling, closures, nesting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cycle.helpers import adapt, assert_same_run, assert_sound, deltas_of, indices_of, log_of, loss_of, train, trainable
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
+
+from optimizers.catalogue import EVERY, SHARED, TwoIterates
+from spiel_peft import SM3, SpIELOptimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+STEPS = 7
+GROWTHS = ["accumulated_gradient", "momentum"]
+
+
+def fresh(growth: str = "accumulated_gradient", **fields: Any) -> PeftModel:
+    settings = {"accumulation_steps": 3, "density": 0.3, "total_steps": 20, "initial_regrow_rate": 0.8}
+    return adapt(growth=growth, **{**settings, **fields})
+
+
+def plain_run(name: str, growth: str = "accumulated_gradient") -> PeftModel:
+    model = fresh(growth)
+    train(model, {**EVERY, **SHARED}[name](trainable(model)), STEPS)
+    assert [report.step for report in log_of(model)] == [3, 7]
+    assert log_of(model)[1].replaced > 0
+    return model
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_candidates_do_not_change_the_gradient_norm(growth: str) -> None:
+    """The trainer clips by the norm of the active deltas, whether a window is open or not."""
+    norms = []
+    for each in (growth, "none"):
+        model = fresh(each)
+        optimizer = EVERY["adamw"](trainable(model))
+        norms.append([])
+        for number in (1, 2, 3):
+            loss_of(model, number).backward()
+            norms[-1].append(float(nn.utils.clip_grad_norm_(trainable(model), 0.05)))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert min(norms[0]) > 0.05
+
+
+# Learning rates
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "sgd-momentum", "adagrad", "adafactor", "transformers-adafactor", "bnb-lion"]
+)
+@pytest.mark.parametrize("kind", ["one-cycle", "cosine"])
+def test_schedules(name: str, kind: str) -> None:
+    """OneCycleLR changes momentum or beta1 as well; what the optimizer uses at the close counts."""
+
+    def made(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        if kind == "cosine":
+            return CosineAnnealingLR(optimizer, T_max=40)
+        momentum = name in ("adamw", "sgd-momentum")
+        return OneCycleLR(optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=60, cycle_momentum=momentum)
+
+    model = adapt(total_steps=60, density=0.4)
+    optimizer = EVERY[name](trainable(model))
+    schedule = made(optimizer)
+    before, sizes = loss_of(model, 1).item(), {n: d.k for n, d in deltas_of(model).items()}
+    for _ in range(40):
+        train(model, optimizer, 1, first=1, after=lambda number: schedule.step())
+    # Adafactor's steps are short: they are a share of the deltas' own size.
+    assert loss_of(model, 1).item() < before * (1.0 if name == "adafactor" else 0.95)
+    for module, delta in deltas_of(model).items():
+        assert_sound(delta, sizes[module])
+    assert len(log_of(model)) == 10
+
+
+def test_an_optimizer_that_sets_its_own_rate() -> None:
+    """Its group says lr=None; without a known length the rate of regrowth stays the initial one."""
+    model = adapt()
+    optimizer = EVERY["transformers-adafactor-own-lr"](trainable(model))
+    assert optimizer.param_groups[0]["lr"] is None
+    train(model, optimizer, STEPS)
+    assert [report.rate for report in log_of(model)] == [1.0, 0.2]
+
+
+# Loss scaling
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        "adamw-fused",
+        "sgd-fused",
+        "sgd-nesterov",
+        "adagrad",
+        "rprop",
+        "transformers-adafactor",
+        "bnb-adamw",
+        "sm3",
+    ],
+)
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_an_overflow_inside_a_window_leaves_no_trace(name: str, growth: str, wrap: bool) -> None:
+    """float16's GradScaler skips the steps before the 1st, 2nd and 6th; all three are in windows."""
+    # torch's fused SGD leaves its momentum uninitialized if its very first step is skipped.
+    bad_before = (2, 6) if name == "sgd-fused" else (1, 2, 6)
+    model = fresh(growth)
+    base = {**EVERY, **SHARED}[name](trainable(model))
+    optimizer = SpIELOptimizer(base, model) if wrap else base
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    for number in range(1, STEPS + 1):
+        for overflow in (True, False) if number in bad_before else (False,):
+            loss = loss_of(model, 50 if overflow else number)
+            scaler.scale(loss * float("inf") if overflow else loss).backward()
+            if number % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert_same_run(model, plain_run(name, growth))
+
+
+# Closures
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "adamw-fused", "sgd-nesterov", "two-iterates", "adafactor", "bnb-adamw", "sm3"]
+)
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("keyword", [False, True])
+def test_closures(name: str, growth: str, keyword: bool) -> None:
+    model = fresh(growth)
+    optimizer = {**EVERY, **SHARED}[name](trainable(model))
+    losses = []
+    for number in range(1, STEPS + 1):
+
+        def closure(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, number)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        optimizer.step(closure=closure) if keyword else optimizer.step(closure)
+    assert len(losses) == STEPS
+    assert_same_run(model, plain_run(name, growth))
+
+
+def test_clipping_inside_a_closure_reaches_the_candidates() -> None:
+    """As Lightning does it. The optimizer writes into the gradient, so only the closure's end tells the factor."""
+    model, reference = fresh(), fresh()
+    optimizer, other = EVERY["sgd-nesterov"](trainable(model)), EVERY["sgd-nesterov"](trainable(reference))
+    for number in (1, 2):
+
+        def closure(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, number)
+            (loss * 8).backward()
+            for p in trainable(model):
+                p.grad /= 8
+            nn.utils.clip_grad_norm_(trainable(model), 0.05)
+            return loss
+
+        optimizer.step(closure)
+        loss_of(reference, number).backward()
+        nn.utils.clip_grad_norm_(trainable(reference), 0.05)
+        other.step()
+        other.zero_grad()
+    for ours, theirs in zip(deltas_of(model).values(), deltas_of(reference).values(), strict=True):
+        assert torch.equal(ours.state.window.positions, theirs.state.window.positions)
+        torch.testing.assert_close(ours.state.window.sums, theirs.state.window.sums)
+
+
+# Optimizers inside optimizers
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Every other step the parameters go back halfway to where they were; shares the groups of the one inside."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                slow = self.state[p].setdefault("slow", torch.zeros_like(p))
+                slow.lerp_(p, 0.5)
+                p.copy_(slow)
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimization: the gradient at a point uphill steps from where the parameters were."""
+
+    def __init__(self, inner: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {"rho": rho})
+        self.inner, self.param_groups = inner, inner.param_groups
+        self.rho = rho
+
+    @torch.no_grad()
+    def step(self, closure: Any) -> None:
+        with torch.enable_grad():
+            closure()
+        moved = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                uphill = p.grad * (self.rho / (p.grad.norm() + 1e-12))
+                p.add_(uphill)
+                moved.append((p, uphill))
+        with torch.enable_grad():
+            closure()
+        for p, uphill in moved:
+            p.sub_(uphill)
+        self.inner.step()
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, SM3])
+def test_a_step_inside_a_step_counts_once(growth: str, kind: type[Any]) -> None:
+    model = fresh(growth)
+    inner = kind(trainable(model), lr=0.02)
+    optimizer = Lookahead(inner)
+    seen = []
+    for number in range(1, STEPS + 1):
+        before = indices_of(model)
+        states = {m: by_position(inner, optimizer, d) for m, d in deltas_of(model).items()}
+        loss_of(model, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(any(not torch.equal(before[m], d.indices) for m, d in deltas_of(model).items()))
+        for module, delta in deltas_of(model).items():
+            assert delta.state.step == number
+            now = by_position(inner, optimizer, delta)
+            for position, slow in now["slow"].items():
+                if position not in before[module].tolist():
+                    assert slow == 0.0
+                elif number > 1:
+                    # Halfway from where it was, to where the values are now.
+                    value = float(delta.values[delta.indices.tolist().index(position)])
+                    assert slow == pytest.approx(value, abs=1e-7) or states[module]["slow"][position] == slow
+    assert [report.step for report in log_of(model)] == [3, 7]
+    assert [number for number, moved in enumerate(seen, 1) if moved] == [3, 7]
+    if growth == "momentum":
+        assert_accumulated_once(kind)
+
+
+def by_position(inner: Any, outer: Any, delta: Any) -> dict[str, dict[int, float]]:
+    slow = outer.state.get(delta.values, {}).get("slow", torch.zeros_like(delta.values))
+    return {"slow": dict(zip(delta.indices.tolist(), slow.tolist(), strict=True))}
+
+
+def assert_accumulated_once(kind: type[Any]) -> None:
+    """The same first step without the wrapper: the same accumulators."""
+    rows = []
+    for wrap in (True, False):
+        model = fresh("momentum")
+        inner = kind(trainable(model), lr=0.02)
+        train(model, Lookahead(inner) if wrap else inner, 1)
+        rows.append([delta.state.row for delta in deltas_of(model).values()])
+    for a, b in zip(*rows, strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_sharpness_aware_minimization(growth: str) -> None:
+    """Two evaluations of the closure and a step inside are one step of training."""
+    model = fresh(growth, total_steps=60)
+    optimizer = Sharpness(torch.optim.AdamW(trainable(model), lr=0.02))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(model, 1)
+        loss.backward()
+        return loss
+
+    before = loss_of(model, 1).item()
+    for _ in range(20):
+        optimizer.step(closure)
+    assert loss_of(model, 1).item() < 0.9 * before
+    assert [report.step for report in log_of(model)] == [3, 7, 11, 15, 19]
+    for delta in deltas_of(model).values():
+        assert delta.state.step == 20
+        assert (optimizer.inner.state[delta.values]["exp_avg_sq"] > 0).all()
+
+
+def test_a_step_that_fails_is_over() -> None:
+    """The next one, of another optimizer, is a step of its own."""
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("out of luck")
+
+    model = fresh()
+    loss_of(model, 1).backward()
+    failing = Failing(trainable(model), lr=0.1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        failing.step()
+    model.zero_grad()
+    train(model, EVERY["adamw"](trainable(model)), STEPS)
+    assert_same_run(model, plain_run("adamw"))
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("name", ["adamw", "sgd-momentum", "bnb-adamw"])
+def test_one_optimizer_per_parameter_inside_the_backward_pass(name: str, growth: str) -> None:
+    """Each steps as soon as its gradient is there, to save the memory of gradients: the same run."""
+    model = fresh(growth)
+    optimizers = {p: EVERY[name]([p]) for p in trainable(model)}
+
+    def step(p: nn.Parameter) -> None:
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    for number in range(1, STEPS + 1):
+        loss_of(model, number).backward()
+    assert_same_run(model, plain_run(name, growth))
+
+
+def test_switching_between_two_iterates_keeps_both_in_place() -> None:
+    """Schedule-Free's evaluation mode mixes its iterates: they must be of the same positions."""
+    model = fresh()
+    optimizer = TwoIterates(trainable(model))
+    for number in range(1, STEPS + 1):
+        loss_of(model, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for delta in deltas_of(model).values():
+            z = optimizer.state[delta.values]["z"]
+            if number in (3, 7):
+                # What has just come is zero in both.
+                assert ((delta.values == 0) == (z == 0)).all()
