@@ -74,7 +74,7 @@ def _check_progress(progress: Tensor | None, windowed: bool) -> str | None:
         return f"must be five int64 counters, got {progress.dtype} of shape {tuple(progress.shape)}"
     step, closes, fresh, window_steps, total_steps = progress.tolist()
     out_of_range = min(step - 1, closes, window_steps, total_steps) < 0 or fresh not in (-1, 0, 1)
-    if out_of_range or (window_steps > 0) != windowed:
+    if out_of_range or (window_steps > 0 and not windowed):
         return f"has a counter out of range ({progress.tolist()})"
     return None
 
@@ -88,8 +88,9 @@ def _check_window(window: list[Tensor | None], delta: SparseDelta) -> Problem | 
             return name, "is missing, while the rest of its window is there"
     positions, sums, squares = window
     problem = check_index_set(positions, delta.numel)
-    if problem is None and positions.numel() > delta.k:
-        problem = f"holds {positions.numel()} positions, more than the {delta.k} deltas"
+    # Several ranks together may open a window with a shortlist.
+    if problem is None and positions.numel() > 2 * delta.k:
+        problem = f"holds {positions.numel()} positions, more than the {delta.k} deltas allow"
     if problem is not None:
         return CANDIDATES, problem
     size = positions.numel()

@@ -113,10 +113,11 @@ class TrainingState:
             PROGRESS: torch.tensor([self.step, self.closes, _FRESH_CODES[self.fresh], window_steps, self.total_steps]),
             MAX_LR: torch.tensor([self.max_lr], dtype=torch.float64),
         }
-        if self.window is not None and window_steps:
+        # One that this process alone has opened belongs to a step that is not over, and is not saved.
+        if self.window is not None and (window_steps or self.window.shared):
             out[CANDIDATES] = self.window.positions
-            out[CANDIDATE_SUMS] = self.window.sums
-            out[CANDIDATE_SQUARES] = self.window.squares
+            out[CANDIDATE_SUMS] = self.window.sums.contiguous()
+            out[CANDIDATE_SQUARES] = self.window.squares.contiguous()
         if self.row is not None and self.col is not None:
             out[ROW], out[COL] = self.row, self.col
         return out
@@ -139,6 +140,7 @@ class TrainingState:
                 sums=tensors[CANDIDATE_SUMS].to(device, copy=True),
                 squares=tensors[CANDIDATE_SQUARES].to(device, copy=True),
                 steps=window_steps,
+                shared=window_steps == 0,
             )
         if ROW in tensors:
             state.row = tensors[ROW].to(device, copy=True)

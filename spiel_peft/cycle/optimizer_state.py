@@ -20,6 +20,7 @@ from torch import Tensor
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..tensor_checks import check_training_state
 from ..training_state import GROWTH, MAX_LR, PROGRESS, SETTINGS, STATE_KEYS, TrainingState
+from .checksums import checksum
 from .growth_registry import get_growth_criterion
 from .schedule import in_window
 
@@ -54,16 +55,9 @@ def _entry(position: int, delta: SparseDelta) -> dict[str, Any]:
     return {
         "position": position,  # in the group's params
         "module": delta.module_name,
-        "indices": checksum(delta.indices),
+        "indices": int(checksum(delta.indices)),
         **{name: tensor.tolist() if name in _LISTS else tensor for name, tensor in tensors.items()},
     }
-
-
-def checksum(indices: Tensor) -> int:
-    """A number that tells index sets ``[k]`` apart; the same on every device and for every integer dtype."""
-    mixed = (indices.detach().to(torch.int64) + 1) * 0x5851F42D4C957F2D
-    mixed = (mixed ^ (mixed >> 29)) * 0x14057B7EF767814F
-    return int((mixed ^ (mixed >> 32)).sum())
 
 
 def seek(delta: SparseDelta) -> None:
@@ -82,19 +76,30 @@ def seek(delta: SparseDelta) -> None:
         return
     values = {id(d.values) for d in deltas}
     loaded = _loaded_optimizers(values)
-    if len(loaded) > 1:
-        gc.collect()  # optimizers that nobody holds any more
+    if _contested(loaded, values):
+        loaded.clear()
+        gc.collect()  # some of them may be held by nobody any more
         loaded = _loaded_optimizers(values)
-    holders = Counter(parameter for optimizer in loaded for parameter in _parameters(optimizer) & values)
+    contested = _contested(loaded, values)
     for optimizer in loaded:
         # If several optimizers hold a delta, the one that steps it is right.
-        if all(holders[parameter] == 1 for parameter in _parameters(optimizer) & values):
+        if not contested & _parameters(optimizer):
             take_up(optimizer)
 
 
+def _contested(optimizers: list[torch.optim.Optimizer], values: set[int]) -> set[int]:
+    """The values that several of these optimizers hold."""
+    holders = Counter(parameter for optimizer in optimizers for parameter in _parameters(optimizer) & values)
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
 def _may_be_resumed(delta: SparseDelta) -> bool:
-    # Values are not loaded through the module by everybody, but then they are no longer zero.
-    return not delta.untouched or bool(delta.values.detach().any())
+    if not delta.untouched:
+        return True
+    # Not everybody loads values through the module, but then they are no longer zero. Of a sharded tensor a rank looks
+    # at its own part: no communication in a backward pass.
+    values = delta.values.detach()
+    return bool((values.to_local() if hasattr(values, "to_local") else values).any())
 
 
 def _loaded_optimizers(values: set[int]) -> list[torch.optim.Optimizer]:
@@ -185,7 +190,7 @@ def _problem_with(entry: dict[str, Any], delta: SparseDelta) -> str | None:
             f"was saved after step {step}, while the adapter is at step {state.step}; load model and optimizer from "
             "the same checkpoint"
         )
-    if entry.get("indices") != checksum(delta.indices):
+    if entry.get("indices") != int(checksum(delta.indices)):
         return "belongs to other indices than the model has; load model and optimizer from the same checkpoint"
     return None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spiel_peft import SM3, SpIELOptimizer
 
-# Windows: steps 3-5, 8-10, 13-15, ... of which every last one closes a cycle.
+# Windows: steps 1-3, 6-8 and 11-13, of which every last one closes a cycle.
 CYCLE: dict[str, Any] = {"regrow_every": 5, "accumulation_steps": 3, "total_steps": 20, "density": 0.4}
 STEPS = 16
 
@@ -59,9 +59,12 @@ class Run:
         """The same run before its first step, in new objects."""
         return Run(**self.settings)
 
-    def micro_batch(self, step: int, number: int) -> None:
+    def loss(self, step: int, number: int) -> Tensor:
         x, y = batch(100 * step + number)
-        ((self.model(x) - y).square().mean() / self.micro_batches).backward()
+        return (self.model(x) - y).square().mean()
+
+    def micro_batch(self, step: int, number: int) -> None:
+        (self.loss(step, number) / self.micro_batches).backward()
 
     def step(self) -> None:
         torch.nn.utils.clip_grad_norm_(trainable(self.model), 0.5)
@@ -94,13 +97,13 @@ def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     """Both hold the same names, and the same bits under each."""
-    assert left.keys() == right.keys()
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
     different = [
         name
         for name, tensor in left.items()
         if tensor.dtype != right[name].dtype or not torch.equal(tensor, right[name])
     ]
-    assert different == []
+    assert not different, different
 
 
 __all__ = ["CYCLE", "GROWTHS", "OPTIMIZERS", "STEPS", "Run", "assert_same", "everything", "mlp"]

@@ -122,7 +122,7 @@ def resumed(run: Run, stop: int, route: Route, folder: Path) -> Run:
 def test_every_route_at_every_step_of_a_cycle(route: Route, tmp_path: Path) -> None:
     whole = Run().train(1)
     assert [report.step for report in log_of(whole.model)] == [3, 8, 13]
-    for stop in (1, 3, 4, 5, 9):
+    for stop in (1, 2, 3, 5, 6, 7):
         assert_same(resumed(Run(), stop, route, tmp_path / str(stop)).everything(), whole.everything())
 
 
@@ -132,7 +132,7 @@ def test_every_optimizer_and_criterion(optimizer: str, growth: str, tmp_path: Pa
     settings = {"optimizer": optimizer, "growth": growth}
     whole = Run(**settings).train(1)
     assert sum(report.replaced for report in log_of(whole.model)) > 0
-    for stop in (2, 5, 7):
+    for stop in (2, 4, 7):
         assert_same(resumed(Run(**settings), stop, state_dicts, tmp_path).everything(), whole.everything())
 
 
