@@ -23,7 +23,18 @@ NAMESPACE = "spiel_kernels"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_library = torch.library.Library(NAMESPACE, "DEF")
+
+def new_library(namespace: str) -> torch.library.Library:
+    """A library for operators of a namespace; one that an earlier import of the same package made gives way."""
+    libraries = torch.library.__dict__.setdefault("_spiel_libraries", {})
+    earlier = libraries.pop(namespace, None)
+    if earlier is not None:
+        earlier._destroy()
+    libraries[namespace] = torch.library.Library(namespace, "DEF")
+    return libraries[namespace]
+
+
+_library = new_library(NAMESPACE)
 _forced: str | None = None
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spiel_kernels.dispatch import new_library
+
 from ..delta import SparseDelta
 from ..resident import Pairs
 from ..weight_source import WeightSource
@@ -28,7 +30,7 @@ class AdaptedLayer(Protocol):
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
-library = torch.library.Library(NAMESPACE, "DEF")
+library = new_library(NAMESPACE)
 
 
 def number_of(layer: AdaptedLayer) -> Tensor:
