@@ -150,7 +150,8 @@ def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, gro
     state.max_lr = max(state.max_lr, _learning_rate(group))
     state.unheld_steps = 0
     delta.untouched = False
-    delta.is_stepped = not state.finished
+    # A sharded delta's base weight is gathered for each pass: nothing may stay in it.
+    delta.is_stepped = not state.finished and type(delta.values) is torch.nn.Parameter
 
 
 def _learning_rate(group: dict[str, Any]) -> float:
