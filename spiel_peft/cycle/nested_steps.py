@@ -1,6 +1,6 @@
 """Optimizers that step other optimizers: one training step, however many of them take part in it.
 
-Sharpness-aware minimization, Lookahead, Schedule-Free's wrapper and ZeRO's are optimizers around an optimizer, both
+Sharpness-aware minimization, Lookahead and PyTorch's ZeroRedundancyOptimizer are optimizers around an optimizer, both
 with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
 """
 
@@ -9,20 +9,27 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from types import FrameType
 
 import torch
 
 _Reference = weakref.ref[torch.optim.Optimizer]
+# What runs the hooks around every step.
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 @dataclass(eq=False)
 class _OpenStep:
-    """A step in progress: the outermost optimizer, ids of what it holds, and the optimizers it has stepped."""
+    """A step in progress: the outermost optimizer, ids of what it holds, and the optimizers it has stepped.
+
+    A subclass whose step calls its base class's is stepped by itself; `depth` counts these.
+    """
 
     optimizer: _Reference
     parameters: set[int]
+    depth: int = 1
     parts: list[_Reference] = field(default_factory=list)
 
 
@@ -35,18 +42,24 @@ _OPEN = _OpenSteps()
 
 
 def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
-    """Note that a step begins; whether it is one of its own, not part of another optimizer's.
+    """Note that a step begins; whether it is one of its own, not part of another one.
 
     Args:
         optimizer: about to step.
         parameters: ids of the deltas' values that it holds.
     """
     if _OPEN.stack:
-        # Steps that an exception has ended are not on the call stack any more.
-        running = _on_the_call_stack()
+        # Steps that an exception has ended are not on the call stack any more; the one that begins is.
+        running = _steps_on_the_call_stack()
+        running[id(optimizer)] -= 1
         open_steps = [(step, step.optimizer()) for step in _OPEN.stack]
-        _OPEN.stack = [s for s, o in open_steps if o is not None and o is not optimizer and id(o) in running]
+        _OPEN.stack = [step for step, other in open_steps if other is not None and running[id(other)] > 0]
+        for step in _OPEN.stack:
+            step.depth = running[id(step.optimizer())]
     for step in _OPEN.stack:
+        if step.optimizer() is optimizer:
+            step.depth += 1
+            return False
         if step.parameters & parameters:
             step.parts.append(weakref.ref(optimizer))
             return False
@@ -55,9 +68,12 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
 
 
 def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Note that a step has ended: the optimizers that took part, itself first; none if it was part of another's."""
+    """Note that a step has ended: the optimizers that took part, itself first; none if it was part of another step."""
     for step in _OPEN.stack:
         if step.optimizer() is optimizer:
+            step.depth -= 1
+            if step.depth:
+                return []
             _OPEN.stack.remove(step)
             parts = [part() for part in step.parts]
             return [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
@@ -66,13 +82,13 @@ def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     return [optimizer]
 
 
-def _on_the_call_stack() -> set[int]:
-    """Ids of the objects whose methods are running."""
-    found = set()
+def _steps_on_the_call_stack() -> Counter[int]:
+    """How many steps of each optimizer, by id, are running."""
+    found: Counter[int] = Counter()
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        if "self" in frame.f_locals:  # else the id of None would be there, which a dead reference gives as well
-            found.add(id(frame.f_locals["self"]))
+        if frame.f_code is _HOOKED_STEP:
+            found[id(frame.f_locals.get("self"))] += 1
         frame = frame.f_back
     return found
 

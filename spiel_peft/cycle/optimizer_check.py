@@ -35,8 +35,10 @@ def check_optimizer(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta])
     Raises:
         TypeError: names the optimizer and what it keeps; nothing was changed then.
     """
+    if optimizer in _CHECKED:
+        return
     moving = [delta for delta in deltas if get_growth_criterion(delta.run.config.growth).propose is not None]
-    if optimizer in _CHECKED or not moving:
+    if not moving:
         return
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -295,6 +295,137 @@ def test_sharpness_aware_minimization(growth: str) -> None:
         assert (optimizer.inner.state[delta.values]["exp_avg_sq"] > 0).all()
 
 
+class Twice(torch.optim.SGD):
+    """Evaluates its closure twice and steps by what it found last."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            closure()
+            closure()
+        super().step()
+
+
+def test_a_closure_evaluated_twice_is_accumulated_once() -> None:
+    rows = []
+    for kind in (Twice, torch.optim.SGD):
+        model = fresh("momentum")
+        optimizer = kind(trainable(model), lr=0.1)
+
+        def closure(model: PeftModel = model) -> Tensor:
+            model.zero_grad()
+            loss = loss_of(model, 1)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        rows.append([delta.state.row for delta in deltas_of(model).values()])
+    for a, b in zip(*rows, strict=True):
+        assert a.any()
+        assert torch.equal(a, b)
+
+
+class OnTop(torch.optim.AdamW):
+    """Calls the step of its base class, which has hooks of its own, and does something before and after."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.999)
+        return loss
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("by_closure", [False, True])
+def test_a_subclass_that_calls_its_base_class_counts_once(growth: str, by_closure: bool) -> None:
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # hooks come with a class's first instance
+    model = fresh(growth)
+    optimizer = OnTop(trainable(model), lr=0.02)
+    for number in range(1, STEPS + 1):
+
+        def closure(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, number)
+            loss.backward()
+            return loss
+
+        if by_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    assert [report.step for report in log_of(model)] == [3, 7]
+    for delta in deltas_of(model).values():
+        assert delta.state.step == STEPS == int(optimizer.state[delta.values]["step"])
+
+
+class Stubborn(torch.optim.AdamW):
+    """Tries its base class's step again if that fails."""
+
+    failures = 1
+
+    def step(self, closure: Any = None) -> Any:
+        for attempt in range(2):
+            try:
+                return super().step(closure)
+            except RuntimeError:
+                assert attempt == 0
+
+    def _init_group(self, *args: Any, **kwargs: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("not yet")
+        return super()._init_group(*args, **kwargs)
+
+
+def test_a_step_tried_twice_counts_once() -> None:
+    torch.optim.AdamW([nn.Parameter(torch.ones(1))])  # hooks come with a class's first instance
+    model = fresh()
+    optimizer = Stubborn(trainable(model), lr=0.02)
+    for number in range(1, STEPS + 1):
+        optimizer.failures = 1
+        loss_of(model, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not optimizer.failures
+    assert_same_run(model, plain_run("adamw"))
+
+
+class Several(torch.optim.Optimizer):
+    """Hands some parameters to one optimizer and the rest to another; keeps nothing itself."""
+
+    def __init__(self, *inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for each in inner for group in each.param_groups for p in group["params"]], {})
+        self.inner = list(inner)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for each in self.inner:
+            each.step()
+
+
+@pytest.mark.parametrize("deltas_first", [True, False])
+def test_an_optimizer_for_deltas_and_one_for_the_rest(deltas_first: bool) -> None:
+    """Only one of the two holds deltas; it has the state that follows them."""
+    model = fresh(bias="all")
+    values = [delta.values for delta in deltas_of(model).values()]
+    rest = [p for p in trainable(model) if not any(p is value for value in values)]
+    parts = [torch.optim.AdamW(values, lr=0.02), torch.optim.SGD(rest, lr=0.1)]
+    train(model, Several(*parts if deltas_first else parts[::-1]), STEPS)
+    reference = fresh(bias="all")
+    values = [delta.values for delta in deltas_of(reference).values()]
+    rest = [p for p in trainable(reference) if not any(p is value for value in values)]
+    optimizers = [torch.optim.AdamW(values, lr=0.02), torch.optim.SGD(rest, lr=0.1)]
+    for number in range(1, STEPS + 1):
+        loss_of(reference, number).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert log_of(model)[1].replaced > 0
+    assert_same_run(model, reference)
+
+
 def test_a_step_that_fails_is_over() -> None:
     """The next one, of another optimizer, is a step of its own."""
 
