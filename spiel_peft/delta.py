@@ -96,6 +96,7 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer("indices", indices, persistent=True)
         self.keep_dtype: torch.dtype = values.dtype
+        self._uncast: Tensor | None = None  # values from before a cast, while they are cast
         self.state = TrainingState()
         self.untouched = True  # neither loaded nor trained since it was created
         self.indices_assigned = False
@@ -138,11 +139,21 @@ class SparseDelta(nn.Module):
     # Precision: a delta of 0.02 in bfloat16 does not move under updates of 1e-5.
 
     def restore_dtype(self) -> None:
-        """Undo a trainer's cast of the values, in place so that optimizers keep their reference."""
+        """Undo a trainer's cast of the values, in place so that optimizers keep their reference.
+
+        Without loss if the values from before the cast are known and nobody has changed the cast ones since.
+        """
         if self.values.dtype != self.keep_dtype:
-            self.values.data = self.values.data.to(self.keep_dtype)
+            self.values.data = undo_cast(self.values.data, self.keep_dtype, self._values_before_cast())
             if self.values.grad is not None:
                 self.values.grad = self.values.grad.to(self.keep_dtype)
+        self._uncast = None
+
+    def _values_before_cast(self) -> list[Tensor]:
+        # A trainer that writes to `.data` leaves no trace, but TRL has copied the values to a reference adapter before.
+        copies = [d for d in LIVE_DELTAS if d.run.config is self.run.config and d.module_name == self.module_name]
+        kept = [self._uncast] if self._uncast is not None else []
+        return kept + [delta.values.data for delta in copies if delta is not self]
 
     def train(self, mode: bool = True) -> SparseDelta:
         super().train(mode)
@@ -151,15 +162,17 @@ class SparseDelta(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
-        before = self.values.dtype
+        before = self.values.data
         unfold_deltas([self])
         super()._apply(fn, recurse)
         device = self.values.device
         if device.type != "meta":
             self.state.move(lambda tensor: tensor.to(device))
-        if self.values.dtype == before:
+        if self.values.dtype == before.dtype:
             # A move, not a cast somebody asked for: the moment to undo an earlier cast that nobody asked for.
             self.restore_dtype()
+        elif before.dtype == self.keep_dtype:
+            self._uncast = before
         return self
 
     # State dict
@@ -235,6 +248,15 @@ class SparseDelta(nn.Module):
         """Training state as it is saved, with the settings it depends on; empty before the first step."""
         tensors = self.state.tensors()
         return {**tensors, **RunSettings.of(self).tensors()} if tensors else {}
+
+
+def undo_cast(values: Tensor, dtype: torch.dtype, candidates: list[Tensor]) -> Tensor:
+    """Values ``[k]`` in `dtype`: the first of `candidates` ``[k]`` that they are a cast of, else what is left."""
+    for exact in candidates:
+        plain = type(values) is type(exact) is Tensor and not (values.is_meta or exact.is_meta)
+        if plain and exact.dtype == dtype and exact.shape == values.shape and torch.equal(exact.to(values), values):
+            return exact.to(values.device, copy=True)
+    return values.to(dtype)
 
 
 def new_indices(positions: Tensor, numel: int, device: torch.device) -> Tensor:
