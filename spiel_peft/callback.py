@@ -77,10 +77,10 @@ def _log(state: TrainerState, report: CycleReport) -> None:
         "spiel/churn": report.churn,
         "spiel/mean_abs_delta": report.mean_abs_delta,
     }
-    trainer = running_trainer()
-    if trainer is not None:
-        from transformers import Trainer
+    from transformers import Trainer
 
+    trainer = running_trainer()
+    if isinstance(trainer, Trainer):
         # The base class's own: subclasses add what they have gathered since their last entry, and forget it.
         Trainer.log(trainer, entry)
     else:

@@ -2,31 +2,82 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+_TRANSFORMERS = ("transformers.trainer",)
+# Both names under which it is published.
+_LIGHTNING = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is asked of a transformers `TrainerState`, as another trainer answers it.
+
+    Attributes:
+        max_steps: optimizer steps of the whole run; 0 if it cannot say.
+        global_step: optimizer steps done.
+    """
+
+    max_steps: int
+    global_step: int
+
+
+class LightningRun:
+    """A Lightning Trainer in the form of a transformers one."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    @property
+    def state(self) -> Progress:
+        return Progress(self._max_steps(), int(self.trainer.global_step))
+
+    def _max_steps(self) -> int:
+        module = self.trainer.lightning_module
+        accumulation_changes = any(
+            type(callback).__name__ == "GradientAccumulationScheduler" for callback in self.trainer.callbacks
+        )
+        if module is None or not module.automatic_optimization or accumulation_changes:
+            # Its estimate counts batches then, which need not be steps.
+            return 0
+        steps = self.trainer.estimated_stepping_batches
+        return int(steps) if math.isfinite(steps) and steps > 0 else 0
+
 
 def running_trainer() -> Any:
-    """The transformers Trainer whose method is on the call stack, None if there is none.
+    """The transformers Trainer whose method is on the call stack, or a `LightningRun`; None if there is neither.
 
     An optimizer or callback does not know who calls it, and a trainer offers no registry; but it is on the call stack,
-    and looking there spares users of Trainer and TRL an argument.
+    and looking there spares users of Trainer, TRL and Lightning an argument.
     """
-    trainer_module = sys.modules.get("transformers.trainer")
-    trainer_class = getattr(trainer_module, "Trainer", None)
-    if trainer_class is None:
+    transformers_classes, lightning_classes = tuple(_classes(_TRANSFORMERS)), tuple(_classes(_LIGHTNING))
+    if not transformers_classes and not lightning_classes:
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, trainer_class):
+        if isinstance(owner, transformers_classes):
             return owner
+        if isinstance(owner, lightning_classes):
+            return LightningRun(owner)
         frame = frame.f_back
     return None
 
 
+def _classes(modules: tuple[str, ...]) -> Iterator[type]:
+    """The `Trainer` of each module that has been imported; who runs one has."""
+    for name in modules:
+        found = getattr(sys.modules.get(name), "Trainer", None)
+        if isinstance(found, type):
+            yield found
+
+
 def trainer_state(trainer: Any) -> Any:
-    """The `TrainerState` of a trainer that says how long it trains, else None."""
+    """The `TrainerState` (or `Progress`) of a trainer that says how long it trains, else None."""
     state = getattr(trainer, "state", None)
     return state if state is not None and state.max_steps > 0 else None

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapters.helpers import tiny_llama
-from cycle.helpers import assert_sound, deltas_of, indices_of, log_of, moved
+from cycle.helpers import assert_sound, deltas_of, indices_of, log_of, moved, trainable
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,10 +40,11 @@ def adapted(base: nn.Module | None = None, **fields: Any) -> PeftModel:
     return get_peft_model(tiny_llama() if base is None else base, config(**fields))
 
 
-def quantized_llama(folder: Path) -> nn.Module:
-    """A 4-bit base, saved to `folder` and loaded as a user would."""
+def quantized_llama(folder: Path, bits: int = 4) -> nn.Module:
+    """A 4-bit or 8-bit base, saved to `folder` and loaded as a user would."""
     tiny_llama(hidden_size=32, intermediate_size=64).save_pretrained(folder / "base")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    settings = BitsAndBytesConfig(**(nf4 if bits == 4 else {"load_in_8bit": True}))
     return AutoModelForCausalLM.from_pretrained(
         folder / "base", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
     )
@@ -100,6 +101,19 @@ def preferences(count: int = 32) -> Dataset:
 
 def prompts(count: int = 16) -> Dataset:
     return Dataset.from_list([{"prompt": words(ids[:4])} for ids in sentences(count)])
+
+
+def batches(epochs: int = 3, size: int = 8) -> Iterator[Tensor]:
+    for _ in range(epochs):
+        yield from torch.tensor(sentences()).split(size)
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=0.02)
 
 
 def outputs(model: nn.Module) -> Tensor:

@@ -17,13 +17,14 @@ from .trl_runs import KINDS, tiny_scorer
 CAUSAL = [name for name, kind in KINDS.items() if kind.task == "CAUSAL_LM"]
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_trl_on_a_4_bit_base(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "bits"), [*((name, 4) for name in CAUSAL), ("SFT", 8)])
+def test_trl_on_a_quantized_base(name: str, bits: int, tmp_path: Path) -> None:
     """The cast to bfloat16 is undone before the first step, on the Parameter objects that the optimizer holds."""
     fields = config(target_modules="all-linear")
-    trainer = KINDS[name].build(quantized_llama(tmp_path), tmp_path, fields, max_steps=3)
+    trainer = KINDS[name].build(quantized_llama(tmp_path, bits), tmp_path, fields, max_steps=3)
     deltas = deltas_of(trainer.model)
-    assert len(deltas) == sum(isinstance(m, bnb.nn.Linear4bit) for m in trainer.model.modules()) == 14
+    quantized = {4: bnb.nn.Linear4bit, 8: bnb.nn.Linear8bitLt}[bits]
+    assert len(deltas) == sum(isinstance(m, quantized) for m in trainer.model.modules()) == 14
     assert {delta.values.dtype for delta in deltas.values()} == {torch.bfloat16}
     objects = {delta.values for delta in deltas.values()}
     trainer.train()
@@ -82,7 +83,7 @@ def test_continuous_batching_rounds_no_deltas(tmp_path: Path) -> None:
         base,
         tmp_path,
         config(),
-        max_steps=3,
+        max_steps=2,
         bf16=True,
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config={"num_blocks": 16, "max_batch_tokens": 64},
