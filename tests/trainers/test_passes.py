@@ -57,8 +57,7 @@ def test_checkpointing_runs_forward_twice_and_collects_once(
     assert_same_run(*models)
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
-@pytest.mark.parametrize("kwargs", REENTRANT, ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), zip(["SFT", "DPO"], REENTRANT, strict=True), ids=str)
 def test_checkpointing_under_trl(name: str, kwargs: dict[str, bool], tmp_path: Path) -> None:
     models = []
     for settings in (

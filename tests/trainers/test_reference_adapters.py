@@ -70,7 +70,7 @@ def test_switching_to_it_in_the_middle_of_a_step_changes_nothing(name: str, tmp_
     models = []
     for precomputed in (False, True):
         model = first_stage(tmp_path / "first")
-        KINDS[name].build(model, tmp_path, precompute_ref_log_probs=precomputed).train()
+        KINDS[name].build(model, tmp_path, precompute_ref_log_probs=precomputed, max_steps=7).train()
         models.append(model)
     assert sum(report.replaced for report in log_of(models[0])) > 0
     assert_same_run(*models)

@@ -31,7 +31,7 @@ def test_the_reference_of_dpo_is_the_adapter_disabled(settings: dict[str, Any], 
     models = []
     for precomputed in (False, True):
         trainer = KINDS["DPO"].build(
-            KINDS["DPO"].base(), tmp_path, config(), precompute_ref_log_probs=precomputed, **settings
+            KINDS["DPO"].base(), tmp_path, config(), precompute_ref_log_probs=precomputed, max_steps=7, **settings
         )
         trainer.train()
         models.append(trainer.model)

@@ -93,13 +93,13 @@ class Sync(TrainerCallback):
 def test_a_run_with_syncs_equals_one_without(name: str, tmp_path: Path) -> None:
     models, sync = [], Sync()
     for callbacks in ([], [sync]):
-        trainer = KINDS[name].build(tiny_llama(), tmp_path, config())
+        trainer = KINDS[name].build(tiny_llama(), tmp_path, config(), max_steps=7)
         for callback in callbacks:
             trainer.add_callback(callback)
         trainer.train()
         models.append(trainer.model)
     assert_same_run(*models)
-    assert [report.step for report in log_of(models[0])] == [2, 6, 10]
+    assert [report.step for report in log_of(models[0])] == [2, 6]
     weight = deltas_of(models[0])["model.layers.0.self_attn.q_proj"]
     synced = sync.last["model.layers.0.self_attn.q_proj.weight"]
     assert 0 < int((synced != tiny_llama().model.layers[0].self_attn.q_proj.weight).sum()) <= weight.k
