@@ -1,0 +1,1 @@
+"""Adapters and checkpoints on disk, read and written without building a model."""

@@ -1,0 +1,185 @@
+"""An adapter folder as plain tensors: what conversion, composition, merging and inspection work on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..checkpoint import MARKER, split_file_key
+from ..config import SpIELConfig
+from ..tensor_checks import check_indices_and_values
+from ..training_state import STATE_KEYS
+from .atomic import whole_folder
+
+PREFIX = "base_model.model."
+_SELECTION = (
+    "r",
+    "density",
+    "num_deltas",
+    "rank_pattern",
+    "density_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+
+
+@dataclass(frozen=True)
+class StoredDelta:
+    """The sparse difference to one weight.
+
+    Attributes:
+        indices: ``[k]`` sorted unique flat positions in the weight as the model stores it, int32 or int64.
+        values: ``[k]`` floating.
+    """
+
+    indices: Tensor
+    values: Tensor
+
+    @property
+    def k(self) -> int:
+        return self.indices.numel()
+
+
+@dataclass
+class AdapterFile:
+    """A SpIEL adapter as it lies on disk, without training state.
+
+    Attributes:
+        config: its config.
+        deltas: by the name of the adapted module in the base model, such as ``model.layers.0.self_attn.q_proj``; the
+            weight is that name with ``.weight``.
+        others: what else it holds (modules saved in full, biases, trained tokens), by key without PEFT's prefix.
+    """
+
+    config: SpIELConfig
+    deltas: dict[str, StoredDelta]
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter folder and check it as a whole.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``).
+
+    Raises:
+        FileNotFoundError: the folder or one of the two files is missing; the message names it.
+        ValueError: it is no SpIEL adapter, or a tensor is damaged; names the file and the tensor.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if not isinstance(config, SpIELConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{folder} is not a SpIEL adapter: its peft_type is {kind!r}")
+    path, tensors = read_tensors(folder)
+    deltas, others = split_tensors(tensors, str(path))
+    return AdapterFile(config, deltas, others)
+
+
+def config_of_deltas(deltas: Mapping[str, StoredDelta], like: SpIELConfig | None = None, **fields: Any) -> SpIELConfig:
+    """A config whose budget is just what these deltas hold, by module; loading needs that of a converted adapter.
+
+    Args:
+        deltas: by module name. Modules without entries cannot be named in a config: leave them out.
+        like: take the other fields from this config.
+        fields: override single fields.
+    """
+    kept = {} if like is None else {f.name: copy(getattr(like, f.name)) for f in dataclass_fields(like) if f.init}
+    # What selects and counts the deltas, and what the constructor sets by itself.
+    for name in (*_SELECTION, "peft_type"):
+        kept.pop(name, None)
+    return SpIELConfig(**{**kept, "num_deltas": {name: delta.k for name, delta in deltas.items()}, **fields})
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The config of an adapter of any method. Raises FileNotFoundError or ValueError, naming the file."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as an adapter's config: {error}") from error
+
+
+def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The path of an adapter's weights and all its tensors, on the CPU, under the keys they are stored by."""
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        if path.is_file():
+            return path, load_file(path)
+        old = folder / WEIGHTS_NAME
+        if old.is_file():
+            path = old
+            return path, torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    raise FileNotFoundError(f"{path} is missing")
+
+
+def split_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, StoredDelta], dict[str, Tensor]]:
+    """Sort an adapter's tensors into deltas and others, and leave out training state.
+
+    Args:
+        tensors: by key, with or without PEFT's prefix.
+        where: names the file in messages.
+
+    Raises:
+        ValueError: indices or values are missing or damaged.
+    """
+    modules: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix(PREFIX)
+        parts = split_file_key(key)
+        if parts is None:
+            others[key] = tensor
+        elif parts[1] not in STATE_KEYS:
+            modules.setdefault(parts[0], {})[parts[1]] = tensor
+    deltas = {}
+    for module, entries in modules.items():
+        problem = check_indices_and_values(entries, None)
+        if problem is None and set(entries) != {"indices", "values"}:
+            name = min(set(entries) - {"indices", "values"})
+            problem = name, "is not a tensor of a SpIEL delta"
+        if problem is not None:
+            name, what = problem
+            raise ValueError(f"{where}: tensor '{module}{MARKER}{name}' {what}")
+        deltas[module] = StoredDelta(entries["indices"], entries["values"])
+    return deltas, others
+
+
+def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write an adapter folder that `PeftModel.from_pretrained` loads, whole or not at all.
+
+    Args:
+        adapter: its deltas are checked first. Its config is saved as it is and must state the budget that the deltas
+            hold: see `config_of_deltas`.
+        folder: where to; made if need be.
+        overwrite: replace what is there.
+
+    Raises:
+        ValueError: a delta is damaged. FileExistsError: see `whole_folder`.
+    """
+    tensors = {f"{PREFIX}{key}": tensor.contiguous() for key, tensor in adapter.others.items()}
+    for module, delta in adapter.deltas.items():
+        tensors[f"{PREFIX}{module}{MARKER}indices"] = delta.indices.contiguous()
+        tensors[f"{PREFIX}{module}{MARKER}values"] = delta.values.contiguous()
+    split_tensors(tensors, str(folder))
+    with whole_folder(folder, overwrite) as work:
+        adapter.config.save_pretrained(str(work))
+        save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
