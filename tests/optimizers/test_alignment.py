@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -73,6 +74,16 @@ def check(name: str, make: Make, dtype: torch.dtype, tolerance: float, wrap: boo
 def test_state_follows_the_positions(name: str) -> None:
     """float64: the oracle's state to the last digits, whatever the optimizer keeps."""
     check(name, {**TORCH, **OTHERS}[name], torch.float64, 1e-9)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
+def test_capturable(kind: type[Any], foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For CUDA graphs; all that keeps its arithmetic on tensors of steps from a CPU is a check of the device."""
+    for module in (sys.modules[base.__module__] for base in kind.__mro__):
+        if hasattr(module, "_get_capturable_supported_devices"):
+            monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    check("adamw", lambda params: kind(params, lr=0.02, capturable=True, foreach=foreach), torch.float64, 1e-9)
 
 
 @pytest.mark.parametrize("name", list(BITSANDBYTES))
