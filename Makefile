@@ -32,6 +32,12 @@ $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(PIP) install -c constraints.txt -e ".[demo,test]"
 	@touch $@
 
+# Beside the environment, and without what it asks for: only the tests of its optimizers are to find it, as PEFT and
+# transformers behave differently where it is installed.
+$(VENV)/.torchao-installed: $(VENV)/.test-installed
+	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+	@touch $@
+
 # Passive waiting: where other programs want the cores too, OpenMP's spinning threads cost far more
 # (measured: 10 times the time per step and more) than they save where none do.
 demo: $(VENV)/.demo-installed
@@ -41,9 +47,10 @@ demo: $(VENV)/.demo-installed
 # Not "python -m pytest", which puts the checkout on the import path, where other packages would take
 # the folder kernels/ for the package of that name. Triton's interpreter is chosen for a whole process,
 # so its tests have one of their own.
-test: lint
+test: lint $(VENV)/.torchao-installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton $(PYTEST_ARGS)
+	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/pytest tests/optimizers/test_low_bit.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

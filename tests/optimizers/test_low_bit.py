@@ -1,6 +1,7 @@
-"""State that dequantizes itself: torchao's optimizers, where it is installed, and one in a few lines.
+"""State that dequantizes itself: torchao's optimizers, where they are found, and one in a few lines.
 
-torchao is not among what the tests install: PEFT and transformers behave differently where they find it.
+`make test` runs this file once more with torchao on the path; the other tests do without, as PEFT and transformers
+behave differently where they find it.
 """
 
 from __future__ import annotations
