@@ -40,13 +40,22 @@ def adapted(base: nn.Module | None = None, **fields: Any) -> PeftModel:
     return get_peft_model(tiny_llama() if base is None else base, config(**fields))
 
 
+def save_llama(folder: Path) -> None:
+    """A base of sizes that can be quantized."""
+    tiny_llama(hidden_size=32, intermediate_size=64).save_pretrained(folder)
+
+
 def quantized_llama(folder: Path, bits: int = 4) -> nn.Module:
     """A 4-bit or 8-bit base, saved to `folder` and loaded as a user would."""
-    tiny_llama(hidden_size=32, intermediate_size=64).save_pretrained(folder / "base")
+    save_llama(folder / "base")
+    return load_quantized(folder / "base", bits)
+
+
+def load_quantized(folder: Path, bits: int = 4) -> nn.Module:
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     settings = BitsAndBytesConfig(**(nf4 if bits == 4 else {"load_in_8bit": True}))
     return AutoModelForCausalLM.from_pretrained(
-        folder / "base", quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
+        folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
     )
 
 
