@@ -4,6 +4,10 @@ Importing this package makes peft_type "SPIEL" known to PEFT.
 """
 
 from .callback import SpIELCallback
+from .compose.active import KeepActive, activate
+from .compose.combined import combine_adapters
+from .compose.cycling import LanguageCycler, LanguageCyclerCallback
+from .compose.overlap import Overlap, OverlapReport, overlap, overlap_of_files
 from .config import SpIELConfig
 from .cycle import engine as _engine
 from .cycle.data_parallel import set_data_parallel_group
@@ -22,6 +26,11 @@ __all__ = [
     "CycleReport",
     "GrowthCriterion",
     "GrowthRequest",
+    "KeepActive",
+    "LanguageCycler",
+    "LanguageCyclerCallback",
+    "Overlap",
+    "OverlapReport",
     "SpIELCallback",
     "SpIELConfig",
     "SpIELConv",
@@ -31,6 +40,10 @@ __all__ = [
     "SpIELModel",
     "SpIELOptimizer",
     "SparseDelta",
+    "activate",
+    "combine_adapters",
+    "overlap",
+    "overlap_of_files",
     "register",
     "register_growth_criterion",
     "set_data_parallel_group",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
 from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, check_live_state_dict, drop_orphans
+from .compose.in_model import WeightedAdapters
 from .config import SpIELConfig
 from .cycle.collector import WindowCollector
 from .delta import AdapterRun
@@ -42,7 +43,7 @@ class _Injection:
         self.shared: dict[str, tuple[str, ...]] = {}
 
 
-class SpIELModel(BaseTuner):
+class SpIELModel(WeightedAdapters):
     """A model with SpIEL layers in place of its targeted modules.
 
     Built by PEFT (`get_peft_model`, `inject_adapter_in_model`, ...), see `peft.tuners.tuners_utils.BaseTuner` for the
@@ -199,6 +200,8 @@ class SpIELModel(BaseTuner):
         return source
 
     def _add_targets_to_tie(self, peft_config: SpIELConfig, tied_weight_keys: list[str]) -> None:
+        # A second adapter finds the tied modules wrapped by the first one.
+        tied_weight_keys = [key.removesuffix(".base_layer") for key in tied_weight_keys]
         peft_config.target_modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
         targets = peft_config.target_modules

@@ -38,6 +38,7 @@ FORBIDDEN = {
     "resident.py": {"base_weight", "config", "functional", "layers", "model", "cycle", "optim", "callback"},
     "training_state.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
     "budget.py": {"delta", "functional", "layers", "model", "cycle", "optim", "callback", "registration"},
+    "compose": {"model", "cycle", "optim", "callback", "autoload"},
     "model.py": {"optim", "callback", "autoload"},
     "cycle": {"layers", "model", "optim", "callback", "autoload"},
     "optim": {"layers", "model", "callback", "autoload"},

@@ -1,0 +1,164 @@
+"""Adapters combined as a whole: all their modules, and the config of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SpIELConfig
+from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas
+from .weighted import Combination, Pair, combine_deltas
+
+# Called with what is done, the total, and what it is about.
+Progress = Callable[[int, int, str], None]
+
+
+def combine_adapters(
+    adapters: Sequence[AdapterFile],
+    weights: Sequence[float],
+    combination_type: str = "linear",
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    *,
+    seed: int = 0,
+    drop_zeros: bool = False,
+    names: Sequence[str] | None = None,
+    check_base: bool = True,
+    progress: Progress | None = None,
+) -> AdapterFile:
+    """Combine adapters that were read from files; `write_adapter` writes the result.
+
+    Args:
+        adapters: as `read_adapter` gives them.
+        weights: one number each, negative ones too.
+        combination_type, density, majority_sign_method, seed, drop_zeros: see `Combination`.
+        names: what to call the adapters in messages; by default their numbers in the list, from 1.
+        check_base: refuse adapters that name different base models. False if it is one model by two names.
+        progress: called as ``progress(done, total, what)`` after every module.
+
+    Raises:
+        ValueError: adapters that do not go together, or a result that is not finite or empty.
+    """
+    how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
+    labels = [str(i + 1) for i in range(len(adapters))] if names is None else list(names)
+    if len(labels) != len(adapters) or len(set(labels)) != len(labels):
+        raise ValueError(f"names must be {len(adapters)} distinct names, got {labels}")
+    if not adapters or len(how.weights) != len(adapters):
+        raise ValueError(
+            f"weights has {len(how.weights)} entries for {len(adapters)} adapters: give one weight per adapter"
+        )
+    files = dict(zip(labels, adapters, strict=True))
+    configs = {name: file.config for name, file in files.items()}
+    check_combinable(configs)
+    if check_base:
+        _check_bases(configs)
+    others = _joined(files)
+    pairs = [{name: (stored.indices, stored.values) for name, stored in file.deltas.items()} for file in adapters]
+    deltas = combine_modules(pairs, how, progress)
+    return AdapterFile(combined_config(configs, deltas), deltas, others)
+
+
+def combine_modules(
+    adapters: Sequence[Mapping[str, Pair]], how: Combination, progress: Progress | None = None
+) -> dict[str, StoredDelta]:
+    """Combine the deltas of adapters, each given as indices and values ``[k]`` by module name.
+
+    Modules in which nothing is left are left out.
+
+    Raises:
+        ValueError: nothing at all is left, or a combined value is not finite.
+    """
+    combined = {}
+    modules = list(dict.fromkeys(module for adapter in adapters for module in adapter))
+    for done, module in enumerate(modules, start=1):
+        indices, values = combine_deltas([adapter.get(module) for adapter in adapters], how, module)
+        if indices.numel():
+            combined[module] = StoredDelta(indices, values)
+        if progress is not None:
+            progress(done, len(modules), module)
+    if not combined:
+        raise ValueError(
+            "nothing is left of these adapters: they hold no deltas, or density pruned all of them, or drop_zeros "
+            "dropped all of them; raise density or pass drop_zeros=False"
+        )
+    return combined
+
+
+def check_combinable(configs: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the adapter, if these (configs by adapter name) cannot be combined."""
+    for name, config in configs.items():
+        if not isinstance(config, SpIELConfig):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise ValueError(f"Adapter {name!r} is not a SpIEL adapter: its peft_type is {kind!r}")
+        if config.bias != "none":
+            raise ValueError(
+                f"Adapter {name!r} was trained with bias={config.bias!r}: it has changed biases of the base model "
+                "itself, which have no weighted sum. Combine adapters with bias='none'."
+            )
+    tied = {name: config.ensure_weight_tying for name, config in configs.items()}
+    if len(set(tied.values())) > 1:
+        raise ValueError(
+            f"ensure_weight_tying differs between the adapters ({tied}): a delta of one would apply to a module that "
+            "the other leaves alone"
+        )
+    owners = [name for name, config in configs.items() if config.trainable_token_indices]
+    if len(owners) > 1:
+        raise ValueError(
+            f"Adapters {owners} cannot be combined: each has trained tokens in full (trainable_token_indices), which "
+            "have no weighted sum"
+        )
+
+
+def combined_config(configs: Mapping[str, SpIELConfig], deltas: Mapping[str, StoredDelta]) -> SpIELConfig:
+    """The config of a combination: the first adapter's, with the counts of the result and what others saved in full.
+
+    Args:
+        configs: by adapter name, in their order, after `check_combinable`.
+        deltas: the result, by module name.
+    """
+    saved = [name for config in configs.values() for name in config.modules_to_save or ()]
+    tokens = [config.trainable_token_indices for config in configs.values() if config.trainable_token_indices]
+    return config_of_deltas(
+        deltas,
+        next(iter(configs.values())),
+        # Of a run that is over: the result may be trained, and begins on what it holds.
+        inference_mode=False,
+        init_weights=True,
+        delta_dtype=_delta_dtype([config.delta_dtype for config in configs.values()]),
+        modules_to_save=list(dict.fromkeys(saved)) or None,
+        trainable_token_indices=tokens[0] if tokens else None,
+    )
+
+
+def _delta_dtype(names: Sequence[str | None]) -> str | None:
+    dtypes = [getattr(torch, name) for name in names if name is not None]
+    if len(dtypes) < len(names):
+        return None
+    return str(reduce(torch.promote_types, dtypes)).removeprefix("torch.")
+
+
+def _check_bases(configs: Mapping[str, SpIELConfig]) -> None:
+    named = {name: config.base_model_name_or_path for name, config in configs.items()}
+    if len({base for base in named.values() if base}) > 1:
+        raise ValueError(
+            f"base_model_name_or_path differs between the adapters ({named}): deltas to different weights do not add "
+            "up. Pass check_base=False if this is one model by several names."
+        )
+
+
+def _joined(files: Mapping[str, AdapterFile]) -> dict[str, Tensor]:
+    """What the adapters saved in full; two of them cannot save the same."""
+    owners: dict[str, str] = {}
+    for name, file in files.items():
+        for key in file.others:
+            if key in owners:
+                raise ValueError(
+                    f"Adapters {owners[key]!r} and {name!r} cannot be combined: both have trained {key!r} in full "
+                    "(modules_to_save), which has no weighted sum"
+                )
+            owners[key] = name
+    return {key: files[name].others[key] for key, name in owners.items()}

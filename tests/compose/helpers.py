@@ -1,0 +1,40 @@
+"""A tiny model with a language adapter and a task adapter, which overlap in some modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from adapters.helpers import adapted, deltas_of, spiel_config, tiny_llama
+from peft import PeftModel
+from torch import Tensor, nn
+
+LANGUAGE, TASK = "language", "task"
+
+
+def two_adapters(base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    """Random deltas at positions of their own: language on q and down projections, task on down and up ones."""
+    model = adapted(base, adapter=LANGUAGE, density=0.2, seed=11, **fields)
+    model.add_adapter(TASK, spiel_config(density=0.2, target_modules=["down_proj", "up_proj"], **{"seed": 5, **fields}))
+    return model
+
+
+def dense_deltas(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's deltas as float64 tensors in the shape of the weights, made entry by entry."""
+    out = {}
+    for name, delta in deltas_of(model, adapter).items():
+        dense = torch.zeros(delta.numel, dtype=torch.float64)
+        for position, value in zip(delta.indices.tolist(), delta.values.tolist(), strict=True):
+            dense[position] += value
+        out[name] = dense.view(delta.weight_shape)
+    return out
+
+
+def plain_with(deltas: list[dict[str, Tensor]], base: nn.Module | None = None) -> nn.Module:
+    """A base model without adapters, its weights plus the sum of dense deltas, summed in float64, rounded once."""
+    base = tiny_llama() if base is None else base
+    with torch.no_grad():
+        for name in {name for each in deltas for name in each}:
+            weight = base.get_submodule(name).weight
+            weight.copy_(weight.double() + sum(each[name] for each in deltas if name in each))
+    return base
