@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, trainable
+from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, train, trainable
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer
@@ -172,6 +172,24 @@ def test_a_run_shorter_than_its_first_window(callback: bool, tmp_path: Path) -> 
         assert delta.values.detach().any()
     model.save_pretrained(tmp_path / "adapter")
     assert_reloads(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("growth", ["accumulated_gradient", "momentum", "random"])
+@pytest.mark.parametrize("said_by", ["config", "wrapper"])
+def test_a_loop_shorter_than_its_first_window(said_by: str, growth: str) -> None:
+    """The same in a loop of one's own; no window is opened, which nobody would close."""
+    settings = {"total_steps": 3} if said_by == "config" else {}
+    model = adapt(accumulation_steps=4, growth=growth, **settings)
+    optimizer: Any = adamw(model) if said_by == "config" else SpIELOptimizer(adamw(model), model, total_steps=3)
+    before = indices_of(model)
+    with pytest.warns(UserWarning, match=r"run of 3 optimizer steps .* accumulation_steps=4.* Lower") as caught:
+        train(model, optimizer, 3)
+    assert len([w for w in caught if "accumulation_steps=4" in str(w.message)]) == 1
+    assert log_of(model) == []
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta.indices, before[name])
+        assert delta.state.step == 3 and delta.state.window is None
+        assert delta.values.detach().any()
 
 
 def test_an_accumulation_window_longer_than_the_cycle_is_refused() -> None:

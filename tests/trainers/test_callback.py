@@ -109,7 +109,9 @@ def test_a_second_train_is_a_second_run(tmp_path: Path) -> None:
     for model, callbacks in zip(models, ([], [SpIELCallback()]), strict=True):
         training = trainer(model, tmp_path, callbacks)
         training.train()
+        optimizer = training.optimizer.optimizer
         training.train()
+        assert training.optimizer.optimizer is optimizer
         assert [report.step for report in log_of(model)] == [2, 6, 10] * 2
         assert [report.rate for report in log_of(model)[:1] + log_of(model)[3:4]] == [
             1.0,

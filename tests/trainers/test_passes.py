@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, loss_of, train
+from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, loss_of, train, trainable
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -57,7 +57,7 @@ def test_checkpointing_runs_forward_twice_and_collects_once(
     assert_same_run(*models)
 
 
-@pytest.mark.parametrize(("name", "kwargs"), zip(["SFT", "DPO"], REENTRANT, strict=True), ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), [*zip(["SFT", "DPO"], REENTRANT, strict=True)], ids=str)
 def test_checkpointing_under_trl(name: str, kwargs: dict[str, bool], tmp_path: Path) -> None:
     models = []
     for settings in (
@@ -97,7 +97,8 @@ class Hooked:
 
 # Windows of three steps before the closes at 3 and 7: the opening, a middle and the last step of one.
 @pytest.mark.parametrize("bad", [1, 2, 3, 5, 7])
-def test_fused_adamw_under_accelerate_fires_its_hooks_on_overflow_steps_too(bad: int) -> None:
+@pytest.mark.parametrize("where", ["in the deltas", "elsewhere"])
+def test_fused_adamw_under_accelerate_fires_its_hooks_on_overflow_steps_too(bad: int, where: str) -> None:
     """The step is not counted, and its gradients reach no window: the run is one that never had it."""
     settings = {"accumulation_steps": 3, "total_steps": 20, "initial_regrow_rate": 0.8}
     reference, model = adapt(**settings), adapt(**settings)
@@ -105,15 +106,17 @@ def test_fused_adamw_under_accelerate_fires_its_hooks_on_overflow_steps_too(bad:
     accelerator = Accelerator(cpu=True)
     # What mixed_precision="fp16" gives on a GPU; powers of two, so that scaling costs no bits.
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    inner = adamw(model, fused=True)
+    head = nn.Parameter(torch.ones(()))
+    inner = torch.optim.AdamW([*trainable(model), head], lr=0.01, fused=True)
     wrapped, optimizer = accelerator.prepare(model, inner)
     hooked = Hooked(inner)
     for number in range(1, 9):
         if number == bad:
-            accelerator.backward(loss_of(wrapped, 50) * float("inf"))
+            loss = loss_of(wrapped, 50)
+            accelerator.backward(loss * float("inf") if where == "in the deltas" else loss + 3e38 * head)
             optimizer.step()
             optimizer.zero_grad()
-        accelerator.backward(loss_of(wrapped, number))
+        accelerator.backward(loss_of(wrapped, number) + 0 * head)
         optimizer.step()
         optimizer.zero_grad()
     assert hooked.count == 9
