@@ -12,6 +12,8 @@ from .tensor_checks import check_indices_and_values, check_training_state
 from .training_state import STATE_KEYS
 
 MARKER = ".spiel_delta."
+# What PyTorch's wrapper for activation checkpoints adds to a module's path, and leaves out of state dicts.
+CHECKPOINTED = "_checkpoint_wrapped_module."
 _ANOTHER_BUDGET = ", another budget (r, density or num_deltas)"
 
 

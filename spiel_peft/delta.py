@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spiel_kernels import index_dtype
 
+from .ram_efficient import prepares_sharding
 from .resident import unfold_deltas
 from .run_settings import RunSettings
 from .tensor_checks import check_indices_and_values, check_training_state
@@ -162,6 +163,8 @@ class SparseDelta(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
+        if prepares_sharding():
+            return self
         before = self.values.data
         unfold_deltas([self])
         super()._apply(fn, recurse)
@@ -202,6 +205,10 @@ class SparseDelta(nn.Module):
         self.untouched = False
         self.state = TrainingState()
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not prepares_sharding():
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -212,6 +219,8 @@ class SparseDelta(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if prepares_sharding():
+            return
         problems = self.problems_with(state_dict, prefix)
         training = {key: state_dict.pop(prefix + key) for key in STATE_KEYS if prefix + key in state_dict}
         # PEFT's loaders and `SpIELModel` check everything first; this guards a delta that is loaded by itself.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import MARKER, SizeCheck, check_adapter_tensors, check_live_state_dict, drop_orphans
+from .checkpoint import CHECKPOINTED, MARKER, SizeCheck, check_adapter_tensors, check_live_state_dict, drop_orphans
 from .compose.in_model import WeightedAdapters
 from .config import SpIELConfig
 from .cycle.collector import WindowCollector
@@ -321,7 +321,7 @@ class SpIELModel(WeightedAdapters):
         for name, layer in model.named_modules():
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
                 for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
-                    out[f"{name.removeprefix('_fsdp_wrapped_module.')}{MARKER}{adapter_name}.{key}"] = tensor
+                    out[f"{name.replace(CHECKPOINTED, '')}{MARKER}{adapter_name}.{key}"] = tensor
         return out
 
     @classmethod
@@ -334,7 +334,9 @@ class SpIELModel(WeightedAdapters):
     ) -> dict[str, Tensor]:
         check_unmerged(model, adapter_name, "loaded")
         deltas = {
-            name.replace("_orig_mod.", "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[adapter_name]
+            name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[
+                adapter_name
+            ]
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }

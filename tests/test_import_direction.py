@@ -24,6 +24,7 @@ LAYERS_MAY = {
     "quantized_weight",
     "resident",
     "seeding",
+    "sharding",
     "training_state",
     "weight_ops",
     "weight_source",

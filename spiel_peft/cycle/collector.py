@@ -16,6 +16,7 @@ from ..weight_gradients import WeightGradient
 from .data_parallel import ranks_of
 from .growth_registry import get_growth_criterion
 from .optimizer_state import seek
+from .replicas import queue_average
 from .schedule import in_window, is_skipped, next_close
 
 _PROBES = 16
@@ -31,6 +32,7 @@ class WindowCollector:
         """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
         if not delta.state.sought:
             seek(delta)
+        queue_average(delta)
         _note_accumulation(delta)
         state = delta.state
         if state.window is None and ranks_of(delta) is not None:

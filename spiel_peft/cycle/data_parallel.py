@@ -2,7 +2,8 @@
 
 A process group alone says nothing: every rank may train a model of its own, or one of them alone. So wrappers are
 noticed as they are built, by PyTorch's public hook on the registration of submodules, and their forward passes are
-counted: a step without one, as after unwrapping the model, is nobody else's business.
+counted: a step without one, as after unwrapping the model, is nobody else's business. A model whose weights FSDP2 has
+spread over ranks cannot be run by one of them alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ..delta import AdapterRun, SparseDelta
+from ..sharding import refuse_fsdp1, sharding_group
 from .joined import JoinHooks
 from .ranks import Ranks
 
@@ -62,8 +64,15 @@ def ranks_of(delta: SparseDelta) -> Ranks | None:
     if delta.run in _CHOSEN:
         group = _CHOSEN[delta.run]
     else:
-        group = next((wrapper.process_group for wrapper, state in _in_use(delta)), None)
+        group = sharding_group(delta)
+        if group is None:
+            group = next((wrapper.process_group for wrapper, state in _in_use(delta)), None)
     return Ranks(group) if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def averages_itself(delta: SparseDelta) -> bool:
+    """Whether this package has to average the delta's gradients, as nobody else does."""
+    return sharding_group(delta) is not None and delta.run not in _CHOSEN
 
 
 def someone_has_left(delta: SparseDelta) -> bool:
@@ -82,13 +91,14 @@ def note_step(optimizers: Iterable[torch.optim.Optimizer], deltas: Iterable[Spar
 
 
 def set_data_parallel_group(model: nn.Module, group: Any | Literal["auto"]) -> None:
-    """Say which ranks train the deltas of a model together. Needed only where gradients are averaged without DDP.
+    """Say which ranks train the deltas of a model together. Needed only where neither DDP nor FSDP2 is at work.
 
     Args:
         model: any module that contains SpIEL layers.
         group: a process group whose ranks average their gradients, by whatever means, before every optimizer step, and
             all take every step; None: this process trains alone, whatever wraps the model; "auto", the default: the
-            ranks of the `DistributedDataParallel` wrapper whose forward pass was run.
+            ranks over which FSDP2 spreads the base weights, or those of the `DistributedDataParallel` wrapper whose
+            forward pass was run.
 
     Raises:
         ValueError: the model has no SpIEL deltas, or `group` is something else.
@@ -114,6 +124,8 @@ def _in_use(delta: SparseDelta) -> list[tuple[DistributedDataParallel, _Wrapped]
 def _on_registration(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     if name == "module" and isinstance(module, DistributedDataParallel) and submodule is not None:
         _adopt(module, submodule)
+    elif name == "_fsdp_wrapped_module" and submodule is not None:
+        refuse_fsdp1(module, submodule)
 
 
 def _adopt(wrapper: DistributedDataParallel, wrapped: nn.Module) -> None:

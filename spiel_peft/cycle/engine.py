@@ -18,6 +18,7 @@ from spiel_kernels import replace_positions
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..resident import unfold_deltas
+from ..sharding import is_sharded
 from ..training_state import StepGradient
 from . import data_parallel, nested_steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
@@ -27,7 +28,10 @@ from .exchange import Exchange
 from .growth_registry import GrowthCriterion, get_growth_criterion
 from .moments import permute, reseed_state
 from .optimizer_check import check_optimizer, check_state
+from .optimizer_state import carry
 from .ranks import Ranks
+from .rehearsal import is_rehearsal
+from .replicas import refuse_mixed_groups
 from .report import CycleReport
 from .runs import join
 from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
@@ -68,8 +72,12 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
     unfold_deltas(deltas)
     if not deltas or getattr(optimizer, "delegates_step", False):
         return None
+    if is_rehearsal():
+        carry(optimizer)
+        return None
     if not nested_steps.begin(optimizer, {id(delta.values) for delta in deltas}):
         return None
+    refuse_mixed_groups(optimizer, deltas)
     check_optimizer(optimizer, deltas)
     join(optimizer, deltas)
 
@@ -82,7 +90,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Take the finished step into account, and close the cycle of every adapter that is due."""
-    if getattr(optimizer, "delegates_step", False):
+    if getattr(optimizer, "delegates_step", False) or is_rehearsal():
         return
     parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
     held = held_deltas(optimizer)
@@ -150,8 +158,8 @@ def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, gro
     state.max_lr = max(state.max_lr, _learning_rate(group))
     state.unheld_steps = 0
     delta.untouched = False
-    # A sharded delta's base weight is gathered for each pass: nothing may stay in it.
-    delta.is_stepped = not state.finished and type(delta.values) is torch.nn.Parameter
+    # A sharded base weight is gathered for each pass: nothing may stay in it.
+    delta.is_stepped = not state.finished and not is_sharded(delta)
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

@@ -9,6 +9,7 @@ the first step.
 from __future__ import annotations
 
 import gc
+import io
 import warnings
 import weakref
 from collections import Counter
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
+from ..sharding import is_sharded
 from ..tensor_checks import check_training_state
 from ..training_state import GROWTH, MAX_LR, PROGRESS, SETTINGS, STATE_KEYS, TrainingState
 from .checksums import checksum
@@ -45,7 +47,9 @@ def _add_entries(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
             continue  # loaded and not yet taken up: it is in the packed group already
         held = [(position, live.get(id(parameter))) for position, parameter in enumerate(group["params"])]
         entries = [_entry(position, delta) for position, delta in held if delta is not None and delta.state.step]
-        if entries:
+        if any(delta is not None and is_sharded(delta) for _, delta in held):
+            packed[GROUP_KEY] = _as_bytes(entries)
+        elif entries:
             packed[GROUP_KEY] = entries
 
 
@@ -58,6 +62,13 @@ def _entry(position: int, delta: SparseDelta) -> dict[str, Any]:
         "indices": int(checksum(delta.indices)),
         **{name: tensor.tolist() if name in _LISTS else tensor for name, tensor in tensors.items()},
     }
+
+
+def _as_bytes(entries: list[dict[str, Any]]) -> bytes:
+    """What checkpoints of sharded models need: they load into an optimizer that has the same entries, as large."""
+    buffer = io.BytesIO()
+    torch.save(entries, buffer)
+    return buffer.getvalue()
 
 
 def seek(delta: SparseDelta) -> None:
@@ -157,6 +168,11 @@ def _live_by_parameter() -> dict[int, SparseDelta]:
 
 
 def _entries_of(saved: Any) -> list[dict[str, Any]]:
+    if isinstance(saved, bytes):
+        try:
+            saved = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        except Exception:
+            saved = None
     if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
         raise ValueError(f"The optimizer's state is refused: its entry {GROUP_KEY!r} is damaged")
     return saved

@@ -30,6 +30,7 @@ from ..operators import adapted_operator, number_of
 from ..quantized_weight import adapted_in_workspace
 from ..resident import WeightFold, can_stay_folded
 from ..seeding import seeded_generator
+from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
 from ..weight_ops import ConvOp, LinearOp
 from ..weight_source import WEIGHT_CHANGED, WeightSource
 from .merging import MergingMixin
@@ -46,6 +47,7 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("spiel_delta",)
     other_param_names = ()
+    _is_fsdp_managed_module = ManagedFlag()
     # Forward methods this class reproduces; a base layer with another one runs its own with the weight swapped.
     known_forwards: tuple[Any, ...] = ()
 
@@ -101,6 +103,8 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
     def _add_delta(self, adapter_name: str, delta: SparseDelta, config: SpIELConfig) -> None:
         delta.train(self.training)
         self.spiel_delta[adapter_name] = delta
+        if is_managed(self) or is_managed(self.get_base_layer()):
+            note_sharded(delta, self)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -258,7 +262,7 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
     def _read_unmerged(self) -> Tensor:
         self._check_unmerged()
         with onloaded(self.get_base_layer()):
-            return super().get_base_weight()
+            return gathered(super().get_base_weight(), self.module_name)
 
     def _read_base_weight(self) -> Tensor:
         with onloaded(self.get_base_layer()):

@@ -12,6 +12,7 @@ from spiel_kernels import adapted_entries, apply_deltas, write_entries
 
 from ..base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
 from ..merge_report import MergeLoss, count_lost
+from ..sharding import refuse_merge
 
 
 class MergingMixin:
@@ -40,6 +41,7 @@ class MergingMixin:
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_delta]
         if not names:
             return
+        self._check_whole()
         before = list(self.merged_adapters)
         self.unfold()
         with writable(self):
@@ -60,9 +62,13 @@ class MergingMixin:
         pairs = self._pairs(adapter_names)
         if not pairs:
             return
+        self._check_whole()
         _, sums = adapted_entries(self._read_base_weight(), pairs)
         if not torch.isfinite(sums.to(self._base_dtype())).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken")
+
+    def _check_whole(self) -> None:
+        refuse_merge(getattr(self.get_base_layer(), "weight", None), self.module_name)
 
     def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
         deltas = [self.spiel_delta[name] for name in adapter_names if name in self.spiel_delta]
