@@ -14,7 +14,10 @@ from .cycle.data_parallel import set_data_parallel_group
 from .cycle.growth_registry import GrowthCriterion, GrowthRequest, register_growth_criterion
 from .cycle.report import CycleReport
 from .delta import SparseDelta
+from .files.extract import Extraction, extract_delta
+from .files.merge import merge_adapter_into_checkpoint
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
+from .merge_report import MergeLoss, MergeReport
 from .model import SpIELModel
 from .optim import SM3, SpIELOptimizer
 from .registration import register
@@ -24,11 +27,14 @@ __version__ = "0.1.0"
 __all__ = [
     "SM3",
     "CycleReport",
+    "Extraction",
     "GrowthCriterion",
     "GrowthRequest",
     "KeepActive",
     "LanguageCycler",
     "LanguageCyclerCallback",
+    "MergeLoss",
+    "MergeReport",
     "Overlap",
     "OverlapReport",
     "SpIELCallback",
@@ -42,6 +48,8 @@ __all__ = [
     "SparseDelta",
     "activate",
     "combine_adapters",
+    "extract_delta",
+    "merge_adapter_into_checkpoint",
     "overlap",
     "overlap_of_files",
     "register",

@@ -22,7 +22,7 @@ from .config import SpIELConfig
 from .cycle.collector import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .merge_report import MergeLoss
+from .layers.merging import report_merge_loss
 from .structure import ModelStructure, check_unmerged, discard_unloaded
 from .targets import bypassed_by, modules_of, names_module, shared_weights, warn_about_fused_experts
 from .training_state import STATE_KEYS
@@ -254,7 +254,7 @@ class SpIELModel(WeightedAdapters):
                     if names:
                         layer._write_merged(names)
             raise
-        self._warn_about_merge_loss()
+        report_merge_loss(self._spiel_layers())
 
     def _unload_and_optionally_merge(
         self,
@@ -275,7 +275,7 @@ class SpIELModel(WeightedAdapters):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge:
-            self._warn_about_merge_loss(layers)
+            report_merge_loss(layers)
         return model
 
     def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -290,18 +290,6 @@ class SpIELModel(WeightedAdapters):
         for layer in self._spiel_layers():
             if not layer.merged:
                 layer.check_finite(list(names))
-
-    def _warn_about_merge_loss(self, layers: list[SpIELLayer] | None = None) -> None:
-        loss = MergeLoss()
-        for layer in layers if layers is not None else self._spiel_layers():
-            if layer.merge_loss is not None and layer.merged:
-                loss += layer.merge_loss
-        if loss.total:
-            warnings.warn(
-                f"Quantization lost {loss.lost} of {loss.total} merged deltas ({loss.lost / loss.total:.1%}): these "
-                "entries moved by less than half of their delta.",
-                stacklevel=3,
-            )
 
     # Saving and loading
 

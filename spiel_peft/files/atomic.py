@@ -24,8 +24,7 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
         FileExistsError: there is something at `target`. Raised before anything is written.
     """
     target = Path(target)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already: choose another folder, or allow overwriting")
+    refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -38,6 +37,13 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def refuse_existing(target: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise a FileExistsError if `target` is there and must not be replaced; for work that is long before it writes."""
+    target = Path(target)
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already: choose another folder, or allow overwriting")
 
 
 def _put_in_place(work: Path, target: Path) -> None:

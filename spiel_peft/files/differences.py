@@ -1,0 +1,155 @@
+"""Two checkpoints of one model, parameter by parameter: what can become a delta, and by how much it changed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..base_weight import LINEAR, BaseInfo, inspect_base
+from ..targets import names_module
+from .tensors import PIECE_BYTES, StoredTensor
+from .weights import Checkpoint, same_contents
+
+# Differences are float32, whatever the checkpoints hold.
+_ENTRIES = PIECE_BYTES // 4
+Targets = Collection[str] | str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A parameter that both checkpoints have, in one shape and floating.
+
+    Attributes:
+        name: of the parameter.
+        before, after: the two tensors.
+    """
+
+    name: str
+    before: StoredTensor
+    after: StoredTensor
+
+    @property
+    def numel(self) -> int:
+        return self.before.numel
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """The float32 change ``[n]`` of the flattened parameter with its first position, piece by piece.
+
+        Raises:
+            ValueError: a change is not finite.
+        """
+        for start, stop in self.before.pieces(_ENTRIES):
+            before, after = self.before.read(start, stop), self.after.read(start, stop)
+            wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
+            change = (after.to(wide) - before.to(wide)).float()
+            if not bool(torch.isfinite(change).all()):
+                raise ValueError(
+                    f"{self.name}: the change from {self.before.where} to {self.after.where} is not finite; one of "
+                    "them holds NaN or infinite weights"
+                )
+            yield start, change
+
+    def changed(self) -> bool:
+        return not same_contents(self.before, self.after) and any(bool(change.any()) for _, change in self.pieces())
+
+
+def compare(base: Checkpoint, finetuned: Checkpoint, name: str) -> Difference:
+    """Find a parameter in both checkpoints.
+
+    Raises:
+        ValueError: one of them lacks it, or the two do not fit together; names the files and says what to do.
+    """
+    remedy = f"leave it out with exclude_modules=[{name.rpartition('.')[0]!r}]"
+    found = []
+    for checkpoint in (base, finetuned):
+        tensor = checkpoint.get(name)
+        if tensor is None:
+            fused = checkpoint.converted.get(name)
+            how = f"holds {name} only in another layout ({fused[0]}, ...)" if fused else f"has no tensor for {name}"
+            raise ValueError(f"{checkpoint.where} {how}; give two checkpoints of one architecture, or {remedy}")
+        if tensor.dtype is None or not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} in {tensor.where} has dtype {tensor.dtype}: quantized or integer weights have no exact "
+                f"difference; give the unquantized checkpoint, or {remedy}"
+            )
+        found.append(tensor)
+    before, after = found
+    if before.shape != after.shape:
+        raise ValueError(
+            f"{name} has shape {before.shape} in {before.where} but {after.shape} in {after.where}. If the vocabulary "
+            "was resized, resize the base in the same way (resize_token_embeddings, save_pretrained) and give that; "
+            f"or {remedy}"
+        )
+    return Difference(name, before, after)
+
+
+def find_targets(base: Checkpoint, targets: Targets, exclude: Targets) -> dict[str, BaseInfo]:
+    """The modules whose weights are compared, by full name; of tied ones only the one that owns the weight.
+
+    Args:
+        base: the checkpoint, with the names of its model if they are known.
+        targets: names or name suffixes, a regex for full names, "all-linear" (linear layers but for the output
+            layer), or None for every weight that SpIEL can adapt.
+        exclude: names, name suffixes or a regex to leave alone.
+
+    Raises:
+        ValueError: nothing matches, or a name matches only modules that cannot be adapted.
+    """
+    infos, refused = adaptable_modules(base)
+    linear = targets == "all-linear"
+    chosen: dict[str, BaseInfo] = {}
+    for module, info in infos.items():
+        wanted = targets is None or (_is_inner_linear(base, module, info) if linear else _matches(targets, module))
+        if wanted and not (exclude is not None and _matches(exclude, module)):
+            chosen[module] = info
+    if targets is not None and not linear:
+        alone = [targets] if isinstance(targets, str) else sorted(targets)
+        for target in alone:
+            pattern = target if isinstance(targets, str) else [target]
+            if any(_matches(pattern, module) for module in infos):
+                continue
+            known = (f"{module} {what}" for module, what in refused.items() if _matches(pattern, module))
+            why = next(known, "no module has that name")
+            raise ValueError(f"target_modules: {target!r} matches nothing that can be adapted in {base.where}: {why}")
+    if not chosen:
+        raise ValueError(f"target_modules and exclude_modules leave no weight of {base.where} to compare")
+    return chosen
+
+
+def adaptable_modules(base: Checkpoint) -> tuple[dict[str, BaseInfo], dict[str, str]]:
+    """What `inspect_base` says of every module with a weight; without a model, matrices count as linear layers."""
+    infos: dict[str, BaseInfo] = {}
+    refused: dict[str, str] = {}
+    if base.names is None:
+        for key, tensor in base.tensors.items():
+            module, _, leaf = key.rpartition(".")
+            if leaf == "weight" and module and len(tensor.shape) >= 2 and tensor.numel:
+                infos[module] = BaseInfo(LINEAR, tensor.shape, math.prod(tensor.shape[1:]), tensor.shape[0], None)
+        return infos, refused
+    for module, layer in base.names.modules.items():
+        if not module or f"{module}.weight" in base.tied or "weight" not in layer._parameters:
+            continue
+        info = inspect_base(layer)
+        if isinstance(info, str):
+            refused[module] = info
+        else:
+            infos[module] = info
+    return infos, refused
+
+
+def _is_inner_linear(base: Checkpoint, module: str, info: BaseInfo) -> bool:
+    if base.names is None:
+        return not names_module("lm_head", module) and "embed" not in module.rpartition(".")[2]
+    head = getattr(base.names.model, "get_output_embeddings", lambda: None)()
+    return info.kind in ("linear", "transposed") and base.names.modules[module] is not head
+
+
+def _matches(patterns: Collection[str] | str, module: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(names_module(pattern, module) for pattern in patterns)

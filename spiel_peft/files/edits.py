@@ -1,0 +1,244 @@
+"""What adapters do to the parameters of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import adapted_entries
+
+from ..targets import names_module
+from .adapter_file import AdapterFile, StoredDelta
+from .tensors import StoredTensor
+from .weights import Checkpoint
+
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass
+class Edit:
+    """The changes to one parameter, in the order they apply.
+
+    Attributes:
+        replacement: the whole parameter.
+        rows: ``[n]`` int64 row numbers and ``[n, width]`` new rows.
+        deltas: pairs of indices ``[k]`` and values ``[k]`` that add up.
+        source: the adapter and tensor that an error should name.
+    """
+
+    replacement: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
+    deltas: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    source: str = ""
+
+    def same_as(self, other: Edit) -> bool:
+        """Whether both do the same to a parameter, bit for bit."""
+        mine, others = self._tensors(), other._tensors()
+        return [name for name, _ in mine] == [name for name, _ in others] and all(
+            a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(mine, others, strict=True)
+        )
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        tensors = [("replacement", self.replacement)] if self.replacement is not None else []
+        tensors += [("rows", tensor) for tensor in self.rows or ()]
+        return tensors + [("delta", tensor) for delta in self.deltas for tensor in delta]
+
+    def shape(self, stored: StoredTensor | None) -> tuple[int, ...]:
+        return tuple(self.replacement.shape) if self.replacement is not None else stored.shape
+
+    def check(self, stored: StoredTensor | None) -> None:
+        """Raise a ValueError if a row or an index is outside of the parameter."""
+        shape = self.shape(stored)
+        numel = torch.Size(shape).numel()
+        where = "the adapter" if stored is None or self.replacement is not None else stored.where
+        for indices, _ in self.deltas:
+            if indices.numel() and int(indices.max()) >= numel:
+                raise ValueError(
+                    f"{self.source}: index {int(indices.max())} is outside of the weight of shape {shape} in {where}; "
+                    "the adapter was trained on another base"
+                )
+        if self.rows is not None:
+            ids, rows = self.rows
+            fits = len(shape) == 2 and rows.shape[1] == shape[1] and int(ids.max()) < shape[0] and int(ids.min()) >= 0
+            if not fits:
+                raise ValueError(
+                    f"{self.source}: rows {ids.tolist()[:4]} of width {rows.shape[-1]} do not fit the weight of shape "
+                    f"{shape} in {where}; the adapter was trained on another base"
+                )
+
+    def apply(self, piece: Tensor, start: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Change the entries ``[start, start + n)`` of the flattened parameter.
+
+        Args:
+            piece: ``[n]`` those entries as stored.
+            width: length of a row.
+            dtype: in which rows that are trained in full are put in.
+
+        Returns:
+            ``(piece, positions, sums)``: the piece with rows put in, int64 ``[u]`` positions in it that deltas change,
+            and their new values, not yet rounded.
+        """
+        stop = start + piece.numel()
+        if self.rows is not None:
+            piece = self._put_rows(piece.to(dtype, copy=True), start, stop, width)
+        inside = [_between(indices, values, start, stop) for indices, values in self.deltas]
+        if not inside:
+            return piece, torch.empty(0, dtype=torch.int64), torch.empty(0)
+        positions, sums = adapted_entries(piece, inside)
+        return piece, positions, sums
+
+    def _put_rows(self, piece: Tensor, start: int, stop: int, width: int) -> Tensor:
+        for row, new in zip(self.rows[0].tolist(), self.rows[1], strict=True):
+            low, high = max(row * width, start), min((row + 1) * width, stop)
+            if low < high:
+                piece[low - start : high - start] = new[low - row * width : high - row * width].to(piece.dtype)
+        return piece
+
+
+def _between(indices: Tensor, values: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    low, high = torch.searchsorted(indices, torch.tensor([start, stop], dtype=indices.dtype)).tolist()
+    return indices[low:high].to(torch.int64) - start, values[low:high]
+
+
+def read_edits(
+    adapters: Sequence[tuple[str, AdapterFile]], weights: Sequence[float], base: Checkpoint
+) -> dict[str, Edit]:
+    """Collect what adapters do, by parameter of the base's model.
+
+    Args:
+        adapters: each with the name that errors give it.
+        weights: factor of each adapter's deltas.
+        base: the checkpoint, knowing the names of its model.
+
+    Raises:
+        ValueError: a tensor that the base has no place for, two adapters that replace one parameter, or a weight
+            other than 1 for an adapter that has more than deltas.
+    """
+    edits: dict[str, Edit] = {}
+    for (where, adapter), weight in zip(adapters, weights, strict=True):
+        for module, delta in adapter.deltas.items():
+            source = f"{where}: delta of {module!r}"
+            edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
+            edit.deltas.append((delta.indices, _weighted(delta, weight)))
+            edit.source = source
+        if adapter.others and weight != 1:
+            raise ValueError(
+                f"{where} replaces whole tensors ({min(adapter.others)}), which cannot be weighted with {weight}; give "
+                "it the weight 1"
+            )
+        for key, tensor in adapter.others.items():
+            _add_other(edits, base, adapter, key, tensor, f"{where}: tensor {key!r}")
+    return edits
+
+
+def _weighted(delta: StoredDelta, weight: float) -> Tensor:
+    return delta.values if weight == 1 else delta.values.float() * weight
+
+
+def _add_other(
+    edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, tensor: Tensor, source: str
+) -> None:
+    if key.endswith(_TOKENS):
+        module = key.removesuffix(_TOKENS)
+        edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
+        ids = torch.tensor(_token_ids(adapter.config.trainable_token_indices, module, source))
+        if edit.rows is not None or tuple(ids.shape) != tuple(tensor.shape[:1]):
+            raise ValueError(f"{source} does not fit: {tensor.shape[0]} rows for {ids.numel()} token indices")
+        edit.rows, edit.source = (ids, tensor), source
+        return
+    name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    parameter = _place(base, name, source)
+    stored = base.get(parameter)
+    if name != key and stored is not None and _is_copy(tensor, stored):
+        return  # PEFT saves whole embeddings beside their deltas
+    edit = edits.setdefault(parameter, Edit())
+    if edit.replacement is not None and not torch.equal(edit.replacement, tensor):
+        raise ValueError(f"{source}: another adapter replaces this tensor as well; merge them one after the other")
+    edit.replacement, edit.source = tensor, source
+
+
+def _is_copy(tensor: Tensor, stored: StoredTensor) -> bool:
+    if tuple(tensor.shape) != stored.shape:
+        return False
+    flat = tensor.flatten()
+    return all(
+        torch.equal(flat[start:stop].to(stored.dtype), stored.read(start, stop)) for start, stop in stored.pieces()
+    )
+
+
+def _token_ids(config: Sequence[int] | Mapping[str, Sequence[int]] | None, module: str, source: str) -> list[int]:
+    if isinstance(config, Mapping):
+        for target, ids in config.items():
+            if names_module(target, module):
+                return list(ids)
+    elif config is not None:
+        return list(config)
+    raise ValueError(f"{source}: the adapter's trainable_token_indices do not say which rows it holds")
+
+
+def _place(base: Checkpoint, name: str, source: str) -> str:
+    """The parameter that an adapter's tensor belongs to."""
+    parameter = base.names.find(name) if base.names is not None else name if base.get(name) is not None else None
+    if parameter is not None and parameter in base.converted:
+        raise ValueError(
+            f"{source} cannot be merged into files: {base.where} stores {parameter} in another layout "
+            f"({base.converted[parameter][0]}, ...). Load the model, use merge_and_unload() and save it."
+        )
+    if parameter is None:
+        raise ValueError(f"{source} has no place in {base.where}, which has no {name}; the adapter is for another base")
+    return parameter
+
+
+def settle_ties(edits: dict[str, Edit], base: Checkpoint) -> list[str]:
+    """Make tied parameters that are changed alike one again, and find those that part.
+
+    Args:
+        edits: by parameter; changed in place.
+        base: the checkpoint.
+
+    Returns:
+        The parameters that need a tensor of their own from now on.
+    """
+    apart: list[str] = []
+    for owner in {base.owner(name) for name in edits} - {None}:
+        group = base.tie_group(owner)
+        if len(group) == 1:
+            continue
+        _share_rows(edits, group)
+        changed = [edits.get(name, Edit()) for name in group]
+        if all(edit.same_as(changed[0]) for edit in changed):
+            for name in group:
+                edits.pop(name, None)
+            edits[owner] = changed[0]
+        else:
+            apart += [name for name in group if name != owner]
+    return apart
+
+
+def _share_rows(edits: dict[str, Edit], group: Sequence[str]) -> None:
+    """PEFT trains the rows of tied embeddings together, unless each is given rows of its own."""
+    with_rows = [name for name in group if name in edits and edits[name].rows is not None]
+    if len(with_rows) != 1:
+        return
+    for name in group:
+        edit = edits.setdefault(name, Edit(source=edits[with_rows[0]].source))
+        edit.rows = edits[with_rows[0]].rows
+
+
+def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkpoint) -> dict[str, Any]:
+    """What ``config.json`` must say of the merged weights: untied embeddings, another number of tokens."""
+    changes: dict[str, Any] = {}
+    if apart:
+        changes["tie_word_embeddings"] = False
+    model = base.names.model if base.names is not None else None
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, edit in edits.items():
+        module = name.removesuffix(".weight")
+        is_embedding = embedding is not None and base.names.modules.get(module) is embedding
+        if is_embedding and edit.replacement is not None:
+            changes["vocab_size"] = edit.replacement.shape[0]
+    return changes

@@ -1,0 +1,291 @@
+"""Adapters merged into a checkpoint on disk, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import write_entries
+
+from ..base_weight import inspect_base
+from ..budget import allocate_deltas
+from ..merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, count_lost, log_loss
+from .adapter_file import AdapterFile, read_adapter
+from .atomic import refuse_existing, whole_folder
+from .dequantized import DequantizedTensor, check_quantization, quantized_parameters
+from .edits import Edit, config_changes, read_edits, settle_ties
+from .folder_files import copy_other_files, edit_config
+from .names import names_with_head, read_json
+from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
+from .weights import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
+
+Path_ = str | os.PathLike[str]
+Progress = Callable[[int, int, str], None]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# Entries of a piece; sums are float32, counts of what is lost float64.
+_ENTRIES = PIECE_BYTES // 8
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor to write: where it comes from, what happens to it, and how it is stored."""
+
+    key: str
+    source: StoredTensor
+    edit: Edit | None
+    dtype: torch.dtype | None
+
+    @property
+    def is_plain_copy(self) -> bool:
+        return self.edit is None and self.dtype == self.source.dtype and isinstance(self.source, FileTensor)
+
+    @property
+    def spec(self) -> TensorSpec:
+        return self.source.spec if self.is_plain_copy else TensorSpec.of(self.dtype, self.source.shape)
+
+
+def merge_adapter_into_checkpoint(
+    base_dir: Path_,
+    adapter_dir: Path_ | Sequence[Path_],
+    out_dir: Path_,
+    dtype: torch.dtype | str | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    quantization_config: Any = None,
+    load_dtype: torch.dtype | str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write a copy of a model's folder with adapters merged into its weights, on the CPU, whole or not at all.
+
+    Every changed weight is the float32 sum of what the base stores and all deltas, rounded once to the dtype it is
+    stored in. The result loads without this package. Peak memory: a few pieces of 16 MiB and the adapters; with
+    `quantization_config`, besides, a few times the largest matrix.
+
+    Args:
+        base_dir: the full-precision checkpoint: ``config.json`` and safetensors or ``.bin`` files, sharded or not.
+        adapter_dir: an adapter's folder, or several, whose deltas add up.
+        out_dir: the folder to make.
+        dtype: store all floating tensors in "float32", "bfloat16" or "float16"; None: each as in the base.
+        weights: a factor for each adapter's deltas, 1 by default.
+        quantization_config: the ``BitsAndBytesConfig`` the adapter was trained under: merge into the dequantized
+            weights, which training saw, instead of the original ones.
+        load_dtype: the dtype the model was loaded in before it was quantized; None: that of the checkpoint.
+        overwrite: replace what is at `out_dir`.
+        progress: called with entries written, entries to write and the tensor at hand.
+
+    Returns:
+        Counts of deltas that rounding has lost, and what was untied; a notable loss is logged too.
+
+    Raises:
+        FileNotFoundError: a folder, file or shard is missing. FileExistsError: there is something at `out_dir`.
+        ValueError: a file is damaged, the base is quantized, the adapter is for another base or method, or a result
+            is not finite; names file and tensor. OSError: the disk is full. `out_dir` is left as it was then.
+    """
+    base_dir, out_dir = Path(base_dir), Path(out_dir)
+    folders = [Path(adapter_dir)] if isinstance(adapter_dir, (str, os.PathLike)) else [Path(f) for f in adapter_dir]
+    wanted, loaded = _dtype("dtype", dtype), _dtype("load_dtype", load_dtype)
+    _check_folders(base_dir, folders, out_dir, overwrite)
+    factors = _factors(weights, len(folders))
+    adapters = [(str(folder), read_adapter(folder)) for folder in folders]
+    base = open_checkpoint(base_dir, "base_dir")
+    changes = _add_head(base, [adapter for _, adapter in adapters])
+    for where, adapter in adapters:
+        _check_counts(where, adapter, base)
+    edits = read_edits(adapters, factors, base)
+    untied = settle_ties(edits, base)
+    changes.update(config_changes(edits, untied, base))
+    merge = _Merge(base, edits, untied, wanted)
+    if quantization_config is not None:
+        merge.dequantize(quantization_config, loaded)
+    with whole_folder(out_dir, overwrite) as work:
+        copy_other_files(base_dir, folders[0], work)
+        edit_config(work, changes, str(wanted).removeprefix("torch.") if wanted else None)
+        merge.write(work, progress)
+    report = MergeReport(out_dir, merge.loss, merge.losses, merge.dtypes, untied)
+    log_loss(report.loss, " and ".join(sorted(report.dtypes)), MERGE_IN_FLOAT32)
+    return report
+
+
+def _dtype(name: str, value: torch.dtype | str | None) -> torch.dtype | None:
+    found = _DTYPES.get(str(value).removeprefix("torch."))
+    if value is not None and found is None:
+        raise ValueError(f"{name} must be one of {', '.join(_DTYPES)} or None, got {value!r}")
+    return found
+
+
+def _check_folders(base: Path, adapters: Sequence[Path], out: Path, overwrite: bool) -> None:
+    if not adapters:
+        raise ValueError("adapter_dir names no adapter")
+    if not base.is_dir():
+        raise FileNotFoundError(f"base_dir: {base} is not a folder; huggingface_hub's snapshot_download makes one")
+    refuse_existing(out, overwrite)
+    for folder in (base, *adapters):
+        if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
+            raise ValueError(f"out_dir: {out} would replace {folder}, which is read; choose another folder")
+
+
+def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
+    factors = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(factors) != count:
+        raise ValueError(f"weights has {len(factors)} entries for {count} adapters; give one for each")
+    if not all(torch.isfinite(torch.tensor(factors))):
+        raise ValueError(f"weights must be finite, got {factors}")
+    return factors
+
+
+def _add_head(base: Checkpoint, adapters: Sequence[AdapterFile]) -> dict[str, Any]:
+    """Let the base's model have the head that a classifier's adapter brings; returns what the config must say then."""
+    for adapter in adapters:
+        full = {key: tensor.shape for key, tensor in adapter.others.items() if "_adapter." not in key}
+        full = {key.replace(".base_layer.", "."): shape for key, shape in full.items()}
+        if base.names is None or all(base.names.find(name) for name in full):
+            continue
+        found = names_with_head(Path(base.where), adapter.config.task_type, full)
+        if found is not None:
+            base.use_names(found[0], keep_ties=False)
+            return found[1]
+    return {}
+
+
+def _check_counts(where: str, adapter: AdapterFile, base: Checkpoint) -> None:
+    """Adapters do not store shapes, but a budget of `r` or `density` tells what size of weight they were made for."""
+    config = adapter.config
+    if base.names is None or config.num_deltas is not None:
+        return
+    infos = {}
+    for module in adapter.deltas:
+        parameter = base.names.find(f"{module}.weight")
+        layer = base.names.modules.get((parameter or "").removesuffix(".weight"))
+        info = inspect_base(layer) if layer is not None else ""
+        if not isinstance(info, str):
+            infos[module] = info
+    for module, count in allocate_deltas(config, infos).items():
+        if adapter.deltas[module].k != count:
+            raise ValueError(
+                f"{where}: delta of {module!r} has {adapter.deltas[module].k} values, but the adapter's budget gives a "
+                f"weight of shape {infos[module].weight_shape}, as {base.where} has it, {count}; it is for another base"
+            )
+
+
+class _Merge:
+    """What is to be written for every file of a checkpoint, and the writing."""
+
+    def __init__(
+        self, base: Checkpoint, edits: dict[str, Edit], untied: Sequence[str], dtype: torch.dtype | None
+    ) -> None:
+        self.base, self.dtype = base, dtype
+        self.losses: dict[str, MergeLoss] = {}
+        self.loss = MergeLoss()
+        self.dtypes: set[str] = set()
+        parameters = {key: parameter for parameter, key in base.stored.items()}
+        file_of = {key: file for file, keys in base.files.items() for key in keys}
+        last = next(reversed(base.files))
+        self.files: dict[str, list[_Output]] = {file: [] for file in base.files}
+        self.parameters: dict[str, str] = {}
+        for key, source in base.tensors.items():
+            parameter = parameters.get(key) or base.copies.get(key, "")
+            edit = edits.get(parameter)
+            if key in base.copies and parameter not in untied:
+                edit = edits.get(base.owner(parameter))
+            self._add(file_of[key], key, parameter, source, edit)
+        for parameter in {*edits, *untied} - set(self.parameters.values()):
+            owner = base.owner(parameter)
+            file = file_of[base.stored[owner]] if owner is not None else last
+            self._add(file, parameter, parameter, base.get(parameter), edits.get(parameter))
+
+    def _add(self, file: str, key: str, parameter: str, stored: StoredTensor | None, edit: Edit | None) -> None:
+        source = stored
+        if edit is not None:
+            if stored is None and edit.replacement is None:
+                raise ValueError(f"{edit.source} has no place in {self.base.where}: no file of it holds {parameter}")
+            edit.check(stored)
+            if edit.replacement is not None:
+                source = MemoryTensor(edit.replacement, edit.source)
+            elif source.dtype is None or not source.dtype.is_floating_point or source.dtype.itemsize < 2:
+                raise ValueError(
+                    f"{parameter} in {source.where} has dtype {source.dtype}: give the unquantized weights"
+                )
+        floating = source.dtype is not None and source.dtype.is_floating_point and source.dtype.itemsize > 1
+        # A tensor that an adapter brings is stored as the one it replaces.
+        own = stored.dtype if stored is not None and floating else source.dtype
+        self.parameters[key] = parameter
+        self.files[file].append(_Output(key, source, edit, self.dtype if self.dtype and floating else own))
+
+    def dequantize(self, config: Any, load_dtype: torch.dtype | None) -> None:
+        """Take dequantized values in place of the stored ones, in all layers that are quantized in training."""
+        check_quantization(config, self.base)
+        parameters = quantized_parameters(self.base, config)
+        for outputs in self.files.values():
+            for number, out in enumerate(outputs):
+                if self.parameters[out.key] in parameters and not isinstance(out.source, MemoryTensor):
+                    source = DequantizedTensor(out.source, config, load_dtype or out.source.dtype)
+                    outputs[number] = _Output(out.key, source, out.edit, out.dtype)
+
+    def write(self, folder: Path, progress: Progress | None) -> None:
+        """Write all weight files and, if there are several, their index."""
+        total = sum(out.source.numel for outputs in self.files.values() for out in outputs)
+        done, nbytes = 0, 0
+        weight_map: dict[str, str] = {}
+        for file, outputs in self.files.items():
+            name = file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
+            name += ".safetensors"
+            with SafetensorsWriter(folder / name, {out.key: out.spec for out in outputs}) as writer:
+                for out in outputs:
+                    self._write_tensor(writer, out)
+                    done += out.source.numel
+                    if progress is not None:
+                        progress(done, total, out.key)
+            nbytes += writer.nbytes
+            weight_map.update({out.key: name for out in outputs})
+        if list(weight_map.values()) != [SINGLE_FILES[0]] * len(weight_map):
+            self._write_index(folder, weight_map, nbytes, total)
+
+    def _write_index(self, folder: Path, weight_map: dict[str, str], nbytes: int, total: int) -> None:
+        metadata: dict[str, Any] = {"total_size": nbytes}
+        for single in SINGLE_FILES:
+            old = Path(self.base.where) / (single + INDEX_SUFFIX)
+            if old.is_file() and "total_parameters" in (read_json(old).get("metadata") or {}):
+                metadata["total_parameters"] = total
+        index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / (SINGLE_FILES[0] + INDEX_SUFFIX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_tensor(self, writer: SafetensorsWriter, out: _Output) -> None:
+        if out.is_plain_copy:
+            size = out.spec.nbytes
+            for start in range(0, size, PIECE_BYTES):
+                writer.write_bytes(out.key, start, out.source.read_bytes(start, min(start + PIECE_BYTES, size)))
+            return
+        width = out.source.shape[-1] if out.source.shape else 1
+        for start, stop in out.source.pieces(_ENTRIES):
+            piece = out.source.read(start, stop)
+            if out.edit is None:
+                writer.write(out.key, start, piece.to(out.dtype))
+                continue
+            piece, positions, sums = out.edit.apply(piece, start, width, out.dtype)
+            writer.write(out.key, start, self._merged(out, piece, positions, sums))
+
+    def _merged(self, out: _Output, piece: Tensor, positions: Tensor, sums: Tensor) -> Tensor:
+        before, rounded = piece.take(positions), sums.to(out.dtype)
+        bad = ~torch.isfinite(rounded) & torch.isfinite(before)
+        if bool(bad.any()):
+            raise ValueError(
+                f"{out.edit.source}: merged into {out.key} as {out.dtype}, {int(bad.sum())} weights are not finite; "
+                'the adapter is broken, or dtype="float32" is needed'
+            )
+        plain = piece.to(out.dtype, copy=True)
+        if positions.numel():
+            loss = count_lost(before, sums, rounded, plain.take(positions))
+            module = self.parameters[out.key].removesuffix(".weight")
+            self.losses.setdefault(module, MergeLoss()).__iadd__(loss)
+            self.loss += loss
+            self.dtypes.add(str(out.dtype).removeprefix("torch."))
+        return write_entries(plain, positions, rounded)

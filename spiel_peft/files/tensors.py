@@ -1,0 +1,250 @@
+"""Tensors on disk, read and written in pieces, so that memory does not grow with their size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Bytes of a piece in which tensors are read, changed and written.
+PIECE_BYTES = 16 << 20
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class StoredTensor:
+    """A tensor that can be read piece by piece.
+
+    Attributes:
+        shape: its shape. dtype: its dtype, None for one that this package cannot compute with.
+        where: names the file, or the object in memory, in messages.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None, where: str) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.where = where
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The entries ``[start, stop)`` of the flattened tensor, on the CPU, in its dtype: ``[stop - start]``."""
+        raise NotImplementedError
+
+    def pieces(self, entries: int | None = None) -> Iterator[tuple[int, int]]:
+        """Ranges of entries, in order, that make up the whole tensor, each about `PIECE_BYTES` large."""
+        size = entries or max(1, PIECE_BYTES // (self.dtype.itemsize if self.dtype else 1))
+        for start in range(0, self.numel, size):
+            yield start, min(start + size, self.numel)
+
+
+class MemoryTensor(StoredTensor):
+    """A tensor of a state dict or a module, or one that `torch.load` has mapped into memory."""
+
+    def __init__(self, tensor: Tensor, where: str) -> None:
+        super().__init__(tuple(tensor.shape), tensor.dtype, where)
+        self.tensor = tensor.detach()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self.numel if stop is None else stop
+        if self.tensor.is_contiguous():
+            return self.tensor.view(-1)[start:stop].cpu()
+        return self.tensor.take(torch.arange(start, stop, device=self.tensor.device)).cpu()
+
+
+class FileTensor(StoredTensor):
+    """A tensor in a safetensors file, read with plain file reads: mapped pages would count as this process's memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype_name: str, begin: int, end: int) -> None:
+        super().__init__(shape, _DTYPES.get(dtype_name), str(path))
+        self.path = path
+        self.dtype_name = dtype_name
+        self.begin, self.end = begin, end
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.dtype_name, self.shape, self.end - self.begin)
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        """The bytes ``[start, stop)`` of the tensor."""
+        buffer = bytearray(stop - start)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.begin + start)
+            view = memoryview(buffer)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{self.path} is truncated")
+                view = view[count:]
+        return buffer
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        if self.dtype is None:
+            raise ValueError(f"{self.where}: tensors of dtype {self.dtype_name} cannot be read")
+        stop = self.numel if stop is None else stop
+        if start == stop:
+            return torch.empty(0, dtype=self.dtype)
+        size = self.dtype.itemsize
+        return torch.frombuffer(self.read_bytes(start * size, stop * size), dtype=self.dtype)
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """What a safetensors file holds; no tensor is read.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged or cut off; both name it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # checks the header, and that the file is as long as that says
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise ValueError(f"{path} cannot be read, it is damaged or incomplete: {error}") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            tensors[name] = FileTensor(path, tuple(entry["shape"]), entry["dtype"], begin, end)
+    return tensors
+
+
+def read_pickled(path: Path) -> dict[str, MemoryTensor]:
+    """The tensors of a ``.bin`` file of `torch.save`, mapped into memory; nothing in it is executed.
+
+    Raises:
+        ValueError: it is damaged, or holds more than tensors; names it.
+    """
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises what the pickle makes it raise
+        raise ValueError(
+            f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]} Save the model as safetensors."
+        ) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} is not a dict of tensors. Save the model as safetensors.")
+    return {name: MemoryTensor(tensor, str(path)) for name, tensor in tensors.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the header of a safetensors file says of a tensor: the format's name of its dtype, its shape, its bytes."""
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
+        return cls(_NAMES[dtype], tuple(shape), math.prod(shape) * dtype.itemsize)
+
+    @property
+    def width(self) -> int:
+        """Bytes per entry, rounded up."""
+        return -(-self.nbytes // max(1, math.prod(self.shape)))
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file whose tensors come in pieces and in any order.
+
+    Args:
+        path: the file to make.
+        specs: what it is to hold, by tensor name.
+
+    Leaving the block without an error flushes the file to disk and checks that all of it was written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
+        self.path = path
+        self._begin: dict[str, int] = {}
+        self._left = {name: spec.nbytes for name, spec in specs.items()}
+        self._widths = {name: spec.width for name, spec in specs.items()}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        # Wide dtypes first: readers view the bytes as that dtype, which takes an aligned start.
+        for name in sorted(specs, key=lambda name: (-specs[name].width, name)):
+            spec = specs[name]
+            end = offset + spec.nbytes
+            header[name] = {"dtype": spec.dtype_name, "shape": list(spec.shape), "data_offsets": [offset, end]}
+            self._begin[name] = offset
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._start = 8 + len(encoded)
+        self.nbytes = offset
+        self._file = open(path, "wb")  # noqa: SIM115
+        try:
+            self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+            self._file.truncate(self._start + offset)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def write(self, name: str, start: int, entries: Tensor) -> None:
+        """Write entries ``[n]`` from the flat position `start` on; they must have the dtype announced."""
+        if entries.numel():
+            data = memoryview(entries.contiguous().view(torch.uint8).numpy())
+            self.write_bytes(name, start * self._widths[name], data)
+
+    def write_bytes(self, name: str, start: int, data: memoryview | bytearray) -> None:
+        """Write bytes of a tensor from the byte `start` on."""
+        with self._named(f"tensor {name!r}"):
+            self._file.seek(self._start + self._begin[name] + start)
+            self._file.write(data)
+        self._left[name] -= len(data)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                unwritten = [name for name, left in self._left.items() if left]
+                if unwritten:
+                    raise RuntimeError(f"{self.path}: {unwritten[:3]} not written in full")
+                with self._named("the last tensors"):
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+        finally:
+            # Closing flushes once more, and would fail once more.
+            with suppress(OSError):
+                self._file.close()
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Let an error of the disk say which file and tensor it was about."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} while writing {what}", str(self.path)) from error
