@@ -1,0 +1,337 @@
+"""Frozen languages that take turns under a task in training: the right weights, batch by batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters.helpers import IDS, adapted, deltas_of, layers_of, logits, snapshot, spiel_config, tiny_llama
+from helpers import adapt
+from peft import PeftModel
+from torch import Tensor, nn
+from trainers.helpers import QUIET
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from spiel_peft import SM3, LanguageCycler, LanguageCyclerCallback
+from spiel_peft.compose.cycling import language_of_batch
+
+from .helpers import dense_deltas, plain_with
+
+LANGUAGES = ["german", "spanish", "finnish"]
+TASK = "task"
+CYCLE = {"regrow_every": 4, "accumulation_steps": 2, "total_steps": 12}
+
+
+def model_with_languages(base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    """Languages with random deltas on q and down projections (one of them elsewhere too), and a task."""
+    model = adapted(base, adapter=LANGUAGES[0], density=0.2, seed=7)
+    model.add_adapter(LANGUAGES[1], spiel_config(density=0.2, seed=1))
+    model.add_adapter(LANGUAGES[2], spiel_config(density=0.2, seed=2, target_modules=["down_proj", "gate_proj"]))
+    model.add_adapter(TASK, spiel_config(density=0.2, seed=3, target_modules=["down_proj", "up_proj"], **fields))
+    return model.train()
+
+
+def batches(count: int) -> list[Tensor]:
+    return list(torch.randint(1, 40, (count, 2, 5), generator=torch.Generator().manual_seed(0)))
+
+
+def dense_gradients(model: PeftModel, language: str | None, ids: Tensor) -> dict[str, Tensor]:
+    """Gradients of the task's deltas by autograd through a plain model that holds the task and one language."""
+    active = [TASK] if language is None else [TASK, language]
+    plain = plain_with([dense_deltas(model, name) for name in active], tiny_llama(dtype=torch.float64))
+    plain(ids, labels=ids).loss.backward()
+    return {
+        name: plain.get_submodule(name).weight.grad.flatten()[delta.indices.long()]
+        for name, delta in deltas_of(model, TASK).items()
+    }
+
+
+def assert_gradients(model: PeftModel, parts: list[tuple[str | None, Tensor]]) -> None:
+    """The task's gradients are the sum over these batches, each with its own language."""
+    expected = [dense_gradients(model, language, ids) for language, ids in parts]
+    for name, delta in deltas_of(model, TASK).items():
+        assert torch.allclose(delta.values.grad, sum(each[name] for each in expected), atol=1e-10), name
+
+
+def stepped(model: PeftModel) -> torch.optim.Optimizer:
+    """An optimizer that has stepped the task, so that deltas may stay in the base weights from now on."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Equal trees of dicts, lists and tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), list(b.values())
+    if isinstance(a, (list, tuple)):
+        for each, other in zip(a, b, strict=True):
+            assert_equal(each, other)
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def in_base(model: PeftModel) -> list[set[str]]:
+    """Which adapters lie in which base weight right now."""
+    return [{delta.run.adapter_name for delta in layer._fold.deltas} for layer in layers_of(model)]
+
+
+# -- the order -------------------------------------------------------------------------------------
+
+
+def test_every_round_has_each_language_once_in_an_order_that_only_the_arguments_decide() -> None:
+    torch.manual_seed(1)
+    first = [language_of_batch(batch, LANGUAGES, seed=5) for batch in range(60)]
+    torch.manual_seed(2)
+    assert first == [language_of_batch(batch, LANGUAGES, seed=5) for batch in range(60)]
+    rounds = [tuple(first[i : i + 3]) for i in range(0, 60, 3)]
+    assert all(sorted(each) == sorted(LANGUAGES) for each in rounds) and len(set(rounds)) > 3
+    assert first != [language_of_batch(batch, LANGUAGES, seed=6) for batch in range(60)]
+    assert [language_of_batch(batch, LANGUAGES, "in_order") for batch in range(5)] == [*LANGUAGES, *LANGUAGES[:2]]
+
+
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def test_accumulated_gradients_are_the_sum_over_the_languages_of_their_batches() -> None:
+    model = model_with_languages(tiny_llama(dtype=torch.float64), growth="none")
+    cycler = LanguageCycler(model, LANGUAGES, TASK)
+    stepped(model)
+    parts, seen = [], []
+    for ids in batches(4):
+        language = cycler.advance()
+        model(ids, labels=ids).loss.backward()
+        parts.append((language, ids))
+        seen.append(set.union(*in_base(model)))
+    # Deltas did stay in the weights from forward to backward, those of one language at a time.
+    assert seen == [{TASK, language} for language, _ in parts]
+    assert_gradients(model, parts)
+
+
+def test_a_backward_pass_after_the_switch_uses_the_language_of_its_forward_pass() -> None:
+    model = model_with_languages(tiny_llama(dtype=torch.float64), growth="none")
+    cycler = LanguageCycler(model, LANGUAGES, TASK)
+    stepped(model)
+    parts, losses = [], []
+    for ids in batches(3):
+        parts.append((cycler.advance(), ids))
+        losses.append(model(ids, labels=ids).loss)
+    for loss in reversed(losses):
+        loss.backward()
+    assert_gradients(model, parts)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_right_in_order_and_refused_out_of_order(reentrant: bool) -> None:
+    model = model_with_languages(tiny_llama(dtype=torch.float64), growth="none")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    cycler = LanguageCycler(model, LANGUAGES, TASK)
+    stepped(model)
+    parts = []
+    for ids in batches(2):
+        parts.append((cycler.advance(), ids))
+        loss = model(ids, labels=ids).loss
+        evaluated = cycler.language
+        cycler.use("finnish")
+        logits(model)
+        cycler.use(evaluated)
+        model.train()
+        loss.backward()
+    assert_gradients(model, parts)
+    loss = model(IDS, labels=IDS).loss
+    cycler.advance()
+    with pytest.raises(
+        RuntimeError, match="gradient checkpointing computes a forward pass again.*call backward before"
+    ):
+        loss.backward()
+
+
+def test_a_switch_inside_a_backward_pass_is_refused() -> None:
+    model = model_with_languages()
+    cycler = LanguageCycler(model, LANGUAGES, TASK)
+    out = model(IDS, labels=IDS)
+    out.logits.register_hook(lambda grad: cycler.advance())
+    with pytest.raises(RuntimeError, match="while a backward pass is under way"):
+        out.loss.backward()
+
+
+# -- what does not change --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer_of", [torch.optim.AdamW, SM3], ids=["adamw", "sm3"])
+def test_training_moves_the_task_alone(optimizer_of: Callable[..., torch.optim.Optimizer]) -> None:
+    model = model_with_languages(**CYCLE)
+    base = {layer.module_name: layer.get_base_weight().clone() for layer in layers_of(model)}
+    languages = {key: tensor for key, tensor in snapshot(model).items() if f".{TASK}." not in key}
+    cycler = LanguageCycler(model, LANGUAGES, TASK, order="in_order")
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    start = {name: delta.indices.clone() for name, delta in deltas_of(model, TASK).items()}
+    used = []
+    for number, ids in enumerate(batches(14)):
+        used.append(cycler.advance())
+        model(ids, labels=ids).loss.backward()
+        if number % 2:
+            before = (
+                copy.deepcopy(optimizer.state_dict()["state"]),
+                [d.state.row for d in deltas_of(model, TASK).values()],
+            )
+            cycler.use(LANGUAGES[0])
+            after = optimizer.state_dict()["state"], [d.state.row for d in deltas_of(model, TASK).values()]
+            assert_equal(after, before)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert used == [LANGUAGES[i % 3] for i in range(14)]
+    assert {id(p) for p in optimizer.state} <= {id(d.values) for d in deltas_of(model, TASK).values()}
+    after = snapshot(model)
+    assert all(torch.equal(after[key], tensor) for key, tensor in languages.items())
+    assert all(torch.equal(layer.get_base_weight(), base[layer.module_name]) for layer in layers_of(model))
+    assert any(not torch.equal(delta.indices, start[name]) for name, delta in deltas_of(model, TASK).items())
+    assert len(model.base_model.cycle_log(TASK)) == 2 and model.base_model.cycle_log(LANGUAGES[0]) == []
+
+
+def test_outputs_are_those_of_the_task_and_one_language_or_none() -> None:
+    model = model_with_languages(tiny_llama(dtype=torch.float64))
+    cycler = LanguageCycler(model, LANGUAGES, [TASK])
+    for language in (*LANGUAGES, None):
+        cycler.use(language)
+        active = [TASK] if language is None else [TASK, language]
+        assert model.active_adapters == active
+        dense = plain_with([dense_deltas(model, name) for name in active], tiny_llama(dtype=torch.float64))
+        assert torch.allclose(logits(model), logits(dense), atol=1e-12)
+
+
+def test_a_compiled_layer_follows_the_switches() -> None:
+    model = adapt(nn.Linear(6, 5), adapters=("german", "spanish", TASK)).train()
+    cycler = LanguageCycler(model, LANGUAGES[:2], TASK, order="in_order")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.randn(3, 6)
+    for _ in range(4):
+        language = cycler.advance()
+        weight = model.base_model.model.layer.get_base_weight()
+        weight = weight + sum(dense_deltas(model, name)["layer"] for name in (TASK, language)).float()
+        expected = nn.functional.linear(x, weight, model.base_model.model.layer.base_layer.bias)
+        assert torch.allclose(compiled(x), expected, atol=1e-6)
+    torch._dynamo.reset()
+
+
+# -- resuming --------------------------------------------------------------------------------------
+
+
+def test_a_loop_resumes_with_the_next_language() -> None:
+    model = model_with_languages()
+    cycler = LanguageCycler(model, LANGUAGES, TASK, seed=2)
+    whole = [cycler.advance() for _ in range(9)]
+    again = LanguageCycler(model, LANGUAGES, TASK, seed=2)
+    assert [again.advance() for _ in range(4)] == whole[:4]
+    state = again.state_dict()
+    resumed = LanguageCycler(model, LANGUAGES, TASK, seed=2)
+    resumed.load_state_dict(state)
+    assert resumed.language == whole[3] and model.active_adapters == [TASK, whole[3]]
+    assert [resumed.advance() for _ in range(5)] == whole[4:]
+    assert resumed.go_to(1) == whole[1] and model.active_adapters == [TASK, whole[1]]
+    fresh = LanguageCycler(model, LANGUAGES, TASK, seed=2)
+    fresh.load_state_dict(LanguageCycler(model, LANGUAGES, TASK, seed=2).state_dict())
+    assert fresh.advance() == whole[0]
+    with pytest.raises(ValueError, match="the saved state has seed=2, this cycler 3"):
+        LanguageCycler(model, LANGUAGES, TASK, seed=3).load_state_dict(state)
+
+
+class Record(TrainerCallback):
+    """The languages of all training and evaluation passes, by the name of the active adapter."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.train: list[str] = []
+        self.evaluation: list[str] = []
+        model.register_forward_pre_hook(self._note)
+
+    def _note(self, model: nn.Module, inputs: Any) -> None:
+        (self.train if model.training else self.evaluation).append(model.active_adapters[-1])
+
+
+def trainer_of(model: PeftModel, folder: Path, **settings: Any) -> tuple[Trainer, Record]:
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches(12))]
+    record = Record(model)
+    cycler = LanguageCycler(model, LANGUAGES, TASK, seed=4)
+    args = TrainingArguments(
+        output_dir=str(folder),
+        **{
+            **QUIET,
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.02,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            **settings,
+        },
+    )
+    callback = LanguageCyclerCallback(cycler, evaluate_with="finnish")
+    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], callbacks=[callback])
+    return trainer, record
+
+
+def test_the_trainer_has_another_language_for_every_micro_batch_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole = model_with_languages(**CYCLE)
+    trainer, record = trainer_of(whole, tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer.train()
+    expected = [language_of_batch(batch, LANGUAGES, seed=4) for batch in range(12)]
+    assert record.train == expected
+    assert set(record.evaluation) == {"finnish"} and len(record.evaluation) >= 3
+    assert whole.active_adapters == [TASK, "finnish"]
+    resumed = model_with_languages(**CYCLE)
+    trainer, record = trainer_of(resumed, tmp_path)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert record.train == expected[6:]
+    for key, tensor in snapshot(whole).items():
+        assert torch.equal(tensor, resumed.state_dict()[key]), key
+    trained = {name.split(".")[-2] for name, p in resumed.named_parameters() if p.requires_grad}
+    assert trained == {TASK}
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"languages": [*LANGUAGES, TASK]}, r"\['task'\] are both in languages and in task"),
+        ({"languages": ["german", "klingon"]}, r"Adapters \['klingon'\] do not exist"),
+        ({"languages": []}, "adapters is empty"),
+        ({"languages": "german"}, "adapters must be a list"),
+        ({"languages": ["german", "german"]}, "more than once"),
+        ({"task": "other"}, r"Adapters \['other'\] do not exist"),
+        ({"order": "random"}, "`order` must be one of 'shuffled', 'in_order'"),
+        ({"seed": -1}, "`seed` must be an integer of at least 0"),
+    ],
+)
+def test_wrong_arguments_change_nothing(arguments: dict[str, Any], message: str) -> None:
+    model = model_with_languages()
+    with pytest.raises(ValueError, match=message):
+        LanguageCycler(model, **{"languages": LANGUAGES, "task": TASK, **arguments})
+    assert model.active_adapters == [LANGUAGES[0]]
+
+
+def test_merged_models_and_languages_with_whole_modules_are_refused() -> None:
+    model = model_with_languages()
+    model.add_adapter("full", spiel_config(modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"Adapters \['full'\] have saved whole modules"):
+        LanguageCycler(model, ["german", "full"], TASK)
+    cycler = LanguageCycler(model, LANGUAGES, "full")
+    with pytest.raises(ValueError, match="do not exist"):
+        LanguageCyclerCallback(cycler, evaluate_with="klingon")
+    with pytest.raises(ValueError, match="`batch` must be an integer"):
+        cycler.go_to(-1)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="while adapters are merged; call unmerge_adapter"):
+        cycler.advance()
+    with pytest.raises(ValueError, match="cannot be trained while .* are merged"):
+        LanguageCycler(model, LANGUAGES, TASK)
