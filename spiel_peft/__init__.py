@@ -3,12 +3,23 @@
 Importing this package makes peft_type "SPIEL" known to PEFT.
 """
 
+from . import card as _card
 from .callback import SpIELCallback
 from .compose.active import KeepActive, activate
 from .compose.combined import combine_adapters
 from .compose.cycling import LanguageCycler, LanguageCyclerCallback
 from .compose.overlap import Overlap, OverlapReport, overlap, overlap_of_files
 from .config import SpIELConfig
+from .convert import (
+    Conversion,
+    SparsePatch,
+    convert_adapter,
+    export_dense_diff,
+    export_shira,
+    export_sparse_patch,
+    read_sparse_patches,
+    sparse_patches,
+)
 from .cycle import engine as _engine
 from .cycle.data_parallel import set_data_parallel_group
 from .cycle.growth_registry import GrowthCriterion, GrowthRequest, register_growth_criterion
@@ -26,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "Conversion",
     "CycleReport",
     "Extraction",
     "GrowthCriterion",
@@ -46,16 +58,24 @@ __all__ = [
     "SpIELModel",
     "SpIELOptimizer",
     "SparseDelta",
+    "SparsePatch",
     "activate",
     "combine_adapters",
+    "convert_adapter",
+    "export_dense_diff",
+    "export_shira",
+    "export_sparse_patch",
     "extract_delta",
     "merge_adapter_into_checkpoint",
     "overlap",
     "overlap_of_files",
+    "read_sparse_patches",
     "register",
     "register_growth_criterion",
     "set_data_parallel_group",
+    "sparse_patches",
 ]
 
 register()
 _engine.install()
+_card.install()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..card import FILE_NAME as CARD
+from ..card import facts_of_counts, update_card
 from ..checkpoint import MARKER, split_file_key
 from ..config import SpIELConfig
 from ..tensor_checks import check_indices_and_values
@@ -126,7 +130,7 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         if old.is_file():
             path = old
             return path, torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     raise FileNotFoundError(f"{path} is missing")
 
@@ -164,7 +168,7 @@ def split_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, 
 
 
 def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write an adapter folder that `PeftModel.from_pretrained` loads, whole or not at all.
+    """Write an adapter folder that `PeftModel.from_pretrained` loads, with a model card, whole or not at all.
 
     Args:
         adapter: its deltas are checked first. Its config is saved as it is and must state the budget that the deltas
@@ -183,3 +187,7 @@ def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrit
     with whole_folder(folder, overwrite) as work:
         adapter.config.save_pretrained(str(work))
         save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if (Path(folder) / CARD).is_file():
+            shutil.copyfile(Path(folder) / CARD, work / CARD)  # what somebody wrote in it is kept
+        counts = {module: delta.k for module, delta in adapter.deltas.items()}
+        update_card(work, [facts_of_counts(adapter.config, counts)])

@@ -1,0 +1,129 @@
+"""Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
+from .base import BaseTensors
+from .result import make_delta
+
+_COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
+# PEFT saves these along when an adapter targets one of them.
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+
+
+@dataclass
+class PeftSource:
+    """An adapter folder of some PEFT method.
+
+    Attributes:
+        folder: where it lies.
+        path: its weights.
+        config: what ``adapter_config.json`` says.
+        tensors: all tensors, by key without PEFT's prefix.
+    """
+
+    folder: Path
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def modules(self, marker: str, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
+        """The method's own tensors by module: keys ``<module>.<marker><name>``, an adapter's name may stand between.
+
+        Raises:
+            ValueError: a tensor of the method has another name, or two adapters are in one file.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            module, dot, rest = key.partition(f".{marker}")
+            if not dot:
+                continue
+            parts = [part for part in rest.split(".") if part in names]
+            if len(parts) != 1 or rest.count(".") > 1:
+                raise ValueError(f"{self.path}: tensor {key!r} is not one that this converter can turn into deltas")
+            if parts[0] in found.setdefault(module, {}):
+                raise ValueError(f"{self.path}: tensor {key!r}: the module {module!r} has two of them")
+            found[module][parts[0]] = tensor
+        return found
+
+    def others(self, marker: str) -> dict[str, Tensor]:
+        """Everything else: modules saved in full. Raises ValueError on what would not be loaded again."""
+        others = {key: tensor for key, tensor in self.tensors.items() if f".{marker}" not in key}
+        saved = self.config.get("modules_to_save") or []
+        for key in others:
+            module = key.rpartition(".")[0].removesuffix(".base_layer")
+            known = any(f".{name}." in f".{key}" for name in saved)
+            if not known and module.rpartition(".")[2] not in _EMBEDDING_NAMES:
+                raise ValueError(
+                    f"{self.path}: tensor {key!r} belongs to no module of modules_to_save ({saved}), so it would not "
+                    "be loaded with the converted adapter"
+                )
+        return others
+
+    def fields(self) -> dict[str, Any]:
+        """The config fields that all PEFT methods share, for a `SpIELConfig`."""
+        fields = {name: self.config.get(name) for name in _COMMON_FIELDS}
+        if self.config.get("modules_to_save"):
+            fields["modules_to_save"] = list(self.config["modules_to_save"])
+        return fields
+
+    def delta(self, module: str, positions: Tensor, values: Tensor, base: BaseTensors | None) -> StoredDelta:
+        """The delta of one module, from flat row-major positions and their values."""
+        numel = None
+        if base is not None:
+            shape = base.shape(f"{module}.weight", str(self.path))
+            numel = math.prod(shape)
+        return make_delta(positions, values, numel, str(self.path), module)
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """``adapter_config.json`` as it stands. Raises FileNotFoundError or ValueError, naming the file."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one JSON object")
+    return config
+
+
+def read_peft_source(folder: str | os.PathLike[str], peft_type: str) -> PeftSource:
+    """Read the adapter of another method.
+
+    Args:
+        folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, never unpickling code).
+        peft_type: the method it must be of.
+
+    Raises:
+        FileNotFoundError, ValueError: the file at fault is named.
+    """
+    folder = Path(folder)
+    config = read_peft_config(folder)
+    if config.get("peft_type") != peft_type:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, not {peft_type!r}"
+        )
+    path, tensors = read_tensors(folder)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: an adapter file must hold tensors only")
+    return PeftSource(folder, path, config, {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
+
+
+def need(entries: dict[str, Tensor], names: Collection[str], module: str, path: Path) -> None:
+    """Raise ValueError unless a module has all of these tensors."""
+    missing = sorted(set(names) - set(entries))
+    if missing:
+        raise ValueError(f"{path}: tensor {missing[0]!r} of module {module!r} is missing")

@@ -1,0 +1,102 @@
+"""What a conversion hands back, and the steps that all conversions into SpIEL adapters share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import index_dtype
+
+from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
+from ..tensor_checks import check_indices_and_values
+
+Progress = Callable[[int, int, str], None]
+KEEP, DROP = "keep", "drop"
+
+
+@dataclass
+class Conversion:
+    """What was converted.
+
+    Attributes:
+        kind: the format on the other side.
+        num_deltas: values of all modules.
+        modules: names of the modules with deltas.
+        others: names of the tensors kept in full (modules to save, biases).
+        dropped: names of the tensors left out, only ever on request.
+        notes: what a user should know, a sentence each.
+    """
+
+    kind: str
+    num_deltas: int
+    modules: list[str]
+    others: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise ValueError unless an argument is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {list(allowed)}, got {value!r}")
+
+
+def make_delta(positions: Tensor, values: Tensor, numel: int | None, where: str, what: str) -> StoredDelta:
+    """Sort, and where positions repeat add up, the entries of one sparse difference.
+
+    Args:
+        positions: ``[k]`` integer flat row-major positions, in any order.
+        values: ``[k]`` floating.
+        numel: size of the weight; None if it is not known.
+        where, what: the file and the tensor, for messages.
+
+    Raises:
+        ValueError: what is wrong with the entries.
+    """
+    if positions.dim() != 1 or positions.shape != values.shape:
+        raise ValueError(
+            f"{where}: tensor {what!r} has positions of shape {tuple(positions.shape)} for values of shape "
+            f"{tuple(values.shape)}"
+        )
+    unique, inverse = torch.unique(positions.long(), return_inverse=True)
+    summed = values.new_zeros(unique.shape)
+    if unique.numel() == positions.numel():
+        summed[inverse] = values
+    else:
+        summed.index_add_(0, inverse, values)
+    size = numel if numel is not None else (int(unique[-1]) + 1 if unique.numel() else 1)
+    delta = StoredDelta(unique.to(index_dtype(size)), summed)
+    problem = check_indices_and_values({"indices": delta.indices, "values": delta.values}, numel)
+    if problem is not None:
+        raise ValueError(f"{where}: tensor {what!r}: {problem[0]} {problem[1]}")
+    return delta
+
+
+def finish(
+    result: Conversion,
+    deltas: Mapping[str, StoredDelta],
+    others: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    out: str | os.PathLike[str],
+    where: str,
+    overwrite: bool,
+) -> Conversion:
+    """Write the adapter of a conversion and complete its report. Modules without entries are left out."""
+    filled = {name: delta for name, delta in deltas.items() if delta.k}
+    if not filled:
+        raise ValueError(f"{where} holds no sparse difference of a weight, so there is nothing to convert")
+    empty = sorted(set(deltas) - set(filled))
+    if empty:
+        result.notes.append(f"{len(empty)} modules had no entries and are left out: {', '.join(empty[:3])} ...")
+    config = config_of_deltas(filled, inference_mode=True, **fields)
+    write_adapter(AdapterFile(config, filled, dict(others)), Path(out), overwrite)
+    result.num_deltas = sum(delta.k for delta in filled.values())
+    result.modules = sorted(filled)
+    result.others = sorted(others)
+    return result
