@@ -25,6 +25,23 @@ def split_file_key(key: str) -> tuple[str, str] | None:
     return (module, name) if "." not in name else None
 
 
+def checkpointed_entries(model: nn.Module, state_dict: Mapping[str, Tensor], biases: bool) -> dict[str, Tensor]:
+    """The deltas in blocks under activation checkpoints, which PEFT overlooks as it goes by the names of modules.
+
+    Args:
+        model: with the adapter.
+        state_dict: of the model, without other adapters.
+        biases: with the biases of their layers.
+    """
+    paths = [name for name, module in model.named_modules() if isinstance(module, SparseDelta) and CHECKPOINTED in name]
+    keys = []
+    for path in (path.replace(CHECKPOINTED, "") for path in paths):
+        keys += [f"{path}.indices", f"{path}.values"]
+        if biases:
+            keys.append(f"{path.rpartition(MARKER)[0]}.base_layer.bias")
+    return {key: state_dict[key] for key in keys if key in state_dict}
+
+
 def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out what a file has for modules whose values it lacks: PEFT reports missing keys, new indices for old
     values would go unnoticed."""

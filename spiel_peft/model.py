@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import CHECKPOINTED, MARKER, SizeCheck, check_adapter_tensors, check_live_state_dict, drop_orphans
+from .checkpoint import (
+    CHECKPOINTED,
+    MARKER,
+    SizeCheck,
+    check_adapter_tensors,
+    check_live_state_dict,
+    checkpointed_entries,
+    drop_orphans,
+)
 from .compose.in_model import WeightedAdapters
 from .config import SpIELConfig
 from .cycle.collector import WindowCollector
@@ -303,6 +311,7 @@ class SpIELModel(WeightedAdapters):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         out = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
         if config.inference_mode:
             return out
         # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.

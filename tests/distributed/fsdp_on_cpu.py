@@ -1,0 +1,34 @@
+"""Lets Accelerate use FSDP on CPUs: its own code, which it runs on accelerators only."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+
+_init = AcceleratorState.__init__
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Have every `AcceleratorState` of this process take an FSDP plugin as it does where there are GPUs."""
+    AcceleratorState.__init__ = _init_with_fsdp  # type: ignore[method-assign]
+
+
+def _init_with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **settings: Any) -> None:
+    _init(self, *args, fsdp_plugin=fsdp_plugin, **settings)
+    if fsdp_plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+        return
+    self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if self.mixed_precision != "no":
+        fsdp_plugin.set_mixed_precision(self.mixed_precision)
+    self.fsdp_plugin = fsdp_plugin
+
+
+def reset_accelerate() -> None:
+    """Each scenario stands for a process of its own."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[name]
