@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
 from spiel_kernels import index_dtype
@@ -225,11 +226,15 @@ def _config(
 ) -> SpIELConfig:
     architecture = type(before.names.model).__name__ if before.names is not None else ""
     tasks = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+    copies = tied_copies(found, before, after)
+    # PEFT ties by these names only; other tied modules get deltas of their own, which start out equal.
+    tying = any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in copies.values())
+    counts = dict(found) if tying else {**found, **{copy: found[owner] for copy, owner in copies.items()}}
     return SpIELConfig(
-        num_deltas=dict(found),
+        num_deltas=counts,
         task_type=next((task for ending, task in tasks.items() if architecture.endswith(ending)), None),
         base_model_name_or_path=before.where if before.files else None,
-        ensure_weight_tying=bool(tied_copies(found, before, after)),
+        ensure_weight_tying=tying,
         modules_to_save=sorted(small.modules) or None,
         bias="all" if small.has_biases else "none",
         delta_dtype="float32",
