@@ -68,8 +68,8 @@ def load_corpus(path: Path | None) -> Corpus:
     return Corpus(source, distinct, len(examples) - len(filled), len(filled) - len(distinct))
 
 
-def read_chatterbot() -> list[Example]:
-    """The English part of chatterbot-corpus: the first line of each conversation and the reply to it.
+def read_chatterbot(language: str = "english") -> list[Example]:
+    """One language of chatterbot-corpus: the first line of each conversation and the reply to it.
 
     What follows the first reply is an alternative answer in some files and the next turn of a
     dialogue in others, without a mark that tells which, so it is not used.
@@ -77,10 +77,14 @@ def read_chatterbot() -> list[Example]:
     spec = importlib.util.find_spec("chatterbot_corpus")
     if spec is None or not spec.submodule_search_locations:
         raise InputError("no --data given and chatterbot-corpus is not installed: pip install chatterbot-corpus")
+    data = Path(spec.submodule_search_locations[0], "data")
+    folder = data / language
+    if not any(folder.glob("*.yml")):
+        known = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir()))
+        raise InputError(f"chatterbot-corpus has no language {language!r}; it has {known}")
     import yaml  # a dependency of this data source only
 
     examples = []
-    folder = Path(spec.submodule_search_locations[0], "data", "english")
     for file in sorted(folder.glob("*.yml")):
         for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             if len(conversation) >= 2:

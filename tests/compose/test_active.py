@@ -9,10 +9,13 @@ import pytest
 import torch
 from adapters.helpers import (
     IDS,
+    adapted,
     assert_unchanged,
     deltas_of,
+    key_of,
     layers_of,
     logits,
+    read_adapter,
     snapshot,
     spiel_config,
     tiny_llama,
@@ -145,6 +148,22 @@ def test_a_resumed_trainer_goes_on_with_both_and_ends_bit_for_bit_the_same(tmp_p
     trainer_of(resumed, tmp_path, 6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.active_adapters == [TASK, LANGUAGE] and trainable(resumed) == {TASK}
     assert_unchanged(resumed, snapshot(whole))
+
+
+def test_the_best_checkpoint_is_found_under_the_name_default_and_both_stay_active(tmp_path: Path) -> None:
+    model = adapted(adapter=LANGUAGE, density=0.2, seed=11)
+    model.add_adapter("default", spiel_config(density=0.2, seed=5))
+    active = activate(model, [LANGUAGE, "default"], train=["default"])
+    settings = {**QUIET, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    # The loss falls: by this measure the first checkpoint is the best.
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, learning_rate=0.02, **settings)
+    trainer = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-1" and model.active_adapters == active == ["default", LANGUAGE]
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta.values, read_adapter(best)[key_of(name, "values")])
 
 
 def test_modules_saved_in_full_exclude_each_other_before_anything_changes() -> None:

@@ -1,0 +1,87 @@
+"""examples/zero_shot.py from end to end on a tiny model, in its three ways of training the task."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import zero_shot
+
+WORDS = {
+    "source": ["what", "is", "next", "to"],
+    "one": ["was", "ist", "neben", "an"],
+    "two": ["que", "esta", "junto", "a"],
+}
+NUMBERS = [f"n{i}" for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint with a word-level tokenizer, and pairs in three made-up languages."""
+    folder = tmp_path_factory.mktemp("zero_shot")
+    vocabulary = ["<pad>", "<unk>", "<end>", "User", "Assistant", ":", *sum(WORDS.values(), []), *NUMBERS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    for language, words in WORDS.items():
+        lines = [
+            json.dumps({"question": " ".join([*words, NUMBERS[i]]), "answer": f"{NUMBERS[(i + 1) % 30]} {words[1]}"})
+            for i in range(30)
+        ]
+        (folder / f"{language}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    given = ["--model", str(folder / "model"), "--data-dir", str(folder), "--output-dir", str(out)]
+    return [*given, "--source", "source", "--languages", "one", "two", *more]
+
+
+@pytest.mark.parametrize("way", ["separate", "on-top", "ready"])
+def test_each_way_trains_measures_and_saves_the_sums(way: str, folder: Path, tmp_path: Path) -> None:
+    steps = ["--language-steps", "8", "--task-steps", "12", "--learning-rate", "2e-2", "--r", "4"]
+    assert zero_shot.main(arguments(folder, tmp_path, "--task-training", way, *steps)) == 0
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(results) == {"one", "two"}
+    for losses in results.values():
+        assert losses["both"] < losses["base"] and losses["task"] < losses["base"]
+    adapters = {path.name for path in tmp_path.iterdir() if (path / "adapter_config.json").is_file()}
+    trained = {"one", "two", "task"} | ({"source"} if way == "on-top" else set())
+    assert adapters == trained | {"one_task", "two_task"}
+    # One file holds the sum, for any PEFT script.
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = PeftModel.from_pretrained(base, tmp_path / "one_task")
+    tokenizer = zero_shot.load_tokenizer(zero_shot.find_model(str(folder / "model")))
+    data = zero_shot.read_language("one", tokenizer, zero_shot.parse_args(arguments(folder, tmp_path)))
+    loss = zero_shot.held_out_loss(model, data.held_out, zero_shot.AnswerCollator(0), 8)
+    assert loss == pytest.approx(results["one"]["both"], rel=1e-4)
+
+
+def test_wrong_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert zero_shot.main([*arguments(folder, tmp_path)[:-1], "klingon"]) == 2
+    assert "klingon.jsonl: No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        zero_shot.main(["--languages", "english", "italian"])
+    assert "--languages must be distinct, and other than --source" in capsys.readouterr().err
