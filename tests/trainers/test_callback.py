@@ -29,7 +29,7 @@ class Recorder(TrainerCallback):
         self.logs.append(dict(logs))
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 3}, {"optim": "sgd"}])
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 3, "optim": "sgd"}])
 def test_three_ways_are_one(tmp_path: Path, settings: dict[str, Any]) -> None:
     models = [regression(total_steps=12) for _ in range(4)]
     trainer(models[0], tmp_path, **settings).train()
