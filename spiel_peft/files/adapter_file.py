@@ -186,8 +186,19 @@ def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrit
     split_tensors(tensors, str(folder))
     with whole_folder(folder, overwrite) as work:
         adapter.config.save_pretrained(str(work))
-        save_file(tensors, work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(_apart(tensors), work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (Path(folder) / CARD).is_file():
             shutil.copyfile(Path(folder) / CARD, work / CARD)  # what somebody wrote in it is kept
         counts = {module: delta.k for module, delta in adapter.deltas.items()}
         update_card(work, [facts_of_counts(adapter.config, counts)])
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that share memory, as those of tied weights do: the file format holds each by itself."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        out[key] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return out
