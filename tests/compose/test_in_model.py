@@ -20,7 +20,9 @@ from adapters.helpers import (
     tiny_llama,
     train,
 )
+from helpers import CASES, adapt, assert_close
 from peft import LoraConfig, PeftModel
+from quantized import COLS, QUANTIZED
 from transformers import AutoModelForCausalLM
 
 from spiel_kernels import check_index_set
@@ -139,6 +141,23 @@ def test_half_precision_base_gives_float32_deltas() -> None:
         zero = torch.zeros_like(delta)
         expected = language.get(name, zero) + task.get(name, zero) / 3
         assert torch.equal(delta, expected.float().double())
+
+
+@pytest.mark.parametrize("kind", ["transposed", "embedding", "conv2d-groups", "4bit", "8bit"])
+def test_every_kind_of_layer(kind: str) -> None:
+    if kind in CASES:
+        layer, x = CASES[kind].build()
+    else:
+        layer, x = QUANTIZED["nf4" if kind == "4bit" else kind](), torch.randn(3, COLS)
+    model = adapt(layer, k=20, adapters=("a", "b")).eval()
+    activate(model, ["a", "b"])
+    with torch.no_grad():
+        both = model(x)
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "mix")
+        model.set_adapter("mix")
+        assert_close(model(x), both, 1e-5)
+        with model.disable_adapter():
+            assert not torch.equal(model(x), both)
 
 
 def test_tied_weights_share_the_combined_delta(tmp_path: Path) -> None:
