@@ -8,6 +8,7 @@ adapters only.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ BEGIN = "<!-- spiel-peft: begin, rewritten whenever the adapter is saved -->"
 END = "<!-- spiel-peft: end -->"
 TAGS = ("sparse-fine-tuning", "spiel")
 _PAPER = "https://arxiv.org/abs/2401.16405"
+_PLACE = "FOLDER_OR_HUB_ID"
 _ORIGINAL = "_spiel_original"
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -75,7 +77,7 @@ def facts_of_counts(config: SpIELConfig, counts: Mapping[str, int]) -> CardFacts
     return CardFacts("default", config, sum(counts.values()), len(counts), None, config.base_model_name_or_path)
 
 
-def update_card(folder: str | os.PathLike[str], adapters: Sequence[CardFacts]) -> None:
+def update_card(folder: str | os.PathLike[str], adapters: Sequence[CardFacts], place: str | None = None) -> None:
     """Write what adapters are into the card of a folder; the card is made if there is none.
 
     Only the section between the markers is replaced; of the metadata, tags are added, `library_name` is set, and
@@ -84,10 +86,11 @@ def update_card(folder: str | os.PathLike[str], adapters: Sequence[CardFacts]) -
     Args:
         folder: holds README.md.
         adapters: at least one.
+        place: where users will load the adapter from, if it is known.
     """
     path = Path(folder) / FILE_NAME
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n\n# Model card\n")
-    card.text = with_section(card.text, section(adapters))
+    card.text = with_section(card.text, section(adapters, place))
     card.data["library_name"] = "peft"
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *TAGS})
     base = next((facts.base for facts in adapters if facts.base), None)
@@ -114,7 +117,7 @@ def with_section(text: str, new: str) -> str:
     return "\n".join([*before, *([""] if before else []), *new.splitlines(), *gap, *after])
 
 
-def section(adapters: Sequence[CardFacts]) -> str:
+def section(adapters: Sequence[CardFacts], place: str | None = None) -> str:
     """The section's text, markers included."""
     lines = [
         BEGIN,
@@ -134,11 +137,11 @@ def section(adapters: Sequence[CardFacts]) -> str:
         "```",
         "",
         "```python",
-        *_code(adapters[0]),
+        *_code(adapters[0], place or _PLACE),
         "```",
         "",
-        "Other files in SpIEL's place: `spiel-peft` also merges the adapter into a checkpoint and converts it into a "
-        "SHiRA adapter, which PEFT loads without the package.",
+        "`spiel-peft` can also merge the adapter into the checkpoint, or write it as a SHiRA adapter, which PEFT loads "
+        "without the package.",
         END,
     ]
     return "\n".join(lines)
@@ -178,17 +181,21 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _code(facts: CardFacts) -> list[str]:
+def _code(facts: CardFacts, place: str) -> list[str]:
     task = getattr(facts.config.task_type, "value", facts.config.task_type)
     auto_class = _AUTO_CLASSES.get(task or "")
     lines = ["import spiel_peft  # makes the method known to PEFT", "from peft import PeftModel"]
     if auto_class is not None:
         lines += [f"from transformers import {auto_class}", ""]
-        lines.append(f"base = {auto_class}.from_pretrained({(facts.base or 'BASE_MODEL')!r})")
+        lines.append(f"base = {auto_class}.from_pretrained({_quoted(facts.base or 'BASE_MODEL')})")
     else:
         lines += ["", "base = ...  # the model that the adapter was trained on"]
-    where = "" if facts.name == "default" else f", subfolder={facts.name!r}"
-    return [*lines, f'model = PeftModel.from_pretrained(base, "FOLDER_OR_HUB_ID"{where})']
+    inside = "" if facts.name == "default" else f", subfolder={_quoted(facts.name)}"
+    return [*lines, f"model = PeftModel.from_pretrained(base, {_quoted(place)}{inside})"]
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def install() -> None:
@@ -220,10 +227,10 @@ def _after_writing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _before_upload(original: Callable[..., Any]) -> Callable[..., Any]:
     # `push_to_hub` saves the model and then writes the hub's card, or an empty one, over the card that this has made.
-    def _upload_modified_files(self: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         facts = facts_of_model(self)
         if facts:
-            update_card(working_dir, facts)
-        return original(self, working_dir, *args, **kwargs)
+            update_card(working_dir, facts, place=repo_id)
+        return original(self, working_dir, repo_id, *args, **kwargs)
 
     return _upload_modified_files

@@ -115,7 +115,7 @@ def test_several_adapters_share_a_card_and_other_methods_have_none_of_it(tmp_pat
     assert "| french | SpIEL, growth random | num_deltas=50 | 50 in 4 modules" in text
     named = adapted(adapter="french")
     named.save_pretrained(tmp_path / "named")
-    assert "subfolder='french'" in section_of(card_of(tmp_path / "named").text)
+    assert 'subfolder="french")' in section_of(card_of(tmp_path / "named").text)
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     assert BEGIN not in (tmp_path / "lora" / "README.md").read_text()
     assert not set(TAGS) & set(card_of(tmp_path / "lora").data.tags)
@@ -175,6 +175,7 @@ def test_the_card_is_in_the_folder_that_is_uploaded(
     uploaded = tmp_path / "uploaded"
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in uploaded.iterdir()}
     card = card_of(uploaded)
+    assert 'PeftModel.from_pretrained(base, "me/adapter")' in section_of(card.text)
     assert "pip install spiel-peft" in section_of(card.text)
     assert card.data.library_name == "peft" and {*TAGS, "wanted"} <= set(card.data.tags)
     assert ("What I wrote. | a | table |" in card.text.splitlines()) == on_hub

@@ -52,6 +52,7 @@ def base(tmp_path: Path) -> Path:
 
 # SHiRA
 
+
 def test_counts_that_are_no_multiple_are_filled_up_with_zeros(tmp_path: Path) -> None:
     adapter, expected = saved(tmp_path, num_deltas={Q: 33, DOWN: 7})
     result = export_shira(adapter, tmp_path / "shira", tiny_llama())
