@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ..layers import SpIELLayer
@@ -41,7 +41,7 @@ def activate(model: PeftModel | nn.Module, adapters: Sequence[str], train: Seque
         ValueError: an unknown or repeated name, or adapters that exclude each other; nothing has changed then.
     """
     names = check_adapter_names(adapters)
-    trained = check_adapter_names(train) if train else []
+    trained = check_adapter_names(train, "train") if train else []
     tuner = tuner_of(model)
     check_existing(tuner, names)
     strange = [name for name in trained if name not in names]
@@ -52,6 +52,9 @@ def activate(model: PeftModel | nn.Module, adapters: Sequence[str], train: Seque
         wrapper.check_set_adapter(order)
     tuner.set_adapter(order, inference_mode=True)
     tuner.set_requires_grad(trained, True)
+    for name in trained:
+        # Loaded for inference: checkpoints would leave out what a resumed run needs.
+        tuner.peft_config[name].inference_mode = False
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         # PEFT looks up there which config applies.
@@ -68,14 +71,15 @@ class KeepActive(TrainerCallback):
 
     def __init__(self, adapters: Sequence[str], train: Sequence[str]) -> None:
         self.adapters = check_adapter_names(adapters)
-        self.train = check_adapter_names(train)
+        self.train = check_adapter_names(train, "train")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         activate(model, self.adapters, self.train)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside the wrappers of data parallelism and torch.compile."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def tuner_of(model: nn.Module) -> BaseTuner:

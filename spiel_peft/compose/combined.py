@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import SpIELConfig
 from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas
-from .weighted import Combination, Pair, combine_deltas
+from .weighted import Combination, Pair, check_weight_count, combine_deltas
 
 # Called with what is done, the total, and what it is about.
 Progress = Callable[[int, int, str], None]
@@ -47,10 +47,9 @@ def combine_adapters(
     labels = [str(i + 1) for i in range(len(adapters))] if names is None else list(names)
     if len(labels) != len(adapters) or len(set(labels)) != len(labels):
         raise ValueError(f"names must be {len(adapters)} distinct names, got {labels}")
-    if not adapters or len(how.weights) != len(adapters):
-        raise ValueError(
-            f"weights has {len(how.weights)} entries for {len(adapters)} adapters: give one weight per adapter"
-        )
+    if not adapters:
+        raise ValueError("adapters is empty: give at least one adapter")
+    check_weight_count(how.weights, adapters)
     files = dict(zip(labels, adapters, strict=True))
     configs = {name: file.config for name, file in files.items()}
     check_combinable(configs)

@@ -79,8 +79,8 @@ class LanguageCycler:
         order: str = "shuffled",
         seed: int = 0,
     ) -> None:
-        self.languages = check_adapter_names(languages)
-        self.task = check_adapter_names([task] if isinstance(task, str) else task)
+        self.languages = check_adapter_names(languages, "languages")
+        self.task = check_adapter_names([task] if isinstance(task, str) else task, "task")
         check.choice("order", order, ORDERS, 'Pass "shuffled" or "in_order".')
         self.order, self.seed = order, check.integer("seed", seed, 0, "Pass an int.")
         both = sorted(set(self.languages) & set(self.task))

@@ -17,7 +17,7 @@ from ..structure import check_unmerged
 from .active import adapters_in, check_existing, containers, deltas_by_module, modules_of_type
 from .combined import check_combinable, combine_modules, combined_config
 from .overlap import OverlapReport, overlap
-from .weighted import Combination, check_adapter_names
+from .weighted import Combination, check_adapter_names, check_weight_count
 
 
 class WeightedAdapters(BaseTuner):
@@ -55,7 +55,8 @@ class WeightedAdapters(BaseTuner):
                 result that is not finite or empty. Nothing has changed then.
         """
         how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
-        names = check_adapter_names(adapters, how.weights)
+        names = check_adapter_names(adapters)
+        check_weight_count(how.weights, names)
         _check_name(self, adapter_name)
         check_existing(self, names)
         check_unmerged(self, adapter_name, "combined")

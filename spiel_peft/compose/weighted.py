@@ -108,21 +108,25 @@ def _checked_weights(weights: Iterable[float]) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def check_adapter_names(adapters: Sequence[str], weights: Sequence[float] | None = None) -> list[str]:
-    """The names as a list, provided that they are distinct strings, at least one, and as many as `weights`."""
-    if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
-        raise ValueError(f"adapters must be a list of adapter names, got {adapters!r}")
-    names = list(adapters)
-    if not names:
-        raise ValueError("adapters is empty: name at least one adapter")
-    twice = sorted({name for name in names if names.count(name) > 1})
+def check_adapter_names(names: Sequence[str], field: str = "adapters") -> list[str]:
+    """The names as a list, provided that they are distinct strings, at least one; `field` is what messages call it."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} must be a list of adapter names, got {names!r}")
+    listed = list(names)
+    if not listed:
+        raise ValueError(f"{field} is empty: name at least one adapter")
+    twice = sorted({name for name in listed if listed.count(name) > 1})
     if twice:
+        raise ValueError(f"{field} names {twice} more than once: name each adapter once")
+    return listed
+
+
+def check_weight_count(weights: Sequence[float], adapters: Sequence[object]) -> None:
+    """Raise a ValueError unless there is one weight per adapter."""
+    if len(weights) != len(adapters):
         raise ValueError(
-            f"adapters names {twice} more than once: name each once, and add up its weights if there are any"
+            f"weights has {len(weights)} entries for {len(adapters)} adapters: give one weight per adapter"
         )
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(f"weights has {len(weights)} entries for {len(names)} adapters: give one weight per adapter")
-    return names
 
 
 def combine_deltas(deltas: Sequence[Pair | None], how: Combination, module_name: str) -> Pair:

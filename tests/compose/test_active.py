@@ -125,6 +125,25 @@ def test_both_are_saved_and_loaded_to_the_same_outputs(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), expected)
 
 
+def test_an_adapter_loaded_for_inference_saves_its_training_state_once_it_is_trained(tmp_path: Path) -> None:
+    two_adapters().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path / LANGUAGE, adapter_name=LANGUAGE)
+    model.load_adapter(tmp_path / TASK, TASK)
+    activate(model, BOTH, train=[TASK])
+    train(model, steps=1)
+    model.save_pretrained(tmp_path / "again")
+    has_state = {
+        name: any(key.endswith("spiel_progress") for key in read_adapter(tmp_path / "again" / name)) for name in BOTH
+    }
+    assert has_state == {LANGUAGE: False, TASK: True}
+
+
+def test_wrapped_and_compiled_models_are_looked_into() -> None:
+    model = two_adapters()
+    activate(torch.compile(model, backend="eager"), BOTH, train=[TASK])
+    assert model.active_adapters == [TASK, LANGUAGE] and model.active_adapter == TASK
+
+
 def rows() -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1, 40, (16, 6), generator=generator)
@@ -187,7 +206,7 @@ def test_modules_saved_in_full_exclude_each_other_before_anything_changes() -> N
         ([LANGUAGE, LANGUAGE], [], "more than once"),
         ([], [], "adapters is empty"),
         (LANGUAGE, [], "adapters must be a list of adapter names"),
-        ([LANGUAGE], LANGUAGE, "adapters must be a list of adapter names"),
+        ([LANGUAGE], LANGUAGE, "train must be a list of adapter names"),
     ],
 )
 def test_wrong_names_change_nothing(adapters: Any, trained: Any, message: str) -> None:

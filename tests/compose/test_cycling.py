@@ -305,9 +305,10 @@ def test_the_trainer_has_another_language_for_every_micro_batch_and_resumes_bit_
     [
         ({"languages": [*LANGUAGES, TASK]}, r"\['task'\] are both in languages and in task"),
         ({"languages": ["german", "klingon"]}, r"Adapters \['klingon'\] do not exist"),
-        ({"languages": []}, "adapters is empty"),
-        ({"languages": "german"}, "adapters must be a list"),
-        ({"languages": ["german", "german"]}, "more than once"),
+        ({"languages": []}, "languages is empty"),
+        ({"languages": "german"}, "languages must be a list"),
+        ({"languages": ["german", "german"]}, "languages names .* more than once"),
+        ({"task": []}, "task is empty"),
         ({"task": "other"}, r"Adapters \['other'\] do not exist"),
         ({"order": "random"}, "`order` must be one of 'shuffled', 'in_order'"),
         ({"seed": -1}, "`seed` must be an integer of at least 0"),

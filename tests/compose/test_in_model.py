@@ -83,6 +83,18 @@ def test_it_is_saved_loaded_and_merged_like_any_other(tmp_path: Path) -> None:
     assert torch.equal(logits(merged), expected)
 
 
+def test_many_modules_whose_names_peft_shortens(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": "all-linear", "r": 1}
+    model = adapted(tiny_llama(num_hidden_layers=4), adapter="a", **fields)
+    model.add_adapter("b", spiel_config(seed=4, **fields))
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "mix", "dare_linear", density=0.9)
+    model.set_adapter("mix")
+    assert len(deltas_of(model, "mix")) == 28
+    model.save_pretrained(tmp_path, selected_adapters=["mix"])
+    loaded = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=4), tmp_path / "mix")
+    assert torch.equal(logits(loaded), logits(model))
+
+
 def test_it_can_be_trained_and_its_training_state_is_saved(tmp_path: Path) -> None:
     model = two_adapters(regrow_every=4, accumulation_steps=2, total_steps=8)
     model.add_weighted_adapter(BOTH, [1.0, 1.0], "mix")
