@@ -20,7 +20,7 @@ class MergeLoss:
     """Counts of merged deltas and of those that rounding has swallowed.
 
     Attributes:
-        total: entries whose delta is not zero.
+        total: entries whose exact sum differs from the original; a delta too small even for float32 is none.
         lost: those whose weight moved by less than half of the delta.
     """
 

@@ -8,6 +8,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
+from ..card import facts_of_counts, update_card
 from ..checkpoint import MARKER
 from ..config import SpIELConfig
 from .adapter_file import PREFIX, StoredDelta
@@ -69,6 +70,7 @@ class DiskSpool:
                 for name in ("indices", "values"):
                     self._copy(self._path(number, name), writer, f"{PREFIX}{module}{MARKER}{name}")
         config.save_pretrained(str(folder))
+        update_card(folder, [facts_of_counts(config, {module: count for module, (_, count, _) in found.items()})])
 
     def _path(self, number: int, name: str) -> Path:
         return self.folder / f"{number}.{name}"

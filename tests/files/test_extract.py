@@ -102,6 +102,15 @@ def test_sources_of_every_kind_give_the_same(tmp_path: Path) -> None:
     assert written.adapter is None and same_bits(logits(models[0]), logits(models[1]))
 
 
+def test_a_tied_adapter_in_memory_can_be_written(tmp_path: Path) -> None:
+    base, tuned = tiny_llama(tied=True), changed(tiny_llama(tied=True))
+    found = extract_delta(base, tuned, density=1.0, norms_and_biases=True)
+    assert set(found.adapter.deltas) - set(found.counts) == {"lm_head"}
+    write_adapter(found.adapter, tmp_path / "out")
+    model = PeftModel.from_pretrained(tiny_llama(tied=True), tmp_path / "out")
+    assert torch.equal(logits(model), logits(tuned))
+
+
 def test_names_with_and_without_a_head_s_prefix_are_the_same_model(tmp_path: Path) -> None:
     base = saved(tiny_llama().model, tmp_path / "base")
     tuned = saved(changed(tiny_llama()), tmp_path / "tuned")

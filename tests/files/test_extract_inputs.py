@@ -114,7 +114,7 @@ def test_what_is_there_is_kept_unless_it_may_be_replaced(tmp_path: Path, base: P
         extract_delta(base, tuned, tmp_path / "out", density=0.1)
     assert contents(tmp_path / "out") == {"mine": b"keep"}
     extract_delta(base, tuned, tmp_path / "out", density=0.1, overwrite=True)
-    assert set(contents(tmp_path / "out")) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(contents(tmp_path / "out")) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
