@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, StoredDelta
 from .base import BaseTensors
-from .result import Progress
+from .result import Progress, tracked
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -41,7 +41,7 @@ def changes(adapter: AdapterFile, base: BaseTensors, where: str, progress: Progr
         adapter: what is applied.
         base: with values.
         where: names the adapter in messages.
-        progress: called before each tensor.
+        progress: called after each tensor.
 
     Raises:
         ValueError: the base lacks a tensor or it has another shape, or the adapter holds a tensor that has no place in
@@ -52,10 +52,7 @@ def changes(adapter: AdapterFile, base: BaseTensors, where: str, progress: Progr
     full, rows = _by_base_name(adapter, base, where)
     if not adapter.config.ensure_weight_tying:
         _refuse_tied({*deltas, *full}, base, where)
-    names = sorted({*deltas, *full, *rows})
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names), name)
+    for name, _ in tracked(dict.fromkeys(sorted({*deltas, *full, *rows})), progress):
         original, stored = base.value(name, where), base.stored_name(name, where)
         yield _change(stored, original, deltas.get(name), full.get(name), rows.get(name), where)
 

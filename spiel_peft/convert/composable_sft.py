@@ -21,10 +21,12 @@ from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
 from .base import Base, BaseTensors, open_base
-from .in_full import TensorsInFull
-from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta
+from .in_full import TensorsInFull, dense_of
+from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
 
 FILE_NAME = "pytorch_diff.bin"
+# Entries of a tensor trained in full: no head or embedding has more, and a file could claim any number.
+_MOST_IN_FULL = 2**32
 
 
 def convert_composable_sft(
@@ -61,10 +63,8 @@ def convert_composable_sft(
     tensors = None if base is None else open_base(base)
     result = Conversion("composable-sft", 0, [])
     deltas: dict[str, StoredDelta] = {}
-    rest: dict[str, Tensor] = {}
-    for done, (name, entry) in enumerate(diffs.items()):
-        if progress is not None:
-            progress(done, len(diffs), name)
+    rest: dict[str, tuple[StoredDelta, tuple[int, ...]]] = {}
+    for name, entry in tracked(diffs, progress):
         positions, values, size = _entries(path, name, entry)
         if tensors is not None and tensors.shape(name, str(path)) != size:
             raise ValueError(
@@ -75,12 +75,18 @@ def convert_composable_sft(
         if name.endswith(".weight") and len(size) > 1 and _carries_deltas(tensors, module):
             deltas[module] = delta
         elif delta.k:
-            rest[name] = _dense(delta, size)
+            rest[name] = delta, size
     if others == DROP:
         result.dropped = sorted([*rest, *full])
         rest, full = {}, {}
     kept, fields = TensorsInFull(str(path), tensors, deltas, rest, full, task_type).collect()
     fields |= {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path, "growth": "none"}
+    if tensors is not None:
+        unknown = sorted(name for name in full if tensors.find(name) is None)
+        if unknown:
+            result.notes.append(
+                f"{tensors.where} does not have {', '.join(unknown[:3])}: load the adapter on a model that does"
+            )
     result.notes.append('growth="none": the positions stay fixed if it is trained on, as in lottery-ticket tuning')
     return finish(result, deltas, kept, fields, out, str(path), overwrite)
 
@@ -134,7 +140,11 @@ def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tens
     dense = {}
     for name, entry in full.items():
         positions, values, size = _entries(path, name, entry)
-        dense[name] = _dense(make_delta(positions, values, math.prod(size), str(path), name), size)
+        if math.prod(size) > _MOST_IN_FULL:
+            raise ValueError(
+                f"{path}: tensor {name!r} of 'abs' has the shape {size}, too large for one that is saved in full"
+            )
+        dense[name] = dense_of(make_delta(positions, values, math.prod(size), str(path), name), size)
     return diffs, dense
 
 
@@ -193,12 +203,6 @@ def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
     for row, length in zip(coordinates, size, strict=True):
         flat = flat * length + row
     return flat
-
-
-def _dense(delta: StoredDelta, size: tuple[int, ...]) -> Tensor:
-    dense = torch.zeros(math.prod(size), dtype=delta.values.dtype)
-    dense[delta.indices.long()] = delta.values
-    return dense.view(size)
 
 
 def _carries_deltas(tensors: BaseTensors | None, module: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
@@ -18,6 +20,13 @@ _HEADS = {
 }
 
 
+def dense_of(delta: StoredDelta, shape: tuple[int, ...]) -> Tensor:
+    """A sparse tensor in full."""
+    dense = torch.zeros(math.prod(shape), dtype=delta.values.dtype)
+    dense[delta.indices.long()] = delta.values
+    return dense.view(shape)
+
+
 class TensorsInFull:
     """What a fine-tuning changed beside the matrices that get deltas. Absolute values are stored, so differences need
     the base's values.
@@ -26,7 +35,7 @@ class TensorsInFull:
         where: the source file.
         base: the base model, if there is one.
         deltas: modules that get deltas.
-        diffs: dense differences, by parameter name.
+        diffs: differences of other parameters with their shapes, by parameter name.
         full: full values, by parameter name.
         task_type: of the adapter; for some PEFT saves and loads the model's head.
     """
@@ -36,7 +45,7 @@ class TensorsInFull:
         where: str,
         base: BaseTensors | None,
         deltas: Mapping[str, StoredDelta],
-        diffs: Mapping[str, Tensor],
+        diffs: Mapping[str, tuple[StoredDelta, tuple[int, ...]]],
         full: Mapping[str, Tensor],
         task_type: str | None = None,
     ) -> None:
@@ -125,7 +134,7 @@ class TensorsInFull:
             )
         value = self.base.value(name, self.where)
         if name in self.diffs:
-            value = (value.float() + self.diffs[name].float()).to(value.dtype)
+            value = (value.float() + dense_of(*self.diffs[name]).float()).to(value.dtype)
         return value
 
     def _check_shape(self, name: str, tensor: Tensor) -> None:

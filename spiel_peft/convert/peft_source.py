@@ -59,7 +59,7 @@ class PeftSource:
     def others(self, marker: str) -> dict[str, Tensor]:
         """Everything else: modules saved in full. Raises ValueError on what would not be loaded again."""
         others = {key: tensor for key, tensor in self.tensors.items() if f".{marker}" not in key}
-        saved = self.config.get("modules_to_save") or []
+        saved = self._modules_to_save()
         for key in others:
             module = key.rpartition(".")[0].removesuffix(".base_layer")
             known = any(f".{name}." in f".{key}" for name in saved)
@@ -73,9 +73,15 @@ class PeftSource:
     def fields(self) -> dict[str, Any]:
         """The config fields that all PEFT methods share, for a `SpIELConfig`."""
         fields = {name: self.config.get(name) for name in _COMMON_FIELDS}
-        if self.config.get("modules_to_save"):
-            fields["modules_to_save"] = list(self.config["modules_to_save"])
+        if self._modules_to_save():
+            fields["modules_to_save"] = self._modules_to_save()
         return fields
+
+    def _modules_to_save(self) -> list[str]:
+        names = self.config.get("modules_to_save") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{self.folder / 'adapter_config.json'}: modules_to_save must list names, got {names!r}")
+        return names
 
     def delta(self, module: str, positions: Tensor, values: Tensor, base: BaseTensors | None) -> StoredDelta:
         """The delta of one module, from flat row-major positions and their values."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..tensor_checks import check_indices_and_values
 
 Progress = Callable[[int, int, str], None]
 KEEP, DROP = "keep", "drop"
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -39,6 +40,14 @@ class Conversion:
     others: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def tracked(items: Mapping[str, Item], progress: Progress | None) -> Iterator[tuple[str, Item]]:
+    """The items of a dict; `progress` hears of each when the caller is done with it."""
+    for done, (name, item) in enumerate(items.items(), 1):
+        yield name, item
+        if progress is not None:
+            progress(done, len(items), name)
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -64,6 +73,8 @@ def make_delta(positions: Tensor, values: Tensor, numel: int | None, where: str,
             f"{where}: tensor {what!r} has positions of shape {tuple(positions.shape)} for values of shape "
             f"{tuple(values.shape)}"
         )
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise ValueError(f"{where}: tensor {what!r} has positions of dtype {positions.dtype}, not integers")
     unique, inverse = torch.unique(positions.long(), return_inverse=True)
     summed = values.new_zeros(unique.shape)
     if unique.numel() == positions.numel():
@@ -94,7 +105,10 @@ def finish(
     empty = sorted(set(deltas) - set(filled))
     if empty:
         result.notes.append(f"{len(empty)} modules had no entries and are left out: {', '.join(empty[:3])} ...")
-    config = config_of_deltas(filled, inference_mode=True, **fields)
+    try:
+        config = config_of_deltas(filled, inference_mode=True, **fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: its settings make no valid SpIELConfig: {error}") from error
     write_adapter(AdapterFile(config, filled, dict(others)), Path(out), overwrite)
     result.num_deltas = sum(delta.k for delta in filled.values())
     result.modules = sorted(filled)

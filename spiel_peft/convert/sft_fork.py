@@ -12,7 +12,7 @@ from typing import Any
 from ..files.adapter_file import StoredDelta
 from .base import Base, BaseTensors, open_base
 from .peft_source import PeftSource, need, read_peft_source
-from .result import Conversion, Progress, finish
+from .result import Conversion, Progress, finish, tracked
 
 PEFT_TYPE = "SFT"
 _MARKER = "sft_delta."
@@ -49,12 +49,8 @@ def convert_sft_fork(
     tensors = None if base is None else open_base(base)
     deltas: dict[str, StoredDelta] = {}
     modules = adapter.modules(_MARKER, _NAMES)
-    for done, (module, entries) in enumerate(modules.items()):
-        if progress is not None:
-            progress(done, len(modules), module)
+    for module, entries in tracked(modules, progress):
         need(entries, _NAMES, module, adapter.path)
-        if entries["indices"].is_floating_point():
-            raise ValueError(f"{adapter.path}: the indices of {module!r} have dtype {entries['indices'].dtype}")
         deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
     result = Conversion(PEFT_TYPE, 0, [])
     fields = {**adapter.fields(), **_cycle(adapter, result)}

@@ -21,7 +21,7 @@ from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
 from ..files.atomic import whole_folder
 from .base import Base, BaseTensors, open_base
 from .peft_source import PeftSource, need, read_peft_source
-from .result import Conversion, Progress, finish
+from .result import Conversion, Progress, finish, tracked
 
 PEFT_TYPE = "SHIRA"
 _MARKER = "shira_"
@@ -51,9 +51,7 @@ def convert_shira(
     tensors = open_base(base)
     deltas: dict[str, StoredDelta] = {}
     modules = adapter.modules(_MARKER, ("weight", "indices"))
-    for done, (module, entries) in enumerate(modules.items()):
-        if progress is not None:
-            progress(done, len(modules), module)
+    for module, entries in tracked(modules, progress):
         need(entries, ("weight", "indices"), module, adapter.path)
         positions = _flat(adapter, module, entries["indices"], tensors)
         deltas[module] = adapter.delta(module, positions, entries["weight"], tensors)
@@ -116,9 +114,12 @@ def export_shira(
     result = Conversion(PEFT_TYPE, 0, sorted(shapes), sorted(source.others))
     stored = {f"{PREFIX}{key}": tensor.contiguous() for key, tensor in source.others.items()}
     padded = 0
-    for done, (module, delta) in enumerate(source.deltas.items()):
-        if progress is not None:
-            progress(done, len(shapes), module)
+    for module, delta in tracked(source.deltas, progress):
+        if delta.k and int(delta.indices.max()) >= math.prod(shapes[module]):
+            raise ValueError(
+                f"{where}: module {module!r} has positions up to {int(delta.indices.max())}, but a weight of shape "
+                f"{shapes[module]} in {tensors.where}; is it another model's?"
+            )
         full = pad_with_zeros(delta, rank * sum(shapes[module]), math.prod(shapes[module]))
         padded += full.k - delta.k
         result.num_deltas += full.k

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files.adapter_file import StoredDelta
 from .base import Base, BaseTensors, open_base
 from .peft_source import PeftSource, need, read_peft_source
-from .result import Conversion, Progress, finish
+from .result import Conversion, Progress, finish, tracked
 
 PEFT_TYPE = "SUPERTUNING"
 _MARKER = "supertuning_"
@@ -52,9 +52,7 @@ def convert_supertuning(
     deltas: dict[str, StoredDelta] = {}
     result = Conversion(PEFT_TYPE, 0, [])
     modules = adapter.modules(_MARKER, ("values", "indices"))
-    for done, (module, entries) in enumerate(modules.items()):
-        if progress is not None:
-            progress(done, len(modules), module)
+    for module, entries in tracked(modules, progress):
         need(entries, ("values",), module, adapter.path)
         if "indices" not in entries:
             entries["indices"] = _positions(adapter, module, entries["values"], tensors)

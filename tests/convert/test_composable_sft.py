@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,46 @@ def test_the_base_may_be_a_folder_of_a_model_without_the_head(tmp_path: Path) ->
         convert_adapter(source, tmp_path / "classifies", base=tmp_path / "base", task_type="SEQ_CLS")
     convert_adapter(source, tmp_path / "classifies", base=model, task_type="SEQ_CLS")
     torch.testing.assert_close(loaded(tiny_bert(), tmp_path / "classifies"), applied(diffs, {}), rtol=0, atol=0)
+
+
+def test_files_written_by_older_versions_are_read(tmp_path: Path) -> None:
+    """numpy kept its numbers elsewhere, and torch had a format without zip."""
+    diff = sparse_like(torch.empty(6, 4))
+    new = write(tmp_path / "new", {"diffs": {"lin.weight": column_major(diff)}}) / "pytorch_diff.bin"
+    (tmp_path / "numpy").mkdir()
+    with zipfile.ZipFile(new) as old, zipfile.ZipFile(tmp_path / "numpy" / new.name, "w") as written:
+        for item in old.infolist():
+            content = old.read(item)
+            if item.filename.endswith("data.pkl"):
+                assert b"cnumpy._core.multiarray\nscalar\n" in content
+                content = content.replace(b"cnumpy._core.multiarray", b"cnumpy.core.multiarray")
+            written.writestr(item, content)
+    (tmp_path / "flat").mkdir()
+    tables = {"diffs": {"lin.weight": column_major(diff)}}
+    torch.save(tables, tmp_path / "flat" / new.name, _use_new_zipfile_serialization=False)
+    for name in ("new", "numpy", "flat"):
+        convert_adapter(tmp_path / name, tmp_path / f"{name} out")
+        delta = read_adapter(tmp_path / f"{name} out").deltas["lin"]
+        dense = torch.zeros(24)
+        dense[delta.indices.long()] = delta.values
+        assert torch.equal(dense.view(6, 4), diff), name
+
+
+def test_a_shape_that_only_the_file_claims_takes_no_memory(tmp_path: Path) -> None:
+    entry = {"size": (2**40,), "index_steps": [5], "values": torch.ones(1)}
+    lin = column_major(torch.eye(4))
+    source = write(tmp_path / "abs", {"diffs": {"lin.weight": lin}, "abs": {"head.weight": entry}})
+    with pytest.raises(ValueError, match="'head.weight' of 'abs' has the shape .* too large"):
+        convert_adapter(source, tmp_path / "out")
+    source = write(tmp_path / "diffs", {"diffs": {"lin.weight": lin, "norm.weight": entry}})
+    with pytest.raises(ValueError, match="'norm.weight' cannot become a sparse delta"):
+        convert_adapter(source, tmp_path / "out")
+
+
+def test_a_head_that_the_base_lacks_is_kept_and_said(tmp_path: Path) -> None:
+    tables = {"diffs": {"lin.weight": column_major(torch.eye(4))}, "abs": {"head.weight": torch.ones(2, 4)}}
+    result = convert_adapter(write(tmp_path / "source", tables), tmp_path / "out", base={"lin.weight": (4, 4)})
+    assert result.others == ["head.weight"] and any("does not have head.weight" in note for note in result.notes)
 
 
 class Evil:

@@ -102,6 +102,13 @@ def test_what_shira_cannot_express_is_refused(
     assert not (tmp_path / "shira").exists()
 
 
+def test_positions_outside_of_the_base_make_no_shira_adapter(tmp_path: Path) -> None:
+    deltas = {"lin": StoredDelta(torch.tensor([3, 256], dtype=torch.int32), torch.ones(2))}
+    adapter = AdapterFile(config_of_deltas(deltas), deltas)
+    with pytest.raises(ValueError, match=r"'lin' has positions up to 256, but a weight of shape \(16, 16\)"):
+        export_shira(adapter, tmp_path / "shira", {"lin.weight": (16, 16)})
+
+
 # Sparse patches
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spiel_peft.convert import convert_adapter, detect_kind
+from spiel_peft.convert import convert_adapter, detect_kind, export_dense_diff, export_shira, export_sparse_patch
 from spiel_peft.files.adapter_file import read_adapter
 
 from .helpers import DOWN, Q, loaded, logits
@@ -107,7 +107,7 @@ def test_positions_that_repeat_in_the_published_format_add_up(tmp_path: Path) ->
     ("changed", "message"),
     [
         ({f"{Q}.sft_delta.values": None}, rf"tensor 'values' of module '{Q}' is missing"),
-        ({f"{Q}.sft_delta.indices": torch.zeros(30)}, "have dtype torch.float32"),
+        ({f"{Q}.sft_delta.indices": torch.zeros(30)}, "positions of dtype torch.float32"),
         ({f"{Q}.sft_delta.indices": torch.arange(29)}, "positions of shape"),
         ({f"{Q}.sft_delta.indices": torch.arange(30) + 256}, "position"),
         ({f"{Q}.sft_delta.indices": torch.arange(30) - 1}, "negative"),
@@ -234,8 +234,24 @@ def test_the_kind_is_found_out_or_refused_by_name(tmp_path: Path) -> None:
 def test_progress_is_reported_module_by_module(tmp_path: Path) -> None:
     source, seen = write_fork(tmp_path / "fork", fork_tensors()[0]), []
     convert_adapter(source, tmp_path / "out", progress=lambda *call: seen.append(call))
-    assert sorted(seen) == [(0, 2, min(Q, DOWN)), (1, 2, max(Q, DOWN))] or {c[2] for c in seen} == {Q, DOWN}
-    assert [call[:2] for call in seen] == [(0, 2), (1, 2)]
+    assert [call[:2] for call in seen] == [(1, 2), (2, 2)] and {call[2] for call in seen} == {Q, DOWN}
+    seen.clear()
+    for export in (export_shira, export_sparse_patch, export_dense_diff):
+        export(tmp_path / "out", tmp_path / export.__name__, tiny_llama(), progress=lambda *call: seen.append(call[:2]))
+    assert seen == [(1, 2), (2, 2)] * 3
+
+
+def test_settings_that_make_no_sense_are_named(tmp_path: Path) -> None:
+    source = write_fork(tmp_path / "text", fork_tensors()[0], modules_to_save="lm_head")
+    with pytest.raises(ValueError, match="adapter_config.json: modules_to_save must list names, got 'lm_head'"):
+        convert_adapter(source, tmp_path / "out")
+    source = write_fork(tmp_path / "rate", fork_tensors()[0], initial_reselection_rate=7)
+    with pytest.raises(ValueError, match=rf"{FILE}: its settings make no valid SpIELConfig: .*initial_regrow_rate"):
+        convert_adapter(source, tmp_path / "out")
+    (source / "adapter_config.json").write_text("[")
+    with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
+        convert_adapter(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_converted_adapter_can_be_trained_on(tmp_path: Path) -> None:
