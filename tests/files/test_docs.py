@@ -1,0 +1,47 @@
+"""The code on the pages about extracting and exporting runs and does what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from adapters.helpers import IDS, logits, tiny_llama
+from peft import PeftModel
+
+from .checkpoints import changed, loaded, saved, trained_adapter
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_llama(hidden_size=64, intermediate_size=128)
+    saved(base, Path("base"))
+
+
+def test_extracting() -> None:
+    saved(changed(loaded(Path("base")), 0.1), Path("finetuned"))
+    names = {"base_model": loaded(Path("base")), "batches": [{"input_ids": IDS, "labels": IDS}] * 3}
+    for block in blocks("extracting.md"):
+        exec(block, names)
+    assert names["found"].kept > 0.05 and names["found"].left_out
+    ticket = PeftModel.from_pretrained(loaded(Path("base")), "ticket")
+    task = PeftModel.from_pretrained(loaded(Path("base")), "task")
+    base = logits(loaded(Path("base")))
+    assert torch.equal(logits(ticket), base) and not torch.equal(logits(task), base)
+
+
+def test_exporting() -> None:
+    trained_adapter(Path("base"), Path("adapter"))
+    names: dict[str, object] = {}
+    for block in blocks("exporting.md"):
+        exec(block, names)
+    assert names["report"].dtypes == {"float32"}
+    assert not torch.equal(logits(loaded(Path("merged"))), logits(loaded(Path("merged_as_trained"))))
