@@ -42,6 +42,8 @@ FORBIDDEN = {
     "compose": {"model", "cycle", "optim", "callback", "autoload"},
     "model.py": {"optim", "callback", "autoload"},
     "cycle": {"layers", "model", "optim", "callback", "autoload"},
+    "card.py": {"layers", "model", "cycle", "optim", "callback", "files", "compose", "convert", "autoload"},
+    "convert": {"layers", "model", "cycle", "optim", "callback", "compose", "autoload"},
     "optim": {"layers", "model", "callback", "autoload"},
 }
 
