@@ -50,9 +50,9 @@ class Edit:
     def shape(self, stored: StoredTensor | None) -> tuple[int, ...]:
         return tuple(self.replacement.shape) if self.replacement is not None else stored.shape
 
-    def check(self, stored: StoredTensor | None) -> None:
-        """Raise a ValueError if a row or an index is outside of the parameter."""
-        shape = self.shape(stored)
+    def check(self, stored: StoredTensor | None, shape: tuple[int, ...] | None = None) -> None:
+        """Raise a ValueError if a row or an index is outside of the parameter, of `shape` where nothing is stored."""
+        shape = shape or self.shape(stored)
         numel = torch.Size(shape).numel()
         where = "the adapter" if stored is None or self.replacement is not None else stored.where
         for indices, _ in self.deltas:
@@ -122,7 +122,9 @@ def read_edits(
     for (where, adapter), weight in zip(adapters, weights, strict=True):
         for module, delta in adapter.deltas.items():
             source = f"{where}: delta of {module!r}"
-            edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
+            # A delta of a bare parameter has the parameter's own name.
+            name = module if base.names is not None and base.names.find(module) else f"{module}.weight"
+            edit = edits.setdefault(_place(base, name, source), Edit())
             edit.deltas.append((delta.indices, _weighted(delta, weight)))
             edit.source = source
         if adapter.others and weight != 1:
@@ -183,11 +185,6 @@ def _token_ids(config: Sequence[int] | Mapping[str, Sequence[int]] | None, modul
 def _place(base: Checkpoint, name: str, source: str) -> str:
     """The parameter that an adapter's tensor belongs to."""
     parameter = base.names.find(name) if base.names is not None else name if base.get(name) is not None else None
-    if parameter is not None and parameter in base.converted:
-        raise ValueError(
-            f"{source} cannot be merged into files: {base.where} stores {parameter} in another layout "
-            f"({base.converted[parameter][0]}, ...). Load the model, use merge_and_unload() and save it."
-        )
     if parameter is None:
         raise ValueError(f"{source} has no place in {base.where}, which has no {name}; the adapter is for another base")
     return parameter

@@ -22,6 +22,7 @@ from .atomic import refuse_existing, whole_folder
 from .dequantized import DequantizedTensor, check_quantization, quantized_parameters
 from .edits import Edit, config_changes, read_edits, settle_ties
 from .folder_files import copy_other_files, edit_config
+from .fused import split_fused
 from .names import names_with_head, read_json
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
 from .weights import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
@@ -101,6 +102,7 @@ def merge_adapter_into_checkpoint(
     for where, adapter in adapters:
         _check_counts(where, adapter, base)
     edits = read_edits(adapters, factors, base)
+    split_fused(edits, base)
     untied = settle_ties(edits, base)
     changes.update(config_changes(edits, untied, base))
     merge = _Merge(base, edits, untied, wanted)

@@ -89,12 +89,15 @@ def names_of_folder(folder: Path) -> ModelNames | None:
     except (ValueError, KeyError, ImportError, OSError):
         return None  # a model that this version of transformers does not know
     architecture = (settings.get("architectures") or [""])[0]
-    kind = getattr(transformers, architecture, None)
+    kind = getattr(transformers, str(architecture), None)
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     try:
         with torch.device("meta"):
-            model = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
+            model = kind(config) if known else transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, ImportError):
         return None
+    except Exception as error:  # whatever a model's constructor makes of a damaged config
+        raise ValueError(f"{path}: {architecture or 'the model'} cannot be built from it: {error}") from error
     return ModelNames.of(model)
 
 

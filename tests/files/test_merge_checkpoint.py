@@ -208,15 +208,40 @@ def test_files_with_other_names_than_the_model(tmp_path: Path) -> None:
     assert same_bits(logits(loaded(tmp_path / "out")), unmerged_logits(base, adapter))
 
 
-def test_fused_experts_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+@pytest.mark.parametrize("in_full", [False, True], ids=["delta", "in full"])
+def test_fused_experts_are_taken_apart(tmp_path: Path, name: str, in_full: bool) -> None:
+    """What transformers 5 has as one parameter of all experts, the files hold by expert and projection."""
     base = saved(mixtral(), tmp_path / "base")
-    config = spiel_config(target_modules=["q_proj"])
-    fused = "model.layers.0.mlp.experts.gate_up_proj"
-    adapter = AdapterFile(config, {}, {fused: torch.zeros(2, 16, 16)})
+    fused = f"model.layers.0.mlp.experts.{name}"
+    wanted = loaded(base)
+    parameter = wanted.get_parameter(fused).detach()
+    if in_full:
+        adapter = AdapterFile(spiel_config(), {}, {fused: torch.randn(parameter.shape)})
+        parameter.copy_(adapter.others[fused])
+    else:
+        indices = torch.randperm(parameter.numel())[:100].sort().values.to(torch.int32)
+        deltas = {fused: StoredDelta(indices, torch.randn(100))}
+        adapter = AdapterFile(config_of_deltas(deltas), deltas)
+        parameter.view(-1)[indices.long()] += deltas[fused].values
     write_adapter(adapter, tmp_path / "adapter")
-    with pytest.raises(
-        ValueError, match=rf"{fused}.*cannot be merged into files: .*experts\.\d\.w\d.*merge_and_unload"
-    ):
+    report = merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    assert tensors_of(tmp_path / "out").keys() == tensors_of(base).keys()
+    assert report.loss.total == (0 if in_full else 100)
+    merged, expected = loaded(tmp_path / "out").state_dict(), wanted.state_dict()
+    assert [key for key in expected if not same_bits(merged[key], expected[key])] == []
+
+
+def test_layouts_that_are_not_rows_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = saved(mixtral(), tmp_path / "base")
+    fused = "model.layers.0.mlp.experts.gate_up_proj"
+    deltas = {fused: StoredDelta(torch.tensor([2 * 16 * 16], dtype=torch.int32), torch.ones(1))}
+    write_adapter(AdapterFile(config_of_deltas(deltas), deltas), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"'{fused}': index 512 is outside of the weight of shape \(2, 16, 16\)"):
+        merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
+    monkeypatch.setattr("spiel_peft.files.fused._ROW_WISE", {"MergeModulelist"})
+    message = rf"{fused}.*cannot be merged into files: .*experts\.\d\.w\d.*merge_and_unload"
+    with pytest.raises(ValueError, match=message):
         merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
 
 
