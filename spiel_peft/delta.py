@@ -132,6 +132,11 @@ class SparseDelta(nn.Module):
         """``(indices, values)``. A call, so that hooks which load offloaded tensors run."""
         if self.run.refused is not None:
             raise ValueError(self.run.refused)
+        if "ds_id" in self.values.__dict__:
+            raise RuntimeError(
+                "SpIEL does not work under DeepSpeed's ZeRO stage 3, which splits the deltas themselves: use FSDP2 "
+                "(Accelerate: fsdp_version=2, see examples/accelerate/fsdp2.yaml)"
+            )
         return self.indices, self.values
 
     def extra_repr(self) -> str:

@@ -40,7 +40,8 @@ def adapted_in_workspace(
     if modules is None or not isinstance(weight, Tensor) or weight.device.type not in ("cpu", "cuda"):
         return None
     if isinstance(base, modules.Linear4bit):
-        state = getattr(weight, "quant_state", None)
+        # Bytes that FSDP2 has gathered are a plain parameter; the layer knows the state too.
+        state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
         return _adapted_4bit(weight.data, state, deltas, compute_dtype) if _readable_4bit(weight, state) else None
     if isinstance(base, modules.Linear8bitLt):
         return _adapted_8bit(base, weight, deltas, compute_dtype)

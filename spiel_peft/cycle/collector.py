@@ -13,11 +13,12 @@ from spiel_kernels.fold import accumulation_dtype
 from ..delta import AdapterRun, SparseDelta
 from ..training_state import CandidateWindow, StepGradient
 from ..weight_gradients import WeightGradient
-from .data_parallel import ranks_of
+from .data_parallel import is_chosen, ranks_of
 from .growth_registry import get_growth_criterion
 from .optimizer_state import seek
 from .replicas import queue_average
 from .schedule import in_window, is_skipped, next_close
+from .zero import refuse_deepspeed
 
 _PROBES = 16
 _COMMON_PROBES = 256
@@ -32,6 +33,7 @@ class WindowCollector:
         """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
         if not delta.state.sought:
             seek(delta)
+        refuse_deepspeed(delta, is_chosen(delta))
         queue_average(delta)
         _note_accumulation(delta)
         state = delta.state

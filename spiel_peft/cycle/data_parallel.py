@@ -72,7 +72,12 @@ def ranks_of(delta: SparseDelta) -> Ranks | None:
 
 def averages_itself(delta: SparseDelta) -> bool:
     """Whether this package has to average the delta's gradients, as nobody else does."""
-    return sharding_group(delta) is not None and delta.run not in _CHOSEN
+    return sharding_group(delta) is not None and not is_chosen(delta)
+
+
+def is_chosen(delta: SparseDelta) -> bool:
+    """Whether the user has said which ranks train the delta together."""
+    return delta.run in _CHOSEN
 
 
 def someone_has_left(delta: SparseDelta) -> bool:

@@ -28,7 +28,9 @@ def shard(model: nn.Module, **settings: Any) -> nn.Module:
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole base weights, on every rank; a collective."""
     named = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in named}
+    whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in named}
+    # As bytes: packed 4-bit weights may look like NaN.
+    return {name: weight.contiguous().view(-1).view(torch.uint8) for name, weight in whole.items()}
 
 
 class ShardedTraining:
