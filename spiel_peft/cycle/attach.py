@@ -29,7 +29,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
         TypeError: the optimizer keeps state that cannot follow the indices, see `check_optimizer`.
     """
     runs.check_total_steps(total_steps)
-    optimizer = _innermost(optimizer)
+    optimizer = _unwrapped(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
     held = [delta for delta, _ in engine.held_deltas(optimizer) if id(delta) in ours]
     if not held:
@@ -51,10 +51,10 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
     return attached
 
 
-def _innermost(optimizer: Any) -> torch.optim.Optimizer:
-    """Unwrap accelerate's and our own wrappers."""
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer in accelerate's and our own wrappers, which have no hooks; others around optimizers have."""
     while True:
         inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
-        if not isinstance(inner, torch.optim.Optimizer):
+        if not isinstance(inner, torch.optim.Optimizer) or "_optimizer_step_post_hooks" in vars(optimizer):
             return optimizer
         optimizer = inner

@@ -26,7 +26,7 @@ from .collector import drop_step
 from .data_parallel import note_step, ranks_of, someone_has_left
 from .exchange import Exchange
 from .growth_registry import GrowthCriterion, get_growth_criterion
-from .moments import permute, reseed_state
+from .moments import permute, reseed_states
 from .optimizer_check import check_optimizer, check_state
 from .optimizer_state import carry
 from .ranks import Ranks
@@ -217,8 +217,7 @@ def _carry_out(
     if exchange.grown.numel():
         new, source = replace_positions(delta.indices, exchange.drop, exchange.grown)
         seeds = _seeds(criterion, delta, exchange.grown)
-        for optimizer in optimizers:
-            reseed_state(optimizer, delta.values, source, seeds)
+        reseed_states(optimizers, delta.values, source, seeds)
         delta.indices.copy_(new)
         delta.values.copy_(permute(delta.values.detach(), source, 0.0))
         if delta.values.grad is not None:

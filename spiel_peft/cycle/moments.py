@@ -21,6 +21,23 @@ def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
     return out
 
 
+def reseed_states(
+    optimizers: list[torch.optim.Optimizer], parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
+) -> None:
+    """Bring what all optimizers that took part in a step keep for one delta's values in line with its new indices.
+
+    An optimizer around another one may share its state, as sharpness-aware minimization does: that is changed once, by
+    the rules of the inner one, whose state it is.
+
+    Args:
+        optimizers: the outermost first.
+        parameter, source, seeds: see `reseed_state`.
+    """
+    owners = {id(optimizer.state.get(parameter)): optimizer for optimizer in optimizers}
+    for optimizer in owners.values():
+        reseed_state(optimizer, parameter, source, seeds)
+
+
 def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None) -> None:
     """Bring the state of one delta's values in line with its new indices.
 

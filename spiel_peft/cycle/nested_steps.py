@@ -68,7 +68,7 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
 
 
 def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Note that a step has ended: the optimizers that took part, itself first; none if it was part of another step."""
+    """Note that a step has ended: the optimizers that took part, outer ones first; none if it was part of another."""
     for step in _OPEN.stack:
         if step.optimizer() is optimizer:
             step.depth -= 1
@@ -76,10 +76,11 @@ def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
                 return []
             _OPEN.stack.remove(step)
             parts = [part() for part in step.parts]
-            return [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
+            took_part = [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
+            return [*_around_without_hooks(took_part), *took_part]
         if any(part() is optimizer for part in step.parts):
             return []
-    return [optimizer]
+    return [*_around_without_hooks([optimizer]), optimizer]
 
 
 def _steps_on_the_call_stack() -> Counter[int]:
@@ -91,6 +92,25 @@ def _steps_on_the_call_stack() -> Counter[int]:
             found[id(frame.f_locals.get("self"))] += 1
         frame = frame.f_back
     return found
+
+
+def _around_without_hooks(took_part: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Optimizers with state of their own in whose steps this one is, and that nobody hears of.
+
+    Hooks come with `torch.optim.Optimizer.__init__`, which some optimizers around others do not call.
+    """
+    found: dict[int, torch.optim.Optimizer] = {}
+    heard = {id(optimizer) for optimizer in took_part}
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            heard.add(id(frame.f_locals.get("self")))
+        elif frame.f_code.co_name == "step":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.optim.Optimizer) and "state" in vars(owner):
+                found[id(owner)] = owner
+        frame = frame.f_back
+    return [optimizer for number, optimizer in reversed(found.items()) if number not in heard]
 
 
 def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.optim.Optimizer]]:

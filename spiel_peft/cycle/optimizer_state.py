@@ -24,6 +24,7 @@ from ..tensor_checks import check_training_state
 from ..training_state import GROWTH, MAX_LR, PROGRESS, SETTINGS, STATE_KEYS, TrainingState
 from .checksums import checksum
 from .growth_registry import get_growth_criterion
+from .nested_steps import inner_optimizers
 from .schedule import in_window
 
 # The entry of a parameter group: one dict per delta that has been stepped.
@@ -34,10 +35,17 @@ _CARRIERS: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def carry(optimizer: torch.optim.Optimizer) -> None:
-    """From now on `optimizer.state_dict()` holds the training state of the deltas that the optimizer steps."""
-    if optimizer not in _CARRIERS:
-        _CARRIERS.add(optimizer)
+    """From now on `optimizer.state_dict()` holds the training state of the deltas that the optimizer steps.
+
+    Optimizers around others often have a `state_dict` of their own, with the inner one's in it: so that is told, too.
+    """
+    if optimizer in _CARRIERS:
+        return
+    _CARRIERS.add(optimizer)
+    if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
         optimizer.register_state_dict_post_hook(_add_entries)
+    for _, inner in inner_optimizers(optimizer):
+        carry(inner)
 
 
 def _add_entries(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
@@ -99,8 +107,9 @@ def seek(delta: SparseDelta) -> None:
 
 
 def _contested(optimizers: list[torch.optim.Optimizer], values: set[int]) -> set[int]:
-    """The values that several of these optimizers hold."""
-    holders = Counter(parameter for optimizer in optimizers for parameter in _parameters(optimizer) & values)
+    """The values that several of these optimizers hold, other than by sharing a group."""
+    groups = {id(group): group for optimizer in optimizers for group in _loaded_groups(optimizer)}
+    holders = Counter(p for group in groups.values() for p in {id(parameter) for parameter in group["params"]} & values)
     return {parameter for parameter, count in holders.items() if count > 1}
 
 
@@ -122,8 +131,12 @@ def _loaded_optimizers(values: set[int]) -> list[torch.optim.Optimizer]:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
-    groups = vars(optimizer).get("param_groups", ())  # wrappers have none of their own
-    return {id(parameter) for group in groups if GROUP_KEY in group for parameter in group["params"]}
+    return {id(parameter) for group in _loaded_groups(optimizer) for parameter in group["params"]}
+
+
+def _loaded_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    # Wrappers have no groups of their own.
+    return [group for group in vars(optimizer).get("param_groups", ()) if GROUP_KEY in group]
 
 
 def take_up(optimizer: torch.optim.Optimizer, at_step: bool = False) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import pytest
@@ -183,21 +185,66 @@ def test_clipping_inside_a_closure_reaches_the_candidates() -> None:
 # Optimizers inside optimizers
 
 
+@torch.no_grad()
+def look_ahead(optimizer: Any) -> None:
+    """Parameters and where they were before meet halfway."""
+    optimizer.inner.step()
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            slow = optimizer.state[p].setdefault("slow", torch.zeros_like(p))
+            slow.lerp_(p, 0.5)
+            p.copy_(slow)
+
+
 class Lookahead(torch.optim.Optimizer):
-    """Every other step the parameters go back halfway to where they were; shares the groups of the one inside."""
+    """Shares the groups of the one inside."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__([p for group in inner.param_groups for p in group["params"]], {})
         self.inner, self.param_groups = inner, inner.param_groups
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        self.inner.step()
-        for group in self.param_groups:
-            for p in group["params"]:
-                slow = self.state[p].setdefault("slow", torch.zeros_like(p))
-                slow.lerp_(p, 0.5)
-                p.copy_(slow)
+        look_ahead(self)
+
+
+class WithoutHooks(torch.optim.Optimizer):
+    """The same without its base class's constructor, which brings the hooks."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.defaults = inner, inner.param_groups, {}
+        self.state = defaultdict(dict)
+
+    def step(self, closure: Any = None) -> None:
+        look_ahead(self)
+
+
+class HooksOfSteps(torch.optim.Optimizer):
+    """The same with the hooks of steps alone and groups that are looked up, as pytorch_optimizer's wrappers do it."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.defaults = inner, {}
+        self.state = defaultdict(dict)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self._patch_step_function()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        look_ahead(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = [self.state[p] for group in self.param_groups for p in group["params"]]
+        return {"slow": kept, "inner": self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["inner"])
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.state |= dict(zip(parameters, state_dict["slow"], strict=True))
 
 
 class Sharpness(torch.optim.Optimizer):
@@ -227,17 +274,18 @@ class Sharpness(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, SM3])
-def test_a_step_inside_a_step_counts_once(growth: str, kind: type[Any]) -> None:
+@pytest.mark.parametrize("outer", [Lookahead, WithoutHooks, HooksOfSteps])
+def test_a_step_inside_a_step_counts_once(growth: str, kind: type[Any], outer: type[Any]) -> None:
     model = fresh(growth)
     inner = kind(trainable(model), lr=0.02)
-    optimizer = Lookahead(inner)
+    optimizer = outer(inner)
     seen = []
     for number in range(1, STEPS + 1):
         before = indices_of(model)
         states = {m: by_position(inner, optimizer, d) for m, d in deltas_of(model).items()}
         loss_of(model, number).backward()
         optimizer.step()
-        optimizer.zero_grad()
+        inner.zero_grad()
         seen.append(any(not torch.equal(before[m], d.indices) for m, d in deltas_of(model).items()))
         for module, delta in deltas_of(model).items():
             assert delta.state.step == number
@@ -424,6 +472,58 @@ def test_an_optimizer_for_deltas_and_one_for_the_rest(deltas_first: bool) -> Non
             optimizer.zero_grad()
     assert log_of(model)[1].replaced > 0
     assert_same_run(model, reference)
+
+
+class SharedState(Sharpness):
+    """The same with one state for both, as its usual implementations have it."""
+
+    def __init__(self, inner: torch.optim.Optimizer, rho: float = 0.05) -> None:
+        super().__init__(inner, rho)
+        self.state = inner.state
+
+
+@pytest.mark.parametrize("outer", [Sharpness, SharedState])
+@pytest.mark.parametrize("name", ["adamw", "somebodys-lion"])
+def test_state_that_two_optimizers_share_moves_once(outer: type[Any], name: str) -> None:
+    """No distance uphill: the run of the optimizer inside, whose rules hold."""
+    model = fresh()
+    optimizer = outer(EVERY[name](trainable(model)), rho=0.0)
+    for number in range(1, STEPS + 1):
+
+        def closure(number: int = number) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, number)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    reference, inner = fresh(), optimizer.inner
+    expected = EVERY[name](trainable(reference))
+    train(reference, expected, STEPS)
+    assert log_of(reference)[1].replaced > 0
+    assert_same_run(model, reference)
+    for ours, theirs in zip(deltas_of(model).values(), deltas_of(reference).values(), strict=True):
+        assert torch.equal(inner.state[ours.values]["exp_avg"], expected.state[theirs.values]["exp_avg"])
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 6])
+def test_resuming_by_a_state_dict_with_another_inside(wrap: bool, stop: int) -> None:
+    """Training state travels in that of the optimizer inside; stopped in windows, at a close and between."""
+    runs = []
+    for end in (STEPS, stop):
+        model = fresh()
+        optimizer = HooksOfSteps(torch.optim.AdamW(trainable(model), lr=0.02))
+        train(model, SpIELOptimizer(optimizer, model) if wrap else optimizer, end)
+        runs.append((model, optimizer))
+    (whole, _), (model, optimizer) = runs
+    again = fresh()
+    resumed = HooksOfSteps(torch.optim.AdamW(trainable(again), lr=0.02))
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(again, SpIELOptimizer(resumed, again) if wrap else resumed, STEPS - stop, first=stop + 1)
+    assert log_of(whole)[1].replaced > 0
+    assert_same_run(again, whole)
 
 
 def test_a_step_that_fails_is_over() -> None:
