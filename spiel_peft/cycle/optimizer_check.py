@@ -22,8 +22,9 @@ from .state_layout import buffers_of
 
 _KNOWN_PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao", "spiel_peft")
 _CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-# More than optimizers take for too small to be quantized, and a multiple of their block sizes.
-_REHEARSAL_SIZE = 8192
+# First small, as preconditioners take cubic time. Then more than optimizers take for too small to be quantized, and a
+# multiple of their block sizes.
+_REHEARSAL_SIZES = (64, 8192)
 _REHEARSAL_STEPS = 2
 
 
@@ -65,6 +66,8 @@ def check_state(optimizers: list[torch.optim.Optimizer], parameter: Tensor) -> N
         TypeError: see above.
     """
     kept = [buffers_of(optimizer, parameter) for optimizer in optimizers]
+    for optimizer in optimizers:
+        _check_for_entries_elsewhere(optimizer, parameter)
     if not any(kept):
         for optimizer in optimizers:
             _check_for_hidden_state(optimizer, optimizers)
@@ -81,39 +84,56 @@ def _check_for_hidden_state(optimizer: torch.optim.Optimizer, took_part: list[to
         )
 
 
+def _check_for_entries_elsewhere(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+    """State is by parameter; some keep more of it under names, such as a dict of tensors by parameter."""
+    for name, entry in optimizer.state.items():
+        if isinstance(name, Tensor) or not isinstance(entry, dict):
+            continue
+        kept = next((value for key, value in entry.items() if key is parameter), None)
+        if isinstance(kept, Tensor) and kept.numel() > 1:
+            raise TypeError(
+                f"{type(optimizer).__name__} keeps state {name!r} for all parameters together, with a tensor for each "
+                "of them. SpIEL cannot permute that with the indices; use another optimizer, or growth='none'"
+            )
+
+
 def _rehearse(optimizer: torch.optim.Optimizer, like: Tensor) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return  # its step may communicate, and not all ranks come here together
     settings = _settings_of(optimizer, like)
     if settings is None:
         return
-    probe = nn.Parameter(torch.zeros(_REHEARSAL_SIZE, dtype=like.dtype, device=like.device))
-    devices = [like.device] if like.device.type == "cuda" else []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
-        warnings.simplefilter("ignore")
-        try:
-            twin = type(optimizer)([probe], **settings)
-            for sign in [1.0, -1.0] * (_REHEARSAL_STEPS // 2):
-                probe.grad = torch.linspace(-sign, sign, _REHEARSAL_SIZE, dtype=like.dtype, device=like.device)
-                twin.step()
-        except Exception:
-            return  # it wants to be called otherwise: its state is looked at before the first close
-    buffers_of(twin, probe)
+    for size in _REHEARSAL_SIZES:
+        probe = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
+        devices = [like.device] if like.device.type == "cuda" else []
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
+            warnings.simplefilter("ignore")
+            try:
+                twin = type(optimizer)([probe], **settings)
+                for sign in [1.0, -1.0] * (_REHEARSAL_STEPS // 2):
+                    probe.grad = torch.linspace(-sign, sign, size, dtype=like.dtype, device=like.device)
+                    twin.step()
+            except Exception:
+                return  # it wants to be called otherwise: its state is looked at before the first close
+        buffers_of(twin, probe)
+        _check_for_entries_elsewhere(twin, probe)
 
 
 def _settings_of(optimizer: torch.optim.Optimizer, like: Tensor) -> dict[str, Any] | None:
     """Arguments that make another optimizer of the same kind; None if they cannot be found out."""
     group = next(g for g in optimizer.param_groups if any(p is like for p in g["params"]))
     parameters = list(inspect.signature(type(optimizer).__init__).parameters.values())[2:]
-    settings = {}
+    settings: dict[str, Any] = {}
     for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if parameter.kind is parameter.VAR_POSITIONAL:
             return None
-        if parameter.name in group:
-            value = group[parameter.name]
+        if parameter.kind is parameter.VAR_KEYWORD:
+            # Passed on to a base class, or ignored. What nobody takes fails, and so tells nothing.
+            settings |= {name: value for name, value in group.items() if name not in ("params", *settings)}
+        elif parameter.name in group:
+            settings[parameter.name] = group[parameter.name]
         elif hasattr(optimizer, parameter.name):
-            value = getattr(optimizer, parameter.name)
+            settings[parameter.name] = getattr(optimizer, parameter.name)
         else:
             return None
-        settings[parameter.name] = value.clone() if isinstance(value, Tensor) else value
-    return settings
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in settings.items()}

@@ -158,7 +158,7 @@ def buffers_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Buff
                 continue
         for tensor in _tensors_in(entry):
             if tensor.numel() > 1 and parameter.numel() > 1:
-                raise TypeError(_unmappable(optimizer, name, tensor, parameter))
+                raise TypeError(_unmappable(optimizer, name, tensor, parameter, entry))
     return found
 
 
@@ -205,10 +205,11 @@ def _tensors_in(entry: Any) -> list[Tensor]:
     return [tensor for value in nested for tensor in _tensors_in(value)]
 
 
-def _unmappable(optimizer: torch.optim.Optimizer, name: str, tensor: Tensor, parameter: Tensor) -> str:
+def _unmappable(optimizer: torch.optim.Optimizer, name: str, tensor: Tensor, parameter: Tensor, entry: Any) -> str:
     dtype = str(tensor.dtype).removeprefix("torch.")
+    container = "" if isinstance(entry, Tensor) else f"in a {type(entry).__name__}: "
     return (
-        f"{type(optimizer).__name__} keeps state {name!r} ({dtype}, shape {tuple(tensor.shape)}) for "
+        f"{type(optimizer).__name__} keeps state {name!r} ({container}{dtype}, shape {tuple(tensor.shape)}) for "
         f"{parameter.numel()} deltas. SpIEL cannot permute that with the indices; use another optimizer, or "
         "growth='none'"
     )

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from trainer_helpers import regression, trainer
 
-from optimizers.refused import BY_STATE, InBackward, Keeping, Offloaded, Reluctant, Sliced
+from optimizers.refused import BY_STATE, Coded, InBackward, Keeping, Listed, Offloaded, Reluctant, Sliced
 from spiel_peft import SpIELCallback, SpIELOptimizer
 from spiel_peft.cycle import optimizer_check
 
@@ -32,7 +32,9 @@ def assert_untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def test_refused_when_it_is_attached(kind: type[Keeping]) -> None:
     model = adapt()
     optimizer = kind(trainable(model))
-    with pytest.raises(TypeError, match=rf"{kind.__name__} keeps state 'history' .* 8192 deltas.*growth='none'"):
+    container = {Listed: "in a list: ", Coded: "in a dict: "}.get(kind, "")
+    match = rf"{kind.__name__} keeps state 'history' \({container}\w+\d+, shape .* 64 deltas.*growth='none'"
+    with pytest.raises(TypeError, match=match):
         SpIELOptimizer(optimizer, model)
     assert_untouched(model, optimizer)
 
@@ -157,11 +159,67 @@ def test_looking_at_a_class_leaves_no_trace() -> None:
         warnings.simplefilter("error")
         SpIELOptimizer(optimizer, model)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert Noisy.steps_of_all == 2
+    assert Noisy.steps_of_all == 4
     assert_untouched(model, optimizer)
     # Once per optimizer.
     SpIELOptimizer(optimizer, model)
-    assert Noisy.steps_of_all == 2
+    assert Noisy.steps_of_all == 4
+
+
+class CodedIfLarge(Coded):
+    """Keeps few entries as they are."""
+
+    def kept(self, parameter: torch.Tensor) -> Any:
+        return super().kept(parameter) if parameter.numel() >= 4096 else torch.zeros_like(parameter)
+
+
+class Forwarding(Sliced):
+    """Hands its settings on, and takes any."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, lr=settings.pop("lr", 0.01))
+
+
+class InOneDict(torch.optim.SGD):
+    """Keeps where the parameters began, of all of them under one name."""
+
+    def step(self, closure: Any = None) -> None:
+        start = self.state.setdefault("start", {})
+        for p in self.param_groups[0]["params"]:
+            start.setdefault(p, p.detach().clone())
+        super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [
+        (CodedIfLarge, "'history' .* for 8192 deltas"),
+        (Forwarding, "'history' .* for 64 deltas"),
+        (InOneDict, "'start' for all parameters together"),
+    ],
+)
+def test_refused_when_it_is_attached_whatever_hides_it(kind: type[torch.optim.Optimizer], kept: str) -> None:
+    model = adapt()
+    optimizer = kind(trainable(model), lr=0.01)
+    with pytest.raises(TypeError, match=rf"{kind.__name__} keeps state {kept}.*growth='none'"):
+        SpIELOptimizer(optimizer, model)
+    assert_untouched(model, optimizer)
+
+
+class Slow(torch.optim.SGD):
+    """As costly for many entries as a preconditioner is."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            assert p.numel() <= 64, "minutes"
+            self.state[p]["matrix"] = torch.eye(p.numel())
+        super().step(closure)
+
+
+def test_a_preconditioner_is_not_tried_on_many_entries() -> None:
+    model = adapt()
+    with pytest.raises(TypeError, match=r"Slow keeps state 'matrix' \(float32, shape \(64, 64\)\)"):
+        SpIELOptimizer(Slow(trainable(model), lr=0.01), model)
 
 
 def test_settings_reach_the_rehearsal() -> None:
