@@ -47,7 +47,8 @@ class Difference:
             before, after = self.before.read(start, stop), self.after.read(start, stop)
             wide = torch.float64 if torch.float64 in (before.dtype, after.dtype) else torch.float32
             change = (after.to(wide) - before.to(wide)).float()
-            if not bool(torch.isfinite(change).all()):
+            low, high = change.aminmax()  # one pass, and NaN if there is one
+            if not math.isfinite(low) or not math.isfinite(high):
                 raise ValueError(
                     f"{self.name}: the change from {self.before.where} to {self.after.where} is not finite; one of "
                     "them holds NaN or infinite weights"

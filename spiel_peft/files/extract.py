@@ -207,8 +207,8 @@ class _Search:
         for start, change in self._pieces(module):
             slots = cut.choose(change.abs())
             values = change[slots]
-            self._squares[0] += float(values.double().square().sum())
-            self._squares[1] += float(change.double().square().sum())
+            self._squares[0] += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            self._squares[1] += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
             if slots.numel():
                 self.found[module] = self.found.get(module, 0) + slots.numel()
                 spool.add(module, (slots + start).to(dtype), torch.zeros_like(values) if self.rewind else values)
