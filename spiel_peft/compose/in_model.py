@@ -108,7 +108,7 @@ def _donors(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrain
 
 
 def _inject(tuner: BaseTuner, adapter_name: str, config: SpIELConfig) -> None:
-    # Injecting an adapter decides anew which of the others are trained.
+    # PEFT keeps what is trained when it injects an adapter, except in modules that are called as the adapter is.
     before = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
     tuner.peft_config[adapter_name] = config
     try:

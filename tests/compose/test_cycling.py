@@ -297,6 +297,17 @@ def test_the_trainer_has_another_language_for_every_micro_batch_and_resumes_bit_
     assert trained == {TASK}
 
 
+def test_the_start_of_training_activates_every_task_again() -> None:
+    """A Trainer that resumes leaves the first adapter active, and the only one in training."""
+    model = model_with_languages()
+    model.add_adapter("style", spiel_config(seed=9))
+    callback = LanguageCyclerCallback(LanguageCycler(model, LANGUAGES, [TASK, "style"], order="in_order"))
+    model.set_adapter(TASK)
+    callback.on_train_begin(None, None, None)
+    assert model.active_adapters == [TASK, "style", "german"]
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {TASK, "style"}
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 

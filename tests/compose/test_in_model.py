@@ -49,7 +49,7 @@ def test_linear_is_the_weighted_sum_of_the_dense_deltas(weights: list[float]) ->
         expected = weights[0] * language.get(name, zero) + weights[1] * task.get(name, zero)
         assert torch.equal(delta.float(), expected.float())
     for delta in deltas_of(model, "sum").values():
-        assert check_index_set(delta.indices, delta.numel) is None
+        assert check_index_set(delta.indices, delta.numel) is None and not delta.untouched
     scaled = [{n: w * d for n, d in deltas.items()} for w, deltas in zip(weights, (language, task), strict=True)]
     model.set_adapter("sum")
     assert torch.allclose(logits(model), logits(plain_with(scaled)), atol=1e-5)
@@ -111,17 +111,18 @@ def test_it_can_be_trained_and_its_training_state_is_saved(tmp_path: Path) -> No
     assert any(key.endswith("spiel_progress") for key in read_adapter(tmp_path / "mix"))
 
 
-def test_what_is_active_and_in_training_stays_so_and_no_random_number_is_drawn() -> None:
+@pytest.mark.parametrize("name", ["mix", "mlp"], ids=["any-name", "name-of-a-module"])
+def test_what_is_active_and_in_training_stays_so_and_no_random_number_is_drawn(name: str) -> None:
     model = two_adapters()
     activate(model, BOTH, train=[TASK])
     before, rng = flags(model), torch.get_rng_state()
-    model.add_weighted_adapter(BOTH, [1.0, 1.0], "mix", "dare_linear", density=0.5)
+    model.add_weighted_adapter(BOTH, [1.0, 1.0], name, "dare_linear", density=0.5)
     assert torch.equal(torch.get_rng_state(), rng)
     after = flags(model)
-    assert {name: after[name] for name in before} == before
-    assert not any(flag for name, flag in after.items() if name not in before)
+    assert {key: after[key] for key in before} == before
+    assert not any(flag for key, flag in after.items() if key not in before)
     assert model.active_adapters == [TASK, LANGUAGE]
-    assert {name for name, flag in after.items() if flag} == {n for n in before if ".task.values" in n}
+    assert {key for key, flag in after.items() if flag} == {key for key in before if ".task.values" in key}
 
 
 def test_one_adapter_can_be_scaled_negated_or_pruned() -> None:
