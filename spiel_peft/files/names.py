@@ -38,17 +38,17 @@ class ModelNames:
     @classmethod
     def of(cls, model: nn.Module) -> ModelNames:
         """The names of a model in memory or on the meta device; weights that are one object are tied."""
+        shared: dict[int, list[str]] = {}
         parameters: dict[str, tuple[int, ...]] = {}
-        tied: dict[str, str] = {}
-        first: dict[int, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             parameters[name] = tuple(parameter.shape)
-            owner = first.setdefault(id(parameter), name)
-            if owner != name:
-                tied[name] = owner
-        # On the meta device a model is not tied yet, but says what will be.
+            shared.setdefault(id(parameter), []).append(name)
+        # On the meta device a model is not tied yet, but says what will be, and which of the tied names leads.
         expanded = getattr(model, "all_tied_weights_keys", None) or {}
-        tied.update({name: owner for name, owner in expanded.items() if name in parameters and owner in parameters})
+        tied = {name: owner for name, owner in expanded.items() if name in parameters and owner in parameters}
+        for group in shared.values():
+            owner = next((tied[name] for name in group if name in tied), group[0])
+            tied.update(dict.fromkeys((name for name in group if name != owner), owner))
         modules = dict(model.named_modules(remove_duplicate=False))
         return cls(model, modules, parameters, tied, getattr(model, "base_model_prefix", "") or "")
 

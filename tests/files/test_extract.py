@@ -102,6 +102,24 @@ def test_sources_of_every_kind_give_the_same(tmp_path: Path) -> None:
     assert written.adapter is None and same_bits(logits(models[0]), logits(models[1]))
 
 
+class HeadFirst(nn.Module):
+    """Names the output layer before the embedding that it is tied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 9, bias=False)
+        self.table = nn.Embedding(9, 4)
+        self.table.weight = self.head.weight
+
+
+def test_tied_weights_of_any_model_count_once() -> None:
+    base, tuned = HeadFirst(), HeadFirst()
+    found = extract_delta(base, tuned, density=0.5)
+    assert found.counts == {"head": 18} and set(found.adapter.deltas) == {"head", "table"}
+    tuned.table.weight = nn.Parameter(tuned.table.weight.detach() + 1)
+    assert extract_delta(base, tuned, density=0.5).counts == {"head": 18, "table": 18}
+
+
 def test_a_tied_adapter_in_memory_can_be_written(tmp_path: Path) -> None:
     base, tuned = tiny_llama(tied=True), changed(tiny_llama(tied=True))
     found = extract_delta(base, tuned, density=1.0, norms_and_biases=True)
@@ -213,7 +231,7 @@ def test_progress_is_told_to_the_end() -> None:
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """Half of 96 MiB of weights becomes an adapter, in less than the largest of three tensors."""
+    """Half of 96 MiB of weights becomes an adapter of as many bytes, in less than the largest of three tensors."""
     for name, seed in (("base", 0), ("tuned", 1)):
         generator = torch.Generator().manual_seed(seed)
         save_file(
@@ -223,6 +241,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     piece = tensor_files.PIECE_BYTES // 16
     with pytest.MonkeyPatch.context() as patch, PeakMemory() as memory:
         patch.setattr("spiel_peft.files.differences._ENTRIES", piece // 4)
+        patch.setattr("spiel_peft.files.spool.PIECE_BYTES", piece)
         found = extract_delta(
             tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", density=0.5
         )

@@ -277,15 +277,32 @@ def test_a_resized_vocabulary_is_taken_from_the_adapter(tmp_path: Path, tied: bo
     assert same_bits(logits(merged), logits(model))
 
 
-def test_pickled_weights_are_read_and_written_as_safetensors(tmp_path: Path) -> None:
-    base = saved(tiny_llama(), tmp_path / "base")
-    adapter = trained_adapter(base, tmp_path / "adapter")
+@pytest.mark.parametrize("targets", ["q_proj", "embed_tokens"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pickled_weights_are_read_and_written_as_safetensors(tmp_path: Path, shards: int, targets: str) -> None:
+    """Such files hold tied weights under all their names."""
+    base = saved(tiny_llama(tied=True), tmp_path / "base")
+    adapter = trained_adapter(base, tmp_path / "adapter", target_modules=[targets])
     expected = unmerged_logits(base, adapter)
-    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     (base / "model.safetensors").unlink()
-    merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").glob("*model*")} == {"model.safetensors"}
-    assert same_bits(logits(loaded(tmp_path / "out")), expected)
+    if shards == 1:
+        torch.save(tensors, base / "pytorch_model.bin")
+    else:
+        index: dict[str, str] = {}
+        for number, keys in enumerate((list(tensors)[:9], list(tensors)[9:]), 1):
+            name = f"pytorch_model-0000{number}-of-00002.bin"
+            torch.save({key: tensors[key] for key in keys}, base / name)
+            index |= dict.fromkeys(keys, name)
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    report = merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").glob("*model*")}
+    sharded = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    assert names == ({"model.safetensors"} if shards == 1 else sharded)
+    assert report.untied == (["lm_head.weight"] if targets == "embed_tokens" else [])
+    merged = loaded(tmp_path / "out")
+    assert same_bits(logits(merged), expected) and merged.config.tie_word_embeddings == (targets == "q_proj")
 
 
 def test_progress_reaches_the_end(tmp_path: Path) -> None:
