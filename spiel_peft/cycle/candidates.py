@@ -10,7 +10,7 @@ from torch import Tensor
 
 NO_POSITION = -1
 # Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
-_SHORTLIST = 2
+SHORTLIST = 2
 
 
 def padded(tensor: Tensor, size: int, filler: int = 0) -> Tensor:
@@ -40,9 +40,9 @@ def unite(positions: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 def shortlist(union: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What is left of a union and its sums if there is more than ranks shall gather: the best by absolute sum."""
-    if union.numel() <= _SHORTLIST * k:
+    if union.numel() <= SHORTLIST * k:
         return union, sums
-    best = best_slots(sums.abs(), _SHORTLIST * k)
+    best = best_slots(sums.abs(), SHORTLIST * k)
     return union[best], sums[best]
 
 
