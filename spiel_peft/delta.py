@@ -37,8 +37,8 @@ class Collector(Protocol):
             gradient: the weight gradient, to be asked for its largest entries.
         """
 
-    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
-        """Receive the gradient of the delta's values ``[k]``, and that at the wanted positions ``[c]``, if any were."""
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
+        """Receive the gradient of the delta's values ``[k]`` and that at the positions wanted ``[c]``, if any were."""
 
 
 class AdapterRun:
@@ -149,11 +149,12 @@ class SparseDelta(nn.Module):
 
         Without loss if the values from before the cast are known and nobody has changed the cast ones since.
         """
-        if self.values.dtype != self.keep_dtype:
+        if self._parameters["values"].dtype != self.keep_dtype:
             self.values.data = undo_cast(self.values.data, self.keep_dtype, self._values_before_cast())
             if self.values.grad is not None:
                 self.values.grad = self.values.grad.to(self.keep_dtype)
-        self._uncast = None
+        if self._uncast is not None:  # assigning to a module is slow, and this is every forward pass
+            self._uncast = None
 
     def _values_before_cast(self) -> list[Tensor]:
         # A trainer that writes to `.data` leaves no trace, but TRL has copied the values to a reference adapter before.

@@ -34,6 +34,8 @@ def gather_delta_gradients(
 
     Collectors say first at which other positions they want the weight gradient: all are gathered in one go.
     """
+    if len(pairs) == 1 and needed[0]:
+        return [_gradient_of_one(deltas[0], gradient, *pairs[0])]
     asked = [(delta, *pair) for delta, pair, need in zip(deltas, pairs, needed, strict=True) if need]
     if not asked:
         return [None] * len(pairs)
@@ -42,10 +44,22 @@ def gather_delta_gradients(
     gathered = iter(gradient.gather_sets(sets))
     active = [next(gathered) for _ in asked]
     for (delta, _, _), own, positions in zip(asked, active, extra, strict=True):
-        if delta.collector is not None:
-            delta.collector.collect(delta, own, next(gathered) if positions is not None else None)
+        if positions is not None:
+            delta.collector.collect(delta, own, next(gathered))
     grads = iter(own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True))
     return [next(grads) if need else None for need in needed]
+
+
+def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, values: Tensor) -> Tensor:
+    """The same for the usual case. Every instruction counts: a large matrix product has just emptied the caches."""
+    collector = delta.collector
+    positions = collector.wanted(delta, gradient) if collector is not None else None
+    if positions is None:
+        (own,) = gradient.gather_sets((indices,))
+    else:
+        own, at_positions = gradient.gather_sets((indices, positions))
+        collector.collect(delta, own, at_positions)
+    return own if own.dtype == values.dtype else own.to(values.dtype)
 
 
 def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
@@ -179,10 +193,13 @@ def _tensors(deltas: list[SparseDelta]) -> list[Tensor]:
     return [indices for indices, _ in called] + [values for _, values in called]
 
 
-# The autograd functions hold modules and callables, which torch.compile cannot trace: it runs them as they are.
+# The autograd functions hold modules and callables, which torch.compile cannot trace: it runs them as they are. What
+# keeps it out costs eager calls more than asking whether it is there.
+_adapted_outside_graph = torch.compiler.disable(_Adapted.apply)
+_embedding_outside_graph = torch.compiler.disable(_AdaptedEmbedding.apply)
+_folded_outside_graph = torch.compiler.disable(_FoldedWeight.apply)
 
 
-@torch.compiler.disable
 def adapted_forward(
     op: LinearOp | ConvOp,
     source: WeightSource,
@@ -194,12 +211,13 @@ def adapted_forward(
 
     Gradients flow to x, the bias, the deltas' values and, if it requires one, the base weight.
     """
-    bias = bias.to(x.dtype) if bias is not None else None
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
     weight = source.parameter if source.parameter is not None and source.parameter.requires_grad else None
-    return _Adapted.apply(op, source, deltas, x, weight, bias, *_tensors(deltas))
+    apply = _adapted_outside_graph if torch.compiler.is_compiling() else _Adapted.apply
+    return apply(op, source, deltas, x, weight, bias, *_tensors(deltas))
 
 
-@torch.compiler.disable
 def adapted_embedding(
     source: WeightSource,
     deltas: list[SparseDelta],
@@ -208,10 +226,11 @@ def adapted_embedding(
     by_frequency: bool,
 ) -> Tensor:
     """Look `ids` (integer, any shape) up in the adapted table; returns ``[*ids.shape, width]``."""
-    return _AdaptedEmbedding.apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas))
+    apply = _embedding_outside_graph if torch.compiler.is_compiling() else _AdaptedEmbedding.apply
+    return apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas))
 
 
-@torch.compiler.disable
 def folded_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
     """The adapted weight as a tensor that passes its (dense) gradient on to the deltas."""
-    return _FoldedWeight.apply(source, deltas, source.parameter, *_tensors(deltas))
+    apply = _folded_outside_graph if torch.compiler.is_compiling() else _FoldedWeight.apply
+    return apply(source, deltas, source.parameter, *_tensors(deltas))

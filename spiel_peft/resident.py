@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spiel_kernels import fold_, folded, refold_, sum_entries, unfold_, union_positions, write_entries
+from spiel_kernels import fold_, folded, read_entries, refold_, sum_entries, unfold_, union_positions, write_entries
 
 if TYPE_CHECKING:
     from .delta import SparseDelta
@@ -71,7 +71,7 @@ class WeightFold:
                 if len(pairs) == 1:
                     self._originals = fold_(weight, *pairs[0])
                 else:
-                    self._originals = weight.take(self._positions)
+                    self._originals = read_entries(weight, self._positions)
                     self._rewrite(weight, pairs)
                 self._parameter, self.deltas = parameter, tuple(deltas)
                 self._versions = (parameter._version, self._positions._version)
@@ -115,7 +115,7 @@ class WeightFold:
                 # Somebody has written to the weight meanwhile: keep what is theirs, take out what is ours.
                 pairs = [(delta.indices, delta.values.detach()) for delta in deltas]
                 places = positions.to(weight.device, torch.int64)
-                ours = sum_entries(originals, places, pairs).to(weight.dtype) == weight.take(places)
+                ours = sum_entries(originals, places, pairs).to(weight.dtype) == read_entries(weight, places)
                 write_entries(weight, places[ours], originals.to(weight.device, weight.dtype)[ours])
             else:
                 # To where the data is now, in case it was moved without telling.

@@ -75,6 +75,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def may_run_triton(tensor: Tensor) -> bool:
+    """Whether `runs_triton` has to be asked about an operation on this tensor and others; costs next to nothing."""
+    name = _forced or _from_environment()
+    return name == "triton" or (name == "auto" and tensor.is_cuda)
+
+
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton implementation.
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import operation, runs_triton
-from .fold import accumulation_dtype
+from .dispatch import may_run_triton, operation, runs_triton
+from .fold import accumulation_dtype, read_entries
 from .outer_products import gather_by_plan
 from .plan_cache import plan_for
 from .sampled import gather_sampled, sampled_pays
@@ -41,7 +41,7 @@ def _gather_from_blocks(
         first = number * size
         values = block(first, min(first + size, rows)).flatten()
         for out, indices, (begin, end) in zip(outs, index_sets, spans, strict=True):
-            out[begin:end] = values.take(indices[begin:end].to(torch.int64) - first * cols)
+            out[begin:end] = values.index_select(0, indices[begin:end] - first * cols)
     return outs
 
 
@@ -102,7 +102,7 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method
     on_cpu = a.device.type == "cpu"
     if method == "sampled" and not on_cpu:
         raise ValueError(f"method 'sampled' runs on the CPU, got tensors on {a.device}; leave method at 'auto'")
-    triton = method != "sampled" and runs_triton(a, b)
+    triton = method != "sampled" and may_run_triton(a) and runs_triton(a, b)
     if triton or method in ("compact", "entries"):
         return _gather_by_plans(a, b, index_sets, method, triton)
     dtype = accumulation_dtype(a, b)
@@ -270,4 +270,4 @@ def gather_conv_sets(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, index_
 
 def gather_dense(gradient: Tensor, indices: Tensor) -> Tensor:
     """Selected entries of a gradient that is already there, in the accumulation dtype."""
-    return gradient.take(indices.to(torch.int64)).to(accumulation_dtype(gradient))
+    return read_entries(gradient, indices).to(accumulation_dtype(gradient))

@@ -14,6 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .workspace import workspace
 
 CHUNK_TOKENS = 256
+# As many rows and columns together as may take twice as many tokens: their copies still fit into caches.
+_SMALL = 2304
+
+
+def _chunk_tokens(width: int) -> int:
+    return 2 * CHUNK_TOKENS if width <= _SMALL else CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,7 @@ def _bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
     key = (indices._version, rows, cols)
     known = _row_bounds.get(indices)
     if known is None or known[0] != key:
-        known = (key, _search_bounds(indices, rows, cols))
-        _row_bounds[indices] = known
+        known = _row_bounds[indices] = (key, _search_bounds(indices, rows, cols))
     return known[1]
 
 
@@ -80,7 +85,7 @@ def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tenso
     """A CSR matrix of zeros with the given sorted flat positions."""
     return torch.sparse_csr_tensor(
         _bounds(indices, rows, cols),
-        torch.remainder(indices, cols).to(torch.int32),
+        torch.fmod(indices, cols).to(torch.int32),  # faster than `remainder`, the same for what is not negative
         torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
         (rows, cols),
         check_invariants=False,
@@ -99,17 +104,20 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
         One ``[k]`` in `dtype` per index set.
     """
     _quiet_first_use()
-    rows, cols = a.shape[1], b.shape[1]
+    tokens, rows, cols = a.shape[0], a.shape[1], b.shape[1]
     sums = [_pattern(indices, rows, cols, dtype) if indices.numel() else None for indices in index_sets]
-    chunk = min(CHUNK_TOKENS, a.shape[0])
+    wanted = [total for total in sums if total is not None]
+    chunk = min(_chunk_tokens(rows + cols), tokens)
     copies = workspace(rows + cols, chunk, dtype, a.device)
-    for start in range(0, a.shape[0], CHUNK_TOKENS):
-        # Rows of the copies are what the dot products run along.
-        a_part, b_part = a[start : start + CHUNK_TOKENS], b[start : start + CHUNK_TOKENS]
-        turned = copies[:, : a_part.shape[0]]
-        turned[:rows].copy_(a_part.T)
-        turned[rows:].copy_(b_part.T)
-        for total in sums:
-            if total is not None:
-                torch.sparse.sampled_addmm(total, turned[:rows], turned[rows:].T, out=total)
+    for start in range(0, tokens, chunk or 1):
+        # Rows of the copies are what the dot products run along. Few calls: after a large matrix product, which leaves
+        # nothing else in the caches, each takes several microseconds.
+        whole = chunk == tokens
+        turned = copies if whole else copies[:, : min(chunk, tokens - start)]
+        left, right = turned.split((rows, cols))
+        left.copy_(a.T if whole else a[start : start + chunk].T)
+        right.copy_(b.T if whole else b[start : start + chunk].T)
+        right = right.T
+        for total in wanted:
+            torch.sparse.sampled_addmm(total, left, right, out=total)
     return [torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums]

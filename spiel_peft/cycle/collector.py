@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 
@@ -50,10 +51,8 @@ class WindowCollector:
             state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
         return state.window.positions
 
-    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
         """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``."""
-        if candidates is None:
-            return
         current = delta.state.current
         if current.pending is None or current.probe_sums is None:
             dtype = accumulation_dtype(delta.values)
@@ -94,10 +93,18 @@ def gathers_at(delta: SparseDelta, done: int) -> bool:
         done = 0  # if anything follows, it is the first step of another run
     if not get_growth_criterion(config.growth).gathers:
         return False
-    if not in_window(done, config.regrow_every, config.accumulation_steps):
+    return _is_gathering_step(
+        done, config.regrow_every, config.accumulation_steps, run.total_steps, config.stop_regrowing_at
+    )
+
+
+@functools.lru_cache(maxsize=64)  # every delta asks in every backward pass
+def _is_gathering_step(
+    done: int, regrow_every: int, accumulation_steps: int, total_steps: int | None, stop_regrowing_at: float
+) -> bool:
+    if not in_window(done, regrow_every, accumulation_steps):
         return False
-    close = next_close(done, config.regrow_every, config.accumulation_steps)
-    return not is_skipped(close, run.total_steps, config.stop_regrowing_at)
+    return not is_skipped(next_close(done, regrow_every, accumulation_steps), total_steps, stop_regrowing_at)
 
 
 def proposes_at(delta: SparseDelta, done: int) -> bool:

@@ -157,9 +157,10 @@ def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, gro
     state.total_steps = delta.run.total_steps or 0
     state.max_lr = max(state.max_lr, _learning_rate(group))
     state.unheld_steps = 0
-    delta.untouched = False
     # A sharded base weight is gathered for each pass: nothing may stay in it.
-    delta.is_stepped = not state.finished and not is_sharded(delta)
+    stepped = not state.finished and not is_sharded(delta)
+    if delta.untouched or delta.is_stepped != stepped:  # assigning to a module is slow, and this is every step
+        delta.untouched, delta.is_stepped = False, stepped
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

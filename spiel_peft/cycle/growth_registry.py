@@ -117,8 +117,10 @@ def register_growth_criterion(
 
 def get_growth_criterion(name: str) -> GrowthCriterion:
     """The criterion registered as `name`; ValueError naming the registered ones if there is none."""
-    _load_built_ins()
     criterion = _CRITERIA.get(name) if isinstance(name, str) else None
+    if criterion is None:
+        _load_built_ins()
+        criterion = _CRITERIA.get(name) if isinstance(name, str) else None
     if criterion is None:
         raise ValueError(
             f"`growth` must be a registered growth criterion, got {name!r}. Use one of {growth_criteria()}, "

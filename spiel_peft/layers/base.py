@@ -175,11 +175,12 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
             return self._swapped_forward(base, deltas, x, *args, **kwargs)
         return run_with_hooks(base, partial(self._adapted_forward, deltas), x, *args, **kwargs)
 
-    def _active_names(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.spiel_delta]
+    def _deltas_in_use(self) -> list[SparseDelta]:
+        deltas = self._modules["spiel_delta"]._modules
+        return [deltas[name] for name in self.active_adapters if name in deltas]
 
     def _active_deltas(self) -> list[SparseDelta]:
-        deltas = [self.spiel_delta[name] for name in self._active_names()]
+        deltas = self._deltas_in_use()
         if self.training and torch.is_grad_enabled():
             for delta in deltas:
                 delta.restore_dtype()
@@ -245,8 +246,7 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
         """Whether a pass may leave its deltas in the base weight, for an optimizer step to take out."""
         if not self.training or self.disable_adapters or self.shared_with or self.tied_to:
             return False
-        deltas = [self.spiel_delta[name] for name in self._active_names()]
-        stepped = any(delta.values.requires_grad and delta.is_stepped for delta in deltas)
+        stepped = any(delta.is_stepped and delta.values.requires_grad for delta in self._deltas_in_use())
         return stepped and can_stay_folded(parameter)
 
     def _in_workspace(self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor | None:

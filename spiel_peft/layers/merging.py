@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from spiel_kernels import adapted_entries, apply_deltas, write_entries
+from spiel_kernels import adapted_entries, apply_deltas, read_entries, write_entries
 
 from ..base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
 from ..merge_report import MERGE_IN_FLOAT32, MergeLoss, count_lost, log_loss
@@ -86,7 +86,7 @@ class MergingMixin:
         else:
             weight = base.weight.detach()
             positions, sums = adapted_entries(weight, self._pairs(adapter_names))
-            originals, rounded = weight.take(positions), sums.to(weight.dtype)
+            originals, rounded = read_entries(weight, positions), sums.to(weight.dtype)
             self._backup = EntryBackup(positions, originals)
             write_entries(weight, positions, rounded)
             self._count_loss(originals, sums, rounded)
@@ -123,11 +123,11 @@ class MergingMixin:
         backup = QuantizedBackup(base)
         original = self.get_base_weight()
         positions, sums = adapted_entries(original, self._pairs(adapter_names))
-        before = original.take(positions)
+        before = read_entries(original, positions)
         self._backup = backup
         self.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
         backup.pack_away()
-        self.merge_loss = count_lost(before, sums, self.get_base_weight().take(positions))
+        self.merge_loss = count_lost(before, sums, read_entries(self.get_base_weight(), positions))
 
     def _restore_originals(self) -> None:
         if self._backup is not None:

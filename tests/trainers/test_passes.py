@@ -19,7 +19,7 @@ REENTRANT = [{"use_reentrant": True}, {"use_reentrant": False}]
 
 
 class Uses(TrainerCallback):
-    """Counts forward passes of an adapted layer, and how often its deltas were asked to collect."""
+    """Counts forward passes of an adapted layer, and how often its deltas were asked what they want."""
 
     def __init__(self) -> None:
         self.forwards = self.backwards = 0
@@ -28,13 +28,13 @@ class Uses(TrainerCallback):
         layer = next(m for m in model.modules() if hasattr(m, "spiel_delta"))
         layer.register_forward_pre_hook(lambda *_: setattr(self, "forwards", self.forwards + 1))
         collector = layer.spiel_delta["default"].collector
-        collect = collector.collect
+        wanted = collector.wanted
 
-        def counted(*args: Any) -> None:
+        def counted(*args: Any) -> Any:
             self.backwards += 1
-            collect(*args)
+            return wanted(*args)
 
-        collector.collect = counted
+        collector.wanted = counted
 
 
 @pytest.mark.parametrize("kwargs", REENTRANT, ids=str)
