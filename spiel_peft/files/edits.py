@@ -127,13 +127,12 @@ def read_edits(
             edit = edits.setdefault(_place(base, name, source), Edit())
             edit.deltas.append((delta.indices, _weighted(delta, weight)))
             edit.source = source
-        if adapter.others and weight != 1:
-            raise ValueError(
-                f"{where} replaces whole tensors ({min(adapter.others)}), which cannot be weighted with {weight}; give "
-                "it the weight 1"
-            )
         for key, tensor in adapter.others.items():
-            _add_other(edits, base, adapter, key, tensor, f"{where}: tensor {key!r}")
+            if _add_other(edits, base, adapter, key, tensor, f"{where}: tensor {key!r}") and weight != 1:
+                raise ValueError(
+                    f"{where} replaces a whole tensor ({key}), which cannot be weighted with {weight}; give it the "
+                    "weight 1"
+                )
     return edits
 
 
@@ -143,7 +142,8 @@ def _weighted(delta: StoredDelta, weight: float) -> Tensor:
 
 def _add_other(
     edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, tensor: Tensor, source: str
-) -> None:
+) -> bool:
+    """Note what a tensor that is no delta does; returns whether it does anything."""
     if key.endswith(_TOKENS):
         module = key.removesuffix(_TOKENS)
         edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
@@ -151,16 +151,17 @@ def _add_other(
         if edit.rows is not None or tuple(ids.shape) != tuple(tensor.shape[:1]):
             raise ValueError(f"{source} does not fit: {tensor.shape[0]} rows for {ids.numel()} token indices")
         edit.rows, edit.source = (ids, tensor), source
-        return
+        return True
     name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
     parameter = _place(base, name, source)
     stored = base.get(parameter)
     if name != key and stored is not None and _is_copy(tensor, stored):
-        return  # PEFT saves whole embeddings beside their deltas
+        return False  # PEFT saves whole embeddings beside their deltas
     edit = edits.setdefault(parameter, Edit())
     if edit.replacement is not None and not torch.equal(edit.replacement, tensor):
         raise ValueError(f"{source}: another adapter replaces this tensor as well; merge them one after the other")
     edit.replacement, edit.source = tensor, source
+    return True
 
 
 def _is_copy(tensor: Tensor, stored: StoredTensor) -> bool:

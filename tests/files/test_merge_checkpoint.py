@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import IDS, logits, same_bits, spiel_config, tiny_llama
+from adapters.helpers import IDS, logits, same_bits, spiel_config, texts, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import MixtralForCausalLM as Mixtral
 
 from spiel_peft import merge_adapter_into_checkpoint
 from spiel_peft.files import tensors as tensor_files
-from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
+from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
 
 from .checkpoints import SHARD, PeakMemory, loaded, saved, tensors_of, trained_adapter, unmerged_logits
 
@@ -158,10 +158,31 @@ def test_several_adapters_add_up_with_their_weights(tmp_path: Path) -> None:
         wanted = wanted + weight * delta.get_delta_weight("default")
     assert same_bits(after["model.layers.0.self_attn.q_proj.weight"], wanted.bfloat16())
     head = trained_adapter(base, tmp_path / "head", modules_to_save=["lm_head"])
-    with pytest.raises(ValueError, match=r"head replaces whole tensors \(lm_head.weight\), which cannot be weighted"):
+    with pytest.raises(ValueError, match=r"head replaces a whole tensor \(lm_head.weight\), which cannot be weighted"):
         merge_adapter_into_checkpoint(base, [folders[0], head], tmp_path / "no", weights=[1, 0.5])
     with pytest.raises(ValueError, match="weights has 1 entries for 2 adapters"):
         merge_adapter_into_checkpoint(base, folders, tmp_path / "no", weights=[1])
+
+
+def test_an_embedding_s_delta_can_be_weighted(tmp_path: Path) -> None:
+    """PEFT saves the whole embedding beside its delta; as long as it is the base's, it is no replacement."""
+    base = saved(tiny_llama(), tmp_path / "base")
+    adapter = trained_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
+    assert "model.embed_tokens.base_layer.weight" in read_adapter(adapter).others
+    merge_adapter_into_checkpoint(base, adapter, tmp_path / "out", weights=[0.25])
+    wanted = tensors_of(base)["model.embed_tokens.weight"].clone()
+    delta = read_adapter(adapter).deltas["model.embed_tokens"]
+    wanted.view(-1)[delta.indices.long()] += 0.25 * delta.values
+    assert same_bits(tensors_of(tmp_path / "out")["model.embed_tokens.weight"], wanted)
+
+
+def test_a_budget_above_the_weight_s_size_is_no_news(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    base = saved(tiny_llama(), tmp_path / "base")
+    adapter = trained_adapter(base, tmp_path / "adapter", r=30)
+    assert "trained whole" in texts(recwarn.list)
+    recwarn.clear()
+    merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
+    assert "trained whole" not in texts(recwarn.list)
 
 
 def test_transposed_layers(tmp_path: Path) -> None:
