@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from _args import _Parser, positive_float, positive_int
 from _data import (
@@ -42,6 +42,7 @@ from _data import (
 )
 from _model import find_model, held_out_loss, load_base, load_tokenizer
 from _report import field, heading
+from finetune import ProgressBar
 from spiel_peft import (
     KeepActive,
     LanguageCycler,
@@ -140,11 +141,14 @@ def train(
         seed=args.seed,
         save_strategy="no",
         report_to="none",
+        disable_tqdm=False,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     callbacks = [SpIELCallback(), *more]
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar())
     return float(trainer.train().training_loss)
 
 

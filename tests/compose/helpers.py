@@ -1,4 +1,4 @@
-"""A tiny model with a language adapter and a task adapter, which overlap in some modules."""
+"""Tiny models with language adapters and a task adapter that overlap in some modules, and dense counterparts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 LANGUAGE, TASK = "language", "task"
+LANGUAGES = ["german", "spanish", "finnish"]
+CYCLE = {"regrow_every": 4, "accumulation_steps": 2, "total_steps": 12}
 
 
 def two_adapters(base: nn.Module | None = None, **fields: Any) -> PeftModel:
@@ -17,6 +19,19 @@ def two_adapters(base: nn.Module | None = None, **fields: Any) -> PeftModel:
     model = adapted(base, adapter=LANGUAGE, density=0.2, seed=11, **fields)
     model.add_adapter(TASK, spiel_config(density=0.2, target_modules=["down_proj", "up_proj"], **{"seed": 5, **fields}))
     return model
+
+
+def model_with_languages(base: nn.Module | None = None, **fields: Any) -> PeftModel:
+    """Languages with random deltas on q and down projections (one of them elsewhere too), and a task."""
+    model = adapted(base, adapter=LANGUAGES[0], density=0.2, seed=7)
+    model.add_adapter(LANGUAGES[1], spiel_config(density=0.2, seed=1))
+    model.add_adapter(LANGUAGES[2], spiel_config(density=0.2, seed=2, target_modules=["down_proj", "gate_proj"]))
+    model.add_adapter(TASK, spiel_config(density=0.2, seed=3, target_modules=["down_proj", "up_proj"], **fields))
+    return model.train()
+
+
+def batches(count: int) -> list[Tensor]:
+    return list(torch.randint(1, 40, (count, 2, 5), generator=torch.Generator().manual_seed(0)))
 
 
 def dense_deltas(model: nn.Module, adapter: str) -> dict[str, Tensor]:

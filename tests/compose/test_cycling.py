@@ -4,39 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import IDS, adapted, deltas_of, layers_of, logits, snapshot, spiel_config, tiny_llama
+from adapters.helpers import IDS, deltas_of, layers_of, logits, snapshot, spiel_config, tiny_llama
 from helpers import adapt
 from peft import PeftModel
 from torch import Tensor, nn
-from trainers.helpers import QUIET
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spiel_peft import SM3, LanguageCycler, LanguageCyclerCallback
 from spiel_peft.compose.cycling import language_of_batch
 
-from .helpers import dense_deltas, plain_with
-
-LANGUAGES = ["german", "spanish", "finnish"]
-TASK = "task"
-CYCLE = {"regrow_every": 4, "accumulation_steps": 2, "total_steps": 12}
-
-
-def model_with_languages(base: nn.Module | None = None, **fields: Any) -> PeftModel:
-    """Languages with random deltas on q and down projections (one of them elsewhere too), and a task."""
-    model = adapted(base, adapter=LANGUAGES[0], density=0.2, seed=7)
-    model.add_adapter(LANGUAGES[1], spiel_config(density=0.2, seed=1))
-    model.add_adapter(LANGUAGES[2], spiel_config(density=0.2, seed=2, target_modules=["down_proj", "gate_proj"]))
-    model.add_adapter(TASK, spiel_config(density=0.2, seed=3, target_modules=["down_proj", "up_proj"], **fields))
-    return model.train()
-
-
-def batches(count: int) -> list[Tensor]:
-    return list(torch.randint(1, 40, (count, 2, 5), generator=torch.Generator().manual_seed(0)))
+from .helpers import CYCLE, LANGUAGES, TASK, batches, dense_deltas, model_with_languages, plain_with
 
 
 def dense_gradients(model: PeftModel, language: str | None, ids: Tensor) -> dict[str, Tensor]:
@@ -221,91 +201,6 @@ def test_a_compiled_layer_follows_the_switches() -> None:
         expected = nn.functional.linear(x, weight, model.base_model.model.layer.base_layer.bias)
         assert torch.allclose(compiled(x), expected, atol=1e-6)
     torch._dynamo.reset()
-
-
-# -- resuming --------------------------------------------------------------------------------------
-
-
-def test_a_loop_resumes_with_the_next_language() -> None:
-    model = model_with_languages()
-    cycler = LanguageCycler(model, LANGUAGES, TASK, seed=2)
-    whole = [cycler.advance() for _ in range(9)]
-    again = LanguageCycler(model, LANGUAGES, TASK, seed=2)
-    assert [again.advance() for _ in range(4)] == whole[:4]
-    state = again.state_dict()
-    resumed = LanguageCycler(model, LANGUAGES, TASK, seed=2)
-    resumed.load_state_dict(state)
-    assert resumed.language == whole[3] and model.active_adapters == [TASK, whole[3]]
-    assert [resumed.advance() for _ in range(5)] == whole[4:]
-    assert resumed.go_to(1) == whole[1] and model.active_adapters == [TASK, whole[1]]
-    fresh = LanguageCycler(model, LANGUAGES, TASK, seed=2)
-    fresh.load_state_dict(LanguageCycler(model, LANGUAGES, TASK, seed=2).state_dict())
-    assert fresh.advance() == whole[0]
-    with pytest.raises(ValueError, match="the saved state has seed=2, this cycler 3"):
-        LanguageCycler(model, LANGUAGES, TASK, seed=3).load_state_dict(state)
-
-
-class Record(TrainerCallback):
-    """The languages of all training and evaluation passes, by the name of the active adapter."""
-
-    def __init__(self, model: PeftModel) -> None:
-        self.train: list[str] = []
-        self.evaluation: list[str] = []
-        model.register_forward_pre_hook(self._note)
-
-    def _note(self, model: nn.Module, inputs: Any) -> None:
-        (self.train if model.training else self.evaluation).append(model.active_adapters[-1])
-
-
-def trainer_of(model: PeftModel, folder: Path, **settings: Any) -> tuple[Trainer, Record]:
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches(12))]
-    record = Record(model)
-    cycler = LanguageCycler(model, LANGUAGES, TASK, seed=4)
-    args = TrainingArguments(
-        output_dir=str(folder),
-        **{
-            **QUIET,
-            "max_steps": 6,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 0.02,
-            "save_strategy": "steps",
-            "save_steps": 3,
-            **settings,
-        },
-    )
-    callback = LanguageCyclerCallback(cycler, evaluate_with="finnish")
-    trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=rows[:4], callbacks=[callback])
-    return trainer, record
-
-
-def test_the_trainer_has_another_language_for_every_micro_batch_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = model_with_languages(**CYCLE)
-    trainer, record = trainer_of(whole, tmp_path, eval_strategy="steps", eval_steps=2)
-    trainer.train()
-    expected = [language_of_batch(batch, LANGUAGES, seed=4) for batch in range(12)]
-    assert record.train == expected
-    assert set(record.evaluation) == {"finnish"} and len(record.evaluation) >= 3
-    assert whole.active_adapters == [TASK, "finnish"]
-    resumed = model_with_languages(**CYCLE)
-    trainer, record = trainer_of(resumed, tmp_path)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert record.train == expected[6:]
-    for key, tensor in snapshot(whole).items():
-        assert torch.equal(tensor, resumed.state_dict()[key]), key
-    trained = {name.split(".")[-2] for name, p in resumed.named_parameters() if p.requires_grad}
-    assert trained == {TASK}
-
-
-def test_the_start_of_training_activates_every_task_again() -> None:
-    """A Trainer that resumes leaves the first adapter active, and the only one in training."""
-    model = model_with_languages()
-    model.add_adapter("style", spiel_config(seed=9))
-    callback = LanguageCyclerCallback(LanguageCycler(model, LANGUAGES, [TASK, "style"], order="in_order"))
-    model.set_adapter(TASK)
-    callback.on_train_begin(None, None, None)
-    assert model.active_adapters == [TASK, "style", "german"]
-    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {TASK, "style"}
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("way", ["separate", "on-top", "ready"])
 def test_each_way_trains_measures_and_saves_the_sums(way: str, folder: Path, tmp_path: Path) -> None:
-    steps = ["--language-steps", "8", "--task-steps", "12", "--learning-rate", "2e-2", "--r", "4"]
+    steps = ["--language-steps", "6", "--task-steps", "8", "--learning-rate", "2e-2", "--r", "4"]
     assert zero_shot.main(arguments(folder, tmp_path, "--task-training", way, *steps)) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert set(results) == {"one", "two"}
