@@ -1,0 +1,91 @@
+"""Base models to fine-tune: finding and loading them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from .data import InputError
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model is read from: a folder or hub id, and the GGUF file in it if it is one."""
+
+    path: str
+    gguf_file: str | None = None
+
+    @property
+    def kwargs(self) -> dict[str, str]:
+        """The argument that every ``from_pretrained`` needs for a GGUF file."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    def __str__(self) -> str:
+        return self.gguf_file or self.path
+
+
+def find_model(name: str) -> ModelSource:
+    """The source that ``--model`` names: a folder, a .gguf file, or a hub id. Raises InputError."""
+    path = Path(name)
+    if path.is_dir():
+        return model_in_folder(path, name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"--model {name}: a file that is not a .gguf; give the folder that it is in")
+        return ModelSource(str(path.parent), path.name)
+    # A hub id is "name" or "owner/name"; anything else was meant as a path.
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise InputError(f"--model {name}: no such file or folder")
+    return ModelSource(name)
+
+
+def model_in_folder(path: Path, name: str) -> ModelSource:
+    """The model in a folder: a transformers checkpoint, or else the only GGUF file in it."""
+    if (path / "config.json").is_file():
+        return ModelSource(str(path))
+    files = sorted(path.glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(f"--model {name}: the folder has no config.json and {len(files)} .gguf files (need 1)")
+    return ModelSource(str(path), files[0].name)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer; an unreadable or unknown model is found out here, before its weights load."""
+    try:
+        AutoConfig.from_pretrained(source.path, **source.kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--model {source}: {reason[:300]}") from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"--model {source}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(source: ModelSource, *, bf16: bool, load_in_4bit: bool) -> Any:
+    """The frozen base model, in float32 unless ``bf16``, on the GPU if there is one."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kwargs: dict[str, Any] = dict(source.kwargs, dtype=dtype)
+    if load_in_4bit:
+        kwargs["device_map"] = {"": device}
+        kwargs["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
+    if source.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
+        # The weights were dequantized while loading, but transformers still marks the model as
+        # quantized, which would keep it from being trained and saved.
+        model.hf_quantizer.remove_quantization_config(model)
+    if not load_in_4bit:
+        model.to(device)
+    return model
