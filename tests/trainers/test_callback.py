@@ -125,9 +125,9 @@ def test_a_second_trainer_of_another_length(tmp_path: Path) -> None:
     for callbacks in ([], [SpIELCallback()]):
         model = regression()
         trainer(model, tmp_path, callbacks).train()
-        trainer(model, tmp_path, callbacks, max_steps=30).train()
+        trainer(model, tmp_path, callbacks, max_steps=14).train()
         rates = [report.rate for report in log_of(model)[3:]]
-        assert rates == pytest.approx([0.2 * (1 - step / 30) for step in range(2, 31, 4)])
+        assert rates == pytest.approx([0.2 * (1 - step / 14) for step in range(2, 15, 4)])
 
 
 def test_a_second_train_of_another_length(tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_a_second_train_of_another_length(tmp_path: Path) -> None:
         model = regression()
         training = trainer(model, tmp_path, callbacks)
         training.train()
-        training.args.max_steps = 30
+        training.args.max_steps = 14
         training.train()
         rates = [report.rate for report in log_of(model)[3:]]
-        assert rates == pytest.approx([0.2 * (1 - step / 30) for step in range(2, 31, 4)])
+        assert rates == pytest.approx([0.2 * (1 - step / 14) for step in range(2, 15, 4)])
 
 
 def test_total_steps(tmp_path: Path) -> None:

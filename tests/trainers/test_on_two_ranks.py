@@ -89,38 +89,31 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    save_llama(folder / "quantized")
+def check(name: str, by_rank: list[dict[str, Any]]) -> None:
+    assert_equal(result["snapshot"] for result in by_rank)
+    for result in by_rank:
+        assert result["closes"] == [2, 6], name
+        assert result["replaced"] > 0, name
+        assert result["dtypes"] == {torch.float32}, name
+        assert result.get("wrapped", "DistributedDataParallel") == "DistributedDataParallel", name
+        assert result.get("world_size", RANKS) == RANKS, name
+
+
+# One test, not one for each: test processes that share these would start the ranks once each.
+def test_all_ranks_end_with_the_same_run(tmp_path: Path) -> None:
+    save_llama(tmp_path / "quantized")
     model = adapted()
     for delta in deltas_of(model).values():
         delta.values.data.normal_(std=0.05)
-    model.save_pretrained(folder / "first")
-    return launch(__file__, folder, RANKS)
-
-
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_ranks_end_with_the_same_run(launched: dict[str, list[Any]], name: str) -> None:
-    by_rank = results_of(launched, name)
-    assert_equal(result["snapshot"] for result in by_rank)
-    for result in by_rank:
-        assert result["closes"] == [2, 6]
-        assert result["replaced"] > 0
-        assert result["dtypes"] == {torch.float32}
-        assert result.get("wrapped", "DistributedDataParallel") == "DistributedDataParallel"
-        assert result.get("world_size", RANKS) == RANKS
-
-
-def test_the_cast_to_bfloat16_is_undone_before_the_model_is_wrapped(launched: dict[str, list[Any]]) -> None:
-    """The wrapper lays out what it sums by the dtypes that it finds."""
-    for result in results_of(launched, "SFT on 4 bits"):
-        assert result["cast"] == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("name", ["DPO", "GRPO"])
-def test_the_reference_adapter_is_the_same_on_all_ranks_and_stays(launched: dict[str, list[Any]], name: str) -> None:
-    for result in results_of(launched, name):
+    model.save_pretrained(tmp_path / "first")
+    launched = launch(__file__, tmp_path, RANKS)
+    results = {name: results_of(launched, name) for name in SCENARIOS}
+    for name, by_rank in results.items():
+        check(name, by_rank)
+    # The cast is undone before the model is wrapped: the wrapper lays out what it sums by the dtypes that it finds.
+    assert [result["cast"] for result in results["SFT on 4 bits"]] == [{torch.bfloat16}] * RANKS
+    # The reference adapter is the same on all ranks, and stays.
+    for result in (*results["DPO"], *results["GRPO"]):
         assert_equal([result["start"], result["reference"]])
         assert result["reference"]
 
