@@ -27,7 +27,7 @@ from .cycle.report import CycleReport
 from .delta import SparseDelta
 from .files.extract import Extraction, extract_delta
 from .files.merge import merge_adapter_into_checkpoint
-from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
+from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELParameter, SpIELParameters
 from .merge_report import MergeLoss, MergeReport
 from .model import SpIELModel
 from .optim import SM3, SpIELOptimizer
@@ -57,6 +57,8 @@ __all__ = [
     "SpIELLinear",
     "SpIELModel",
     "SpIELOptimizer",
+    "SpIELParameter",
+    "SpIELParameters",
     "SparseDelta",
     "SparsePatch",
     "activate",

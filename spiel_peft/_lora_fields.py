@@ -33,7 +33,6 @@ LORA_ONLY_FIELDS: dict[str, str] = {
     "arrow_config": _NO_FACTORS,
     "alora_invocation_tokens": "SpIEL changes the weights for every token: drop it.",
     "layer_replication": "SpIEL adapts the layers the model has: drop it.",
-    "target_parameters": "SpIEL adapts whole modules: drop it and name the modules in `target_modules`.",
     "runtime_config": "SpIEL moves nothing between devices at run time: drop it.",
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,

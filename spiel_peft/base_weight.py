@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from spiel_kernels import write_entries
 
 LINEAR, TRANSPOSED, EMBEDDING, CONV = "linear", "transposed", "embedding", "conv"
+PARAMETER = "parameter"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SUPPORTED = (
     "torch.nn.Linear, transformers' Conv1D, torch.nn.Embedding, torch.nn.Conv1d/2d/3d, bitsandbytes' Linear4bit and "
@@ -30,10 +31,11 @@ class BaseInfo:
     """What a layer needs to know of the layer it wraps.
 
     Attributes:
-        kind: how the weight is used, one of LINEAR, TRANSPOSED, EMBEDDING, CONV.
+        kind: how the weight is used, one of LINEAR, TRANSPOSED, EMBEDDING, CONV; PARAMETER if only its module knows.
         weight_shape: shape as stored; for a quantized weight the dequantized shape.
         fan_in, fan_out: the two sizes of which PEFT's LoRA trains r each.
         backend: PEFT's quantization backend, None for a plain weight.
+        experts: how many matrices of these sizes the weight holds.
     """
 
     kind: str
@@ -41,10 +43,16 @@ class BaseInfo:
     fan_in: int
     fan_out: int
     backend: QuantizationBackend | None
+    experts: int = 1
 
     @property
     def numel(self) -> int:
         return math.prod(self.weight_shape)
+
+    @property
+    def values_per_rank(self) -> int:
+        """Trainable values that PEFT's LoRA has here for each unit of its rank."""
+        return self.experts * (self.fan_in + self.fan_out)
 
 
 def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> BaseInfo | str:
@@ -56,7 +64,7 @@ def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None =
         return _inspect_quantized(module, backend)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return "is not a supported layer"
+        return _not_supported(module)
     info = _inspect_plain(module, weight)
     if isinstance(info, str):
         return info
@@ -128,7 +136,37 @@ def _inspect_plain(module: nn.Module, weight: Tensor) -> BaseInfo | str:
         return BaseInfo(EMBEDDING, shape, shape[1], shape[0], None)
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return BaseInfo(CONV, shape, math.prod(shape[1:]), shape[0], None)
-    return "is not a supported layer"
+    return _not_supported(module)
+
+
+def _not_supported(module: nn.Module) -> str:
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    hint = f"; target_parameters can name its parameters ({', '.join(names[:3])})" if names else ""
+    return f"is not a supported layer{hint}"
+
+
+def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
+    """Describe a bare parameter that can carry a sparse delta, or say in a phrase why it cannot.
+
+    Args:
+        module: that holds the parameter and computes with it.
+        name: of the parameter in it.
+    """
+    if name in getattr(module, "parametrizations", ()):
+        return "is computed by a parametrization (4-bit experts are); load the model unquantized"
+    parameter = module._parameters[name]
+    if parameter.dtype not in FLOAT_DTYPES or resolve_quantization_backend(module) is not None:
+        return f"is stored as {parameter.dtype} and quantized, or no matrix of numbers; load the model unquantized"
+    if isinstance(module, nn.RNNBase):
+        return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
+    if name == "weight" and getattr(module, "max_norm", None) is not None:
+        return "belongs to an embedding with max_norm, which rewrites its weight in every forward pass"
+    shape = tuple(parameter.shape)
+    if 0 in shape or not shape:
+        return f"has the shape {shape}, and no entries to choose from"
+    if len(shape) == 1:
+        return BaseInfo(PARAMETER, shape, 1, shape[0], None)
+    return BaseInfo(PARAMETER, shape, shape[-1], shape[-2], None, experts=math.prod(shape[:-2]))
 
 
 def offload_hook(module: nn.Module) -> Any | None:

@@ -35,7 +35,7 @@ def allocate_deltas(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
     elif config.density is not None:
         wanted = {name: density_count(config.density, info.numel) for name, info in targets.items()}
     else:
-        wanted = {name: config.r * (info.fan_in + info.fan_out) for name, info in targets.items()}
+        wanted = {name: config.r * info.values_per_rank for name, info in targets.items()}
     wanted.update(fixed)
     return _clamp(wanted, targets)
 
@@ -50,7 +50,7 @@ def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
     for name, info in targets.items():
         key = get_pattern_key(config.rank_pattern.keys(), name)
         if key in config.rank_pattern:
-            counts[name] = config.rank_pattern[key] * (info.fan_in + info.fan_out)
+            counts[name] = config.rank_pattern[key] * info.values_per_rank
         key = get_pattern_key(config.density_pattern.keys(), name)
         if key in config.density_pattern:
             if name in counts:

@@ -59,6 +59,9 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
             or "all-linear". None: the modules PEFT's LoRA targets by default in this architecture.
         exclude_modules (`list[str]` or `str`, *optional*): Names, name suffixes or regex of modules to leave
             alone.
+        target_parameters (`list[str]`, *optional*): Bare parameters to adapt, by full name or name suffix, such as
+            "experts.gate_up_proj" and "experts.down_proj", the fused experts of a mixture. All that match are
+            adapted; `exclude_modules` and `layers_to_transform` are about modules only.
         layers_to_transform (`list[int]` or `int`, *optional*): Indices of the layers to adapt.
         layers_pattern (`list[str]` or `str`, *optional*): Name of the list of layers, such as "layers" or
             "h"; only with `layers_to_transform`.
@@ -143,6 +146,13 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave alone: list of names or name suffixes, or a regex."}
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Bare parameters to adapt, by full name or name suffix, such as 'experts.gate_up_proj': the fused "
+            "experts of a mixture, which are no modules."
+        },
+    )
     layers_to_transform: list[int] | int | None = field(
         default=None,
         metadata={"help": "Indices of the layers to adapt. Only works when `target_modules` is a list of names."},
@@ -180,8 +190,6 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     # Without annotations, so that these are no fields and are not saved.
     # True on configs that were read from a file.
     _from_checkpoint = False
-    # PEFT reads it off a config whose `target_modules` is None, and fails on `name in None` if both are.
-    target_parameters = ()
 
     def __post_init__(self) -> None:
         # PeftConfig.from_pretrained, which is not ours to override, passes the file's contents to the
@@ -278,9 +286,18 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
                 check.regex(name, value, _REGEX_REMEDY)
             elif value is not None:
                 setattr(self, name, set(check.names(name, value, remedy)))
+        # PEFT fails on `name in None` where `target_modules` and this one are None.
+        remedy = "Pass a list of parameter names such as ['experts.gate_up_proj', 'experts.down_proj'], or None."
+        wanted = self.target_parameters if self.target_parameters is not None else []
+        self.target_parameters = sorted(set(check.names("target_parameters", wanted, remedy)))
         if isinstance(self.num_deltas, dict):
+            modules = {name: k for name, k in self.num_deltas.items() if not self.names_parameter(name)}
             # A set although the field says list: LoraConfig has it so, and PEFT expects it.
-            self.target_modules = _targets_of_counts(self.num_deltas, self.target_modules)  # type: ignore
+            self.target_modules = _targets_of_counts(modules, self.target_modules)  # type: ignore
+
+    def names_parameter(self, name: str) -> bool:
+        """Whether an entry of `target_parameters` names the parameter with this full name."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters or ())
 
     def _check_layers(self) -> None:
         remedy = "Pass the indices of the layers to adapt, such as [0, 1], or None for all."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -234,3 +234,65 @@ def folded_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
     """The adapted weight as a tensor that passes its (dense) gradient on to the deltas."""
     apply = _folded_outside_graph if torch.compiler.is_compiling() else _FoldedWeight.apply
     return apply(source, deltas, source.parameter, *_tensors(deltas))
+
+
+# Weights of modules that compute with them in their own way: autograd forms their dense gradient.
+
+
+class _AliasedWeight(torch.autograd.Function):
+    """The base weight's own memory, with the deltas folded into it: what `_FoldedWeight` gives, without the copy."""
+
+    @staticmethod
+    def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
+        ctx.deltas = deltas
+        ctx.save_for_backward(*flat)
+        with source.weight(deltas, _pairs(flat), source.dtype) as weight:
+            return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *_delta_gradients(ctx, DenseGradient(grad_out), _pairs(ctx.saved_tensors)))
+
+
+class _Refolding(torch.autograd.Function):
+    """Identity; its backward pass, which runs before that of what made the tensor, folds as the forward pass did."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
+        ctx.source, ctx.deltas = source, deltas
+        ctx.save_for_backward(*flat)
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        flat = ctx.saved_tensors
+        with ctx.source.weight(ctx.deltas, _pairs(flat), ctx.source.dtype, in_backward=True):
+            return (grad_out, None, None, *[None] * len(flat))
+
+
+@torch.compiler.disable
+def aliased_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
+    """The adapted weight in the base weight's memory, for a source whose deltas may stay there.
+
+    Operations may keep it for their backward pass if their results go through `refolding`.
+    """
+    return _AliasedWeight.apply(source, deltas, *_tensors(deltas))
+
+
+@torch.compiler.disable
+def refolding(out: Any, source: WeightSource, deltas: list[SparseDelta]) -> Any:
+    """`out` itself; if it is a tensor with a gradient, the deltas are in the weight again before its backward pass."""
+    if not isinstance(out, Tensor) or not out.requires_grad:
+        return out
+    flat = [tensor.detach() for tensor in _tensors(deltas)]
+    return _Refolding.apply(out, source, deltas, *flat)
+
+
+@contextmanager
+def weight_in_place(source: WeightSource, deltas: list[SparseDelta]) -> Iterator[Tensor]:
+    """The adapted weight for the length of a pass without gradients, in the base weight's memory if it can be."""
+    flat = [tensor.detach() for tensor in _tensors(deltas)]
+    with source.weight(deltas, _pairs(flat), source.dtype) as weight:
+        yield weight

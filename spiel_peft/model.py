@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from .cycle.collector import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .layers.merging import report_merge_loss
+from .parameter_targets import BareParameter, find_target_parameters, name_listed_parameters, part_of
 from .structure import ModelStructure, check_unmerged, discard_unloaded
 from .targets import bypassed_by, modules_of, names_module, shared_weights, warn_about_fused_experts
 from .training_state import STATE_KEYS
@@ -47,6 +49,7 @@ class _Injection:
         self.module_names = module_names
         self.file_counts = counts
         self.infos: dict[str, BaseInfo] = {}
+        self.parameters: dict[str, tuple[BareParameter, BaseInfo]] = {}
         self.counts: dict[str, int] | None = None
         self.shared: dict[str, tuple[str, ...]] = {}
 
@@ -79,6 +82,7 @@ class SpIELModel(WeightedAdapters):
         """
         check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
+        name_listed_parameters(config, model)
         self._injection = _Injection(AdapterRun(config, adapter_name), *modules_of(state_dict))
         before = ModelStructure(model)
         try:
@@ -100,10 +104,11 @@ class SpIELModel(WeightedAdapters):
             del self._injection
         if isinstance(config.num_deltas, dict):
             # PEFT may have shortened the names to suffixes; the config must still match the counts when reloaded.
-            config.target_modules = set(config.num_deltas)
+            config.target_modules = {name for name in config.num_deltas if not config.names_parameter(name)}
         # PEFT leaves this to `PeftModel`; an adapter that is injected directly shall have the same precision.
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        warn_about_fused_experts(model)
+        if not config.target_parameters:
+            warn_about_fused_experts(model)
 
     def _create_and_replace(
         self,
@@ -131,12 +136,40 @@ class SpIELModel(WeightedAdapters):
         if source is not None:
             layer.share_delta(adapter_name, peft_config, source)
         else:
-            layer.update_layer(adapter_name, peft_config, injection.run, injection.counts[current_key])
-            layer.spiel_delta[adapter_name].collector = WindowCollector()
+            self._add_delta(layer, adapter_name, current_key)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _add_delta(self, layer: SpIELLayer, adapter_name: str, name: str) -> None:
+        injection = self._injection
+        layer.update_layer(adapter_name, injection.run.config, injection.run, injection.counts[name])
+        layer.spiel_delta[adapter_name].collector = WindowCollector()
+
+    def _prepare_adapter_config(self, peft_config: SpIELConfig, model_config: dict[str, Any]) -> SpIELConfig:
+        known = model_config["model_type"] in self.target_module_mapping
+        if peft_config.target_modules is None and peft_config.target_parameters and not known:
+            return peft_config  # parameters alone
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(
+        self, peft_config: SpIELConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # PEFT's own version goes by the names that nested wrappers have, which do not tell parameters apart in files.
+        injection = self._injection
+        if injection.counts is None:
+            self._plan(injection, peft_config)
+        for name, (parameter, info) in injection.parameters.items():
+            part = part_of(model, parameter, info)
+            fresh = not part.spiel_delta
+            if fresh:
+                part.set_adapter(self.active_adapters)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_delta(part, adapter_name, name)
+            if fresh and adapter_name not in self.active_adapters:
+                part.requires_grad_(False)
+        return list(injection.parameters)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # One of the two holds the other. PEFT's version assigns its weight anew, which fails for trained tokens.
@@ -161,11 +194,14 @@ class SpIELModel(WeightedAdapters):
             injection.infos[name] = info
             if not self._check_tied_module_exists(config, name):
                 targets[name] = info
+        injection.parameters, more = find_target_parameters(self.model, config, set(injection.infos))
+        problems += more
+        targets.update({name: info for name, (_, info) in injection.parameters.items()})
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise ValueError(
-                f"Target modules that SpIEL cannot adapt: {shown}. Supported are {SUPPORTED}. Narrow target_modules "
-                "or name these in exclude_modules."
+                f"Targets that SpIEL cannot adapt: {shown}. Supported are {SUPPORTED}. Narrow target_modules "
+                "(target_parameters) or name modules in exclude_modules."
             )
         injection.shared = shared_weights(self.model, set(injection.infos))
         counts = allocate_deltas(config, targets)

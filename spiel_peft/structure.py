@@ -9,7 +9,8 @@ from torch import nn
 
 from .config import SpIELConfig
 from .delta import SparseDelta
-from .layers import SpIELLayer
+from .layers import SpIELLayer, SpIELParameter
+from .parameter_targets import remove_empty_hosts
 
 # What adding an adapter changes in existing layers and in PEFT's wrappers of whole modules, besides their children.
 _ATTRIBUTES = ("_active_adapter", "_adapters", "shared_with", "tied_to")
@@ -56,6 +57,7 @@ def discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, d
         return
     model.delete_adapter(adapter_name)
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, SpIELLayer) and not layer.spiel_delta:
+        if isinstance(layer, SpIELLayer) and not isinstance(layer, SpIELParameter) and not layer.spiel_delta:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+    remove_empty_hosts(model)

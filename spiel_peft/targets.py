@@ -63,8 +63,9 @@ def warn_about_fused_experts(model: nn.Module) -> None:
                 missed.append(full)
     if missed:
         shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        suffixes = sorted({".".join(name.split(".")[-2:]) for name in missed})
         warnings.warn(
             f"These fused expert parameters are not modules, so target_modules cannot reach them and they stay frozen: "
-            f"{shown}. SpIEL does not adapt fused experts.",
+            f"{shown}. To adapt them, name them: target_parameters={suffixes[:6]}.",
             stacklevel=2,
         )

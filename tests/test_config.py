@@ -79,6 +79,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "seed": 0,
         "target_modules": None,
         "exclude_modules": None,
+        "target_parameters": [],
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": None,
@@ -107,8 +108,8 @@ def test_peft_type_is_the_enum_member_whatever_was_passed() -> None:
 
 def test_attributes_peft_looks_for_exist_but_are_not_saved() -> None:
     config = SpIELConfig()
-    names = ("modules_to_tie", "target_modules_to_tie", "target_parameters", "_from_checkpoint")
-    assert [getattr(config, name) for name in names] == [None, None, (), False]
+    names = ("modules_to_tie", "target_modules_to_tie", "_from_checkpoint")
+    assert [getattr(config, name) for name in names] == [None, None, False]
     assert not set(names) & set(config.to_dict())
 
 

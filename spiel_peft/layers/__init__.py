@@ -4,5 +4,6 @@ from .base import SpIELLayer
 from .conv import SpIELConv
 from .embedding import SpIELEmbedding
 from .linear import SpIELLinear
+from .parameter import SpIELParameter, SpIELParameters
 
-__all__ = ["SpIELConv", "SpIELEmbedding", "SpIELLayer", "SpIELLinear"]
+__all__ = ["SpIELConv", "SpIELEmbedding", "SpIELLayer", "SpIELLinear", "SpIELParameter", "SpIELParameters"]

@@ -90,9 +90,8 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
             indices = new_indices(positions, self.info.numel, device)
         # The global generator, as for every PEFT method: two adapters of one config shall differ.
         values = torch.zeros(num_deltas) if config.init_weights else torch.randn(num_deltas) * 0.1
-        delta = SparseDelta(
-            run, self.module_name, self.info.weight_shape, indices, values.to(device=device, dtype=dtype)
-        )
+        shape = self._delta_shape()
+        delta = SparseDelta(run, self.module_name, shape, indices, values.to(device=device, dtype=dtype))
         self._add_delta(adapter_name, delta, config)
 
     def share_delta(self, adapter_name: str, config: SpIELConfig, source: SpIELLayer) -> None:
@@ -110,6 +109,9 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
 
     def _twin_of(self, config: SpIELConfig) -> SparseDelta | None:
         return next((d for d in self.spiel_delta.values() if d.run.config is config), None)
+
+    def _delta_shape(self) -> tuple[int, ...]:
+        return self.info.weight_shape
 
     def _base_dtype(self) -> torch.dtype:
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
