@@ -161,6 +161,8 @@ def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
         return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
     if name == "weight" and getattr(module, "max_norm", None) is not None:
         return "belongs to an embedding with max_norm, which rewrites its weight in every forward pass"
+    if name == "weight" and getattr(module, "sparse", False):
+        return "belongs to an embedding whose gradients are sparse tensors; set its `sparse` to False"
     shape = tuple(parameter.shape)
     if 0 in shape or not shape:
         return f"has the shape {shape}, and no entries to choose from"

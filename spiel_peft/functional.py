@@ -244,7 +244,7 @@ class _AliasedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
-        ctx.deltas = deltas
+        ctx.source, ctx.deltas = source, deltas
         ctx.save_for_backward(*flat)
         with source.weight(deltas, _pairs(flat), source.dtype) as weight:
             return weight.view_as(weight)
@@ -252,6 +252,13 @@ class _AliasedWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        held = ctx.source.fold.deltas
+        if len(held) != len(ctx.deltas) or any(a is not b for a, b in zip(held, ctx.deltas, strict=True)):
+            raise RuntimeError(
+                f"{ctx.deltas[0].module_name}: the deltas were taken out of the weight (by an evaluation, a state dict "
+                "or another adapter) before the backward pass of a tensor that left its module otherwise than as an "
+                "output; finish the backward pass first"
+            )
         return (None, None, *_delta_gradients(ctx, DenseGradient(grad_out), _pairs(ctx.saved_tensors)))
 
 

@@ -247,6 +247,21 @@ def test_backward_folds_again_what_was_taken_out_after_the_forward_pass(disturb:
         assert_close(got.spiel_delta["default"].values.grad, expected.spiel_delta["default"].values.grad, 1e-5)
 
 
+def test_a_tensor_that_leaves_a_module_by_the_back_door_is_not_differentiated_wrongly() -> None:
+    model = Leaky()
+    model = get_peft_model(model, SpIELConfig(density=0.5, target_parameters=["block.mix"], init_weights=False))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(3, 6)
+    model(x).sum().backward()
+    optimizer.step()
+    model(x)
+    model.model.block.base_layer.kept.sum().backward()
+    model(x)
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"block\.mix: the deltas were taken out"):
+        model.model.block.base_layer.kept.sum().backward()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     plain, checkpointed = adapt(build()), adapt(build())
@@ -370,11 +385,28 @@ class Mixed(nn.Module):
         return y, {"gate": y.sum(-1)}
 
 
+class Leaky(nn.Module):
+    """Keeps a result that is not among its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Mixed()
+        self.block.forward = self._leak
+
+    def _leak(self, x: Tensor) -> Tensor:
+        self.block.base_layer.kept = x @ self.block.base_layer.mix
+        return self.block.base_layer.kept.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
 class Whole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = Mixed()
         self.bag = nn.EmbeddingBag(9, 6, mode="sum")
+        self.sparse = nn.EmbeddingBag(9, 6, sparse=True)
         self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
         self.norm = nn.LayerNorm(6)
         self.recurrent = nn.LSTM(6, 6)
@@ -422,6 +454,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"target_parameters": ["codes.table"]}, r"codes\.table .* is stored as torch.int8"),
     "the model's own": ({"target_parameters": ["outer"]}, "outer .* belongs to the model itself"),
     "recurrent": ({"target_parameters": ["recurrent.weight_ih_l0"]}, "LSTM, which reads its weights from a list"),
+    "sparse gradients": ({"target_parameters": ["sparse.weight"]}, "sparse.weight .* gradients are sparse tensors"),
     "tied": ({"target_parameters": ["norm.weight"]}, "norm.weight .* is tied to tied.weight"),
     "twice": (
         {"target_modules": ["out_proj"], "target_parameters": ["attention.in_proj_weight"]},
