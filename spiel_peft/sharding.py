@@ -29,10 +29,10 @@ _GROUPS: weakref.WeakKeyDictionary[SparseDelta, Any] = weakref.WeakKeyDictionary
 
 def declare_replicated(module_class: type[nn.Module]) -> None:
     """Have FSDP2 leave the parameters and buffers of all modules of a class as they are."""
-    if not dist.is_available():
+    try:
+        from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
+    except ImportError:  # no such thing in this PyTorch: whoever shards deltas is told in the first backward pass
         return
-    from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
-
     # On the class, so that no instance has to be marked, copied or pickled with it.
     setattr(module_class, REGISTRY_KEY, {_REPLICATED: RegistryItem()})
 

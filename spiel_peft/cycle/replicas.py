@@ -65,8 +65,9 @@ def refuse_mixed_groups(optimizer: torch.optim.Optimizer, deltas: list[SparseDel
         return
     for group in optimizer.param_groups:
         at_once = [name for name in ("fused", "foreach") if group.get(name)]
-        mixed = any(id(p) in whole for p in group["params"]) and not all(is_plain(p) for p in group["params"])
-        if at_once and mixed:
+        if not at_once or not any(id(p) in whole for p in group["params"]):
+            continue
+        if not all(is_plain(p) for p in group["params"]):
             raise TypeError(
                 f"{type(optimizer).__name__} with {at_once[0]}=True steps all parameters of a group at once, but FSDP2 "
                 "shards some of this group's (modules_to_save, biases) and deltas are whole: set fused=False and "
