@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--task-steps", type=positive_int, default=30, help="optimizer steps of the task")
     add("--learning-rate", type=positive_float, default=5e-4, help="peak learning rate")
     add("--batch-size", type=positive_int, default=4, help="examples per batch")
-    add("--max-length", type=positive_int, default=64, help="tokens of an example; longer ones are cut")
+    add("--max-length", type=positive_int, default=96, help="tokens of an example; longer ones are cut")
     add("--max-held-out", type=positive_int, default=60, help="held-out pairs per language, at most")
     add("--output-dir", type=Path, default=Path("outputs/zero_shot"), help="folder for the adapters and results")
     add("--seed", type=int, default=0, help="seed of everything random")
