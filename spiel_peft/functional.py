@@ -92,10 +92,15 @@ class _Adapted(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[6 + half :]) or ctx.needs_input_grad[4]
         ctx.op, ctx.source, ctx.deltas = op, source, deltas
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
-        ctx.save_for_backward(x if trains else None, *flat)
+        pairs = _pairs(flat)
         with no_autocast(x):
-            with source.weight(deltas, _pairs(flat), x.dtype) as weight:
-                return op.forward(x, weight, bias)
+            with source.weight(deltas, pairs, x.dtype) as weight:
+                out = op.forward(x, weight, bias)
+                shape = weight.shape
+        # After the product, which has brought x into the caches.
+        k = sum(indices.numel() for indices, _ in pairs)
+        ctx.save_for_backward(op.activation(x, shape, k) if trains else None, *flat)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spiel_kernels.dispatch import may_run_triton
 from spiel_kernels.gather import ConvGeometry
+from spiel_kernels.sampled import sampled_pays
+from spiel_kernels.turned import turned
 
 from .weight_gradients import ConvGradient, OuterGradient
 
@@ -24,6 +27,12 @@ class LinearOp:
         shape = (*x.shape[:-1], weight.shape[1])
         flat = x.reshape(-1, x.shape[-1])
         return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
+
+    def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
+        """What `gradient` shall be given of an input for k entries: itself, or its rows in the order that is read."""
+        if x.device.type != "cpu" or may_run_triton(x) or not sampled_pays(*weight_shape, k):
+            return x
+        return turned(x)
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
         return grad_out @ (weight.T if self.transposed else weight)
@@ -49,6 +58,9 @@ class ConvOp:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
         return _CONVOLUTIONS[len(g.stride)](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+    def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
+        return x
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
         g = self.geometry

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .turned import is_turned
 from .workspace import workspace
 
 CHUNK_TOKENS = 256
@@ -92,6 +93,24 @@ def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tenso
     )
 
 
+def _transposed(
+    operands: tuple[Tensor, Tensor], as_they_are: Sequence[bool], copies: Tensor | None, start: int, count: int
+) -> list[Tensor]:
+    """Both operands' tokens ``start .. start + count``, ``[rows, count]`` and ``[cols, count]``."""
+    out, used = [], 0
+    for x, as_it_is in zip(operands, as_they_are, strict=True):
+        part = x if count == x.shape[0] else x[start : start + count]
+        if as_it_is:
+            out.append(part.T)
+            continue
+        copy = copies[used : used + x.shape[1]]
+        used += x.shape[1]
+        if count != copy.shape[1]:
+            copy = copy[:, :count]
+        out.append(copy.copy_(part.T))
+    return out
+
+
 def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Selected entries of ``a.T @ b`` for several index sets at once, which share the transposed copies.
 
@@ -108,15 +127,15 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
     sums = [_pattern(indices, rows, cols, dtype) if indices.numel() else None for indices in index_sets]
     wanted = [total for total in sums if total is not None]
     chunk = min(_chunk_tokens(rows + cols), tokens)
-    copies = workspace(rows + cols, chunk, dtype, a.device)
+    whole = chunk == tokens
+    # Rows of the transposed operands are what the dot products run along. Few calls: after a large matrix product,
+    # which leaves nothing else in the caches, each takes several microseconds.
+    as_they_are = [whole and x.dtype == dtype and is_turned(x) for x in (a, b)]
+    width = sum(0 if as_it_is else x.shape[1] for x, as_it_is in zip((a, b), as_they_are, strict=True))
+    copies = workspace(width, chunk, dtype, a.device) if width else None
     for start in range(0, tokens, chunk or 1):
-        # Rows of the copies are what the dot products run along. Few calls: after a large matrix product, which leaves
-        # nothing else in the caches, each takes several microseconds.
-        whole = chunk == tokens
-        turned = copies if whole else copies[:, : min(chunk, tokens - start)]
-        left, right = turned.split((rows, cols))
-        left.copy_(a.T if whole else a[start : start + chunk].T)
-        right.copy_(b.T if whole else b[start : start + chunk].T)
+        count = min(chunk, tokens - start)
+        left, right = _transposed((a, b), as_they_are, copies, start, count)
         right = right.T
         for total in wanted:
             torch.sparse.sampled_addmm(total, left, right, out=total)
