@@ -145,32 +145,6 @@ def _not_supported(module: nn.Module) -> str:
     return f"is not a supported layer{hint}"
 
 
-def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
-    """Describe a bare parameter that can carry a sparse delta, or say in a phrase why it cannot.
-
-    Args:
-        module: that holds the parameter and computes with it.
-        name: of the parameter in it.
-    """
-    if name in getattr(module, "parametrizations", ()):
-        return "is computed by a parametrization (4-bit experts are); load the model unquantized"
-    parameter = module._parameters[name]
-    if parameter.dtype not in FLOAT_DTYPES or resolve_quantization_backend(module) is not None:
-        return f"is stored as {parameter.dtype} and quantized, or no matrix of numbers; load the model unquantized"
-    if isinstance(module, nn.RNNBase):
-        return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
-    if name == "weight" and getattr(module, "max_norm", None) is not None:
-        return "belongs to an embedding with max_norm, which rewrites its weight in every forward pass"
-    if name == "weight" and getattr(module, "sparse", False):
-        return "belongs to an embedding whose gradients are sparse tensors; set its `sparse` to False"
-    shape = tuple(parameter.shape)
-    if 0 in shape or not shape:
-        return f"has the shape {shape}, and no entries to choose from"
-    if len(shape) == 1:
-        return BaseInfo(PARAMETER, shape, 1, shape[0], None)
-    return BaseInfo(PARAMETER, shape, shape[-1], shape[-2], None, experts=math.prod(shape[:-2]))
-
-
 def offload_hook(module: nn.Module) -> Any | None:
     """The hook with which accelerate offloads the parameters of a layer, if it does."""
     hook = module.__dict__.get("_hf_hook")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,13 +62,13 @@ def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tens
     return own if own.dtype == values.dtype else own.to(values.dtype)
 
 
-def _delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
+def delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
     """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values."""
     needed = ctx.needs_input_grad[-len(pairs) :]
     return [None] * len(pairs) + gather_delta_gradients(ctx.deltas, gradient, pairs, needed)
 
 
-def _pairs(tensors: Sequence[Tensor]) -> Pairs:
+def pairs_of(tensors: Sequence[Tensor]) -> Pairs:
     half = len(tensors) // 2
     return list(zip(tensors[:half], tensors[half:], strict=True))
 
@@ -92,7 +92,7 @@ class _Adapted(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[6 + half :]) or ctx.needs_input_grad[4]
         ctx.op, ctx.source, ctx.deltas = op, source, deltas
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
-        pairs = _pairs(flat)
+        pairs = pairs_of(flat)
         with no_autocast(x):
             with source.weight(deltas, pairs, x.dtype) as weight:
                 out = op.forward(x, weight, bias)
@@ -106,7 +106,7 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *flat = ctx.saved_tensors
-        pairs = _pairs(flat)
+        pairs = pairs_of(flat)
         needs = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         with no_autocast(grad_out):
@@ -118,7 +118,7 @@ class _Adapted(torch.autograd.Function):
             gradient = ctx.op.gradient(grad_out, x) if x is not None else None
             if needs[4]:
                 grad_weight = gradient.dense()
-            grads = _delta_gradients(ctx, gradient, pairs)
+            grads = delta_gradients(ctx, gradient, pairs)
         return (None, None, None, grad_x, grad_weight, grad_bias, *grads)
 
 
@@ -156,13 +156,13 @@ class _AdaptedEmbedding(torch.autograd.Function):
         full = source.read()
         ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), full.shape
         ctx.save_for_backward(ids, *flat)
-        return look_up(full, _pairs(flat), ids, source.dtype)
+        return look_up(full, pairs_of(flat), ids, source.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         ids, *flat = ctx.saved_tensors
-        pairs = _pairs(flat)
+        pairs = pairs_of(flat)
         needs = ctx.needs_input_grad
         gradient = EmbeddingGradient(grad_out, ids, *ctx.args)
         grad_weight = None
@@ -170,7 +170,7 @@ class _AdaptedEmbedding(torch.autograd.Function):
             grad_weight = torch.ops.aten.embedding_dense_backward(
                 grad_out, ids, ctx.weight_shape[0], -1 if ctx.args[0] is None else ctx.args[0], ctx.args[1]
             )
-        grads = _delta_gradients(ctx, gradient, pairs)
+        grads = delta_gradients(ctx, gradient, pairs)
         return (None, None, None, grad_weight, None, None, *grads)
 
 
@@ -181,19 +181,19 @@ class _FoldedWeight(torch.autograd.Function):
     def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor) -> Tensor:
         ctx.deltas = deltas
         ctx.save_for_backward(*flat)
-        return source.adapted(_pairs(flat))
+        return source.adapted(pairs_of(flat))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = _pairs(ctx.saved_tensors)
+        pairs = pairs_of(ctx.saved_tensors)
         needs = ctx.needs_input_grad
         gradient = DenseGradient(grad_out)
-        grads = _delta_gradients(ctx, gradient, pairs)
+        grads = delta_gradients(ctx, gradient, pairs)
         return (None, None, grad_out if needs[2] else None, *grads)
 
 
-def _tensors(deltas: list[SparseDelta]) -> list[Tensor]:
+def tensors_of(deltas: list[SparseDelta]) -> list[Tensor]:
     called = [delta() for delta in deltas]
     return [indices for indices, _ in called] + [values for _, values in called]
 
@@ -220,7 +220,7 @@ def adapted_forward(
         bias = bias.to(x.dtype)
     weight = source.parameter if source.parameter is not None and source.parameter.requires_grad else None
     apply = _adapted_outside_graph if torch.compiler.is_compiling() else _Adapted.apply
-    return apply(op, source, deltas, x, weight, bias, *_tensors(deltas))
+    return apply(op, source, deltas, x, weight, bias, *tensors_of(deltas))
 
 
 def adapted_embedding(
@@ -232,79 +232,10 @@ def adapted_embedding(
 ) -> Tensor:
     """Look `ids` (integer, any shape) up in the adapted table; returns ``[*ids.shape, width]``."""
     apply = _embedding_outside_graph if torch.compiler.is_compiling() else _AdaptedEmbedding.apply
-    return apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *_tensors(deltas))
+    return apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *tensors_of(deltas))
 
 
 def folded_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
     """The adapted weight as a tensor that passes its (dense) gradient on to the deltas."""
     apply = _folded_outside_graph if torch.compiler.is_compiling() else _FoldedWeight.apply
-    return apply(source, deltas, source.parameter, *_tensors(deltas))
-
-
-# Weights of modules that compute with them in their own way: autograd forms their dense gradient.
-
-
-class _AliasedWeight(torch.autograd.Function):
-    """The base weight's own memory, with the deltas folded into it: what `_FoldedWeight` gives, without the copy."""
-
-    @staticmethod
-    def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
-        ctx.source, ctx.deltas = source, deltas
-        ctx.save_for_backward(*flat)
-        with source.weight(deltas, _pairs(flat), source.dtype) as weight:
-            return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        held = ctx.source.fold.deltas
-        if len(held) != len(ctx.deltas) or any(a is not b for a, b in zip(held, ctx.deltas, strict=True)):
-            raise RuntimeError(
-                f"{ctx.deltas[0].module_name}: the deltas were taken out of the weight (by an evaluation, a state dict "
-                "or another adapter) before the backward pass of a tensor that left its module otherwise than as an "
-                "output; finish the backward pass first"
-            )
-        return (None, None, *_delta_gradients(ctx, DenseGradient(grad_out), _pairs(ctx.saved_tensors)))
-
-
-class _Refolding(torch.autograd.Function):
-    """Identity; its backward pass, which runs before that of what made the tensor, folds as the forward pass did."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
-        ctx.source, ctx.deltas = source, deltas
-        ctx.save_for_backward(*flat)
-        return out.view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        flat = ctx.saved_tensors
-        with ctx.source.weight(ctx.deltas, _pairs(flat), ctx.source.dtype, in_backward=True):
-            return (grad_out, None, None, *[None] * len(flat))
-
-
-@torch.compiler.disable
-def aliased_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
-    """The adapted weight in the base weight's memory, for a source whose deltas may stay there.
-
-    Operations may keep it for their backward pass if their results go through `refolding`.
-    """
-    return _AliasedWeight.apply(source, deltas, *_tensors(deltas))
-
-
-@torch.compiler.disable
-def refolding(out: Any, source: WeightSource, deltas: list[SparseDelta]) -> Any:
-    """`out` itself; if it is a tensor with a gradient, the deltas are in the weight again before its backward pass."""
-    if not isinstance(out, Tensor) or not out.requires_grad:
-        return out
-    flat = [tensor.detach() for tensor in _tensors(deltas)]
-    return _Refolding.apply(out, source, deltas, *flat)
-
-
-@contextmanager
-def weight_in_place(source: WeightSource, deltas: list[SparseDelta]) -> Iterator[Tensor]:
-    """The adapted weight for the length of a pass without gradients, in the base weight's memory if it can be."""
-    flat = [tensor.detach() for tensor in _tensors(deltas)]
-    with source.weight(deltas, _pairs(flat), source.dtype) as weight:
-        yield weight
+    return apply(source, deltas, source.parameter, *tensors_of(deltas))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 
-from .base_weight import BaseInfo, inspect_parameter
+from .base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .config import SpIELConfig
 from .layers import SpIELParameter, SpIELParameters
 from .targets import bypassed_by
@@ -148,6 +150,32 @@ def _inspect(
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
     return inspect_parameter(parameter.module, parameter.name)
+
+
+def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
+    """Describe a bare parameter that can carry a sparse delta, or say in a phrase why it cannot.
+
+    Args:
+        module: that holds the parameter and computes with it.
+        name: of the parameter in it.
+    """
+    if name in getattr(module, "parametrizations", ()):
+        return "is computed by a parametrization (4-bit experts are); load the model unquantized"
+    parameter = module._parameters[name]
+    if parameter.dtype not in FLOAT_DTYPES or resolve_quantization_backend(module) is not None:
+        return f"is stored as {parameter.dtype} and quantized, or no matrix of numbers; load the model unquantized"
+    if isinstance(module, nn.RNNBase):
+        return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
+    if name == "weight" and getattr(module, "max_norm", None) is not None:
+        return "belongs to an embedding with max_norm, which rewrites its weight in every forward pass"
+    if name == "weight" and getattr(module, "sparse", False):
+        return "belongs to an embedding whose gradients are sparse tensors; set its `sparse` to False"
+    shape = tuple(parameter.shape)
+    if 0 in shape or not shape:
+        return f"has the shape {shape}, and no entries to choose from"
+    if len(shape) == 1:
+        return BaseInfo(PARAMETER, shape, 1, shape[0], None)
+    return BaseInfo(PARAMETER, shape, shape[-1], shape[-2], None, experts=math.prod(shape[:-2]))
 
 
 def part_of(model: nn.Module, parameter: BareParameter, info: BaseInfo) -> SpIELParameter:

@@ -20,6 +20,7 @@ LAYERS_MAY = {
     "functional",
     "layers",
     "merge_report",
+    "module_weight",
     "operators",
     "quantized_weight",
     "resident",
@@ -31,6 +32,8 @@ LAYERS_MAY = {
 }
 FORBIDDEN = {
     "functional.py": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},
+    "module_weight.py": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},
+    "parameter_targets.py": {"model", "cycle", "optim", "callback", "registration", "autoload"},
     "weight_source.py": {"base_weight", "config", "functional", "operators", "layers", "model", "cycle", "optim"},
     "weight_ops.py": {"base_weight", "config", "delta", "functional", "operators", "layers", "model", "cycle", "optim"},
     "operators": {"base_weight", "config", "layers", "model", "cycle", "optim", "callback", "registration"},

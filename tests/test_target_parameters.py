@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from spiel_peft import SpIELConfig, SpIELOptimizer, merge_adapter_into_checkpoint
-from spiel_peft.base_weight import inspect_parameter
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
+from spiel_peft.parameter_targets import inspect_parameter
 from tests.helpers import OpRecorder, assert_close, assert_same_bits
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]

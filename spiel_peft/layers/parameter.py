@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 
 from ..base_weight import BaseInfo, offload_hook
 from ..delta import SparseDelta
-from ..functional import aliased_weight, folded_weight, refolding, weight_in_place
+from ..functional import folded_weight
+from ..module_weight import aliased_weight, refolding, weight_in_place
 from .base import SpIELLayer
 
 
