@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adamw, adapt, deltas_of, mlp, trainable
+from cycle.helpers import adapt, deltas_of, mlp, trainable
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.fsdp import fully_shard
 
-from distributed.ranks import Raised, launch, results_of, run_here
+from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_lockstep, mean_square, own_batch, snapshot
 from distributed.sharded import ShardedTraining, Snapshots, in_bfloat16, shard
 from spiel_peft import SM3, set_data_parallel_group
@@ -164,60 +163,6 @@ def alone(rank: int) -> bool:
     return torch.equal(both[0], both[1])
 
 
-# What does not work, and says so
-
-
-def different_deltas(rank: int) -> None:
-    model = adapt(**FIELDS)
-    deltas_of(model)["2"].values.data[3] = rank
-    ShardedTraining(rank, model=model).step(1)
-
-
-def merged(rank: int, safe: bool) -> None:
-    training = ShardedTraining(rank)
-    training.step(1)
-    training.model.merge_adapter(safe_merge=safe)
-
-
-def not_gathered(rank: int) -> None:
-    """Somebody calls a part of the model that was not given to `fully_shard`."""
-    model = fully_shard(adapt(**FIELDS))
-    model.base_model.model[0](own_batch(rank, 1)[0])
-
-
-def mixed_groups(rank: int) -> None:
-    with_a_dense_layer(rank, ddp=False, optimizer=lambda model: adamw(model, fused=True))
-
-
-def first_fsdp(rank: int) -> Any:
-    model = adapt(**FIELDS)
-    before = [name for name, _ in model.named_parameters()]
-    try:
-        FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-    except ValueError as error:
-        return str(error), before == [name for name, _ in model.named_parameters()]
-    return None
-
-
-def first_fsdp_without_deltas(rank: int) -> str:
-    return type(FullyShardedDataParallel(mlp(), device_id=torch.device("cpu"))).__name__
-
-
-def split_in_two_ways(rank: int) -> None:
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "split"))
-    base = mlp()
-    parallelize_module(base, mesh["split"], {"0": ColwiseParallel()})
-    fully_shard(adapt(base, **FIELDS), mesh=mesh["shard"])
-
-
-def sharded_by_themselves(rank: int) -> None:
-    """A policy by size may pick the modules of the deltas."""
-    model = adapt(**FIELDS)
-    for delta in deltas_of(model).values():
-        fully_shard(delta)
-    shard(model)
-
-
 SAME_AS_DDP = {
     "kept whole after the forward pass": partial(shard, reshard_after_forward=False),
     "one group": fully_shard,
@@ -226,16 +171,6 @@ SAME_AS_DDP = {
     "hybrid, shards": partial(shard_over, shape=(1, 2)),
 }
 IN_NET = {"target_modules": ["net.0", "net.2"]}
-# Raises: what, and the message.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "different deltas": (different_deltas, "the values of module '2' on ranks [1] differ from rank 0's"),
-    "merged": (partial(merged, safe=False), "0: cannot merge into a sharded base weight, nothing was changed"),
-    "merged safely": (partial(merged, safe=True), "0: cannot merge into a sharded base weight, nothing was changed"),
-    "not gathered": (not_gathered, "0: its base weight is sharded. Call the module that was given to fully_shard"),
-    "mixed groups": (mixed_groups, "AdamW with fused=True steps all parameters of a group at once"),
-    "split in two ways": (split_in_two_ways, "SpIEL cannot adapt weights that tensor parallelism has split"),
-    "deltas sharded by themselves": (sharded_by_themselves, "0: fully_shard was called on the module of its deltas"),
-}
 PAIRS = {
     "one leaves out a layer": partial(left_out, ranks=(1,)),
     "all leave out a layer": partial(left_out, ranks=(0, 1)),
@@ -258,9 +193,6 @@ SCENARIOS: dict[str, Any] = {
     ),
     "shares": shares,
     "alone": alone,
-    "first fsdp": first_fsdp,
-    "first fsdp without deltas": first_fsdp_without_deltas,
-    **{name: scenario for name, (scenario, _) in REFUSED.items()},
 }
 
 
@@ -308,20 +240,6 @@ def test_what_a_rank_holds(launched: dict[str, list[Any]]) -> None:
 
 def test_a_user_may_average_gradients_himself(launched: dict[str, list[Any]]) -> None:
     assert results_of(launched, "alone") == [False] * RANKS
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_on_every_rank(launched: dict[str, list[Any]], name: str) -> None:
-    for raised in launched[name]:
-        assert isinstance(raised, Raised)
-        assert REFUSED[name][1] in raised.message
-
-
-def test_the_first_generation_of_fsdp_is_refused_before_it_flattens(launched: dict[str, list[Any]]) -> None:
-    for message, unchanged in results_of(launched, "first fsdp"):
-        assert "use FSDP2: fsdp_version=2" in message
-        assert unchanged
-    assert results_of(launched, "first fsdp without deltas") == ["FullyShardedDataParallel"] * RANKS
 
 
 if __name__ == "__main__":
