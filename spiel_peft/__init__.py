@@ -27,6 +27,7 @@ from .cycle.report import CycleReport
 from .delta import SparseDelta
 from .files.extract import Extraction, extract_delta
 from .files.merge import merge_adapter_into_checkpoint
+from .inspection import AdapterFacts, Finding, adapter_facts, validate_adapter
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELParameter, SpIELParameters
 from .merge_report import MergeLoss, MergeReport
 from .model import SpIELModel
@@ -37,9 +38,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SM3",
+    "AdapterFacts",
     "Conversion",
     "CycleReport",
     "Extraction",
+    "Finding",
     "GrowthCriterion",
     "GrowthRequest",
     "KeepActive",
@@ -62,6 +65,7 @@ __all__ = [
     "SparseDelta",
     "SparsePatch",
     "activate",
+    "adapter_facts",
     "combine_adapters",
     "convert_adapter",
     "export_dense_diff",
@@ -76,6 +80,7 @@ __all__ = [
     "register_growth_criterion",
     "set_data_parallel_group",
     "sparse_patches",
+    "validate_adapter",
 ]
 
 register()

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "spiel_kernels"
 PLUGIN = ROOT / "spiel_peft"
-FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py")])
+COMMAND = ROOT / "spiel_peft_cli"
+FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py"), *COMMAND.rglob("*.py")])
 
 # What each part may import of this project, from the bottom to the top; a part may always import itself.
 LAYERS_MAY = {
@@ -46,6 +47,7 @@ FORBIDDEN = {
     "model.py": {"optim", "callback", "autoload"},
     "cycle": {"layers", "model", "optim", "callback", "autoload"},
     "card.py": {"layers", "model", "cycle", "optim", "callback", "files", "compose", "convert", "autoload"},
+    "inspection": {"layers", "model", "cycle", "optim", "callback", "finetune", "autoload"},
     "convert": {"layers", "model", "cycle", "optim", "callback", "compose", "autoload"},
     "optim": {"layers", "model", "callback", "autoload"},
 }
@@ -102,6 +104,11 @@ def test_the_files_are_found() -> None:
 def test_kernels_know_nothing_of_peft(path: Path) -> None:
     for package in ("peft", "transformers", "spiel_peft", "accelerate", "bitsandbytes"):
         assert not uses(path, package)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if not path.is_relative_to(COMMAND)], ids=name_of)
+def test_nothing_imports_the_command_line(path: Path) -> None:
+    assert not uses(path, "spiel_peft_cli")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

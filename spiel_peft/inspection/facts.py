@@ -1,0 +1,242 @@
+"""What an adapter on disk holds, in numbers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import split_file_key
+from ..config import SpIELConfig
+from ..convert.base import Base, BaseTensors, open_base
+from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_config, read_tensors, split_tensors
+from ..training_state import PROGRESS, SETTINGS, STATE_KEYS
+
+# What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
+_CONFIG_FIELDS = (
+    "growth",
+    "regrow_every",
+    "accumulation_steps",
+    "initial_regrow_rate",
+    "regrow_schedule",
+    "total_steps",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+    "ensure_weight_tying",
+    "delta_dtype",
+    "seed",
+    "task_type",
+    "base_model_name_or_path",
+)
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """One sparse delta.
+
+    Attributes:
+        module: name of the adapted module in the base model.
+        deltas: number of values.
+        shape: of the weight; None if neither a base nor the file's training state tells.
+        dtype: of the values.
+        norm: square root of the sum of squares.
+        mean_abs, max_abs: of the values.
+        zeros: values that are exactly zero.
+    """
+
+    module: str
+    deltas: int
+    shape: tuple[int, ...] | None
+    dtype: str
+    norm: float
+    mean_abs: float
+    max_abs: float
+    zeros: int
+
+    @property
+    def weights(self) -> int | None:
+        """Entries of the weight."""
+        return None if self.shape is None else math.prod(self.shape)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the weight's entries that have a delta."""
+        return None if not self.weights else self.deltas / self.weights
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run was when the adapter was saved.
+
+    Attributes:
+        step: optimizer steps that counted.
+        closes: closed cycles.
+        total_steps: steps of the whole run, 0 if unknown.
+    """
+
+    step: int
+    closes: int
+    total_steps: int
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """One adapter folder.
+
+    Attributes:
+        folder: where it lies.
+        adapter: config and tensors.
+        modules: in the order of the file.
+        training: from the training state that the file holds, if any.
+        file_bytes: size of the weights file.
+    """
+
+    folder: Path
+    adapter: AdapterFile
+    modules: list[ModuleFacts]
+    training: Progress | None
+    file_bytes: int
+
+    @property
+    def deltas(self) -> int:
+        return sum(module.deltas for module in self.modules)
+
+    @property
+    def weights(self) -> int | None:
+        """Entries of all adapted weights; None if a shape is not known."""
+        sizes = [module.weights for module in self.modules]
+        return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+    @property
+    def density(self) -> float | None:
+        return None if not self.weights else self.deltas / self.weights
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(sum(module.norm**2 for module in self.modules))
+
+    @property
+    def max_abs(self) -> float:
+        return max((module.max_abs for module in self.modules), default=0.0)
+
+    @property
+    def mean_abs(self) -> float:
+        total = sum(module.mean_abs * module.deltas for module in self.modules)
+        return total / self.deltas if self.deltas else 0.0
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """The budget that the config states; counts by module are summed up."""
+        return budget_of(self.adapter.config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The other settings of the config, as plain values."""
+        values = {name: getattr(self.adapter.config, name) for name in _CONFIG_FIELDS}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+
+
+def budget_of(config: SpIELConfig) -> dict[str, Any]:
+    """The budget of a config as it was given; of counts by module only the sum."""
+    name = next(name for name in ("r", "density", "num_deltas") if getattr(config, name) is not None)
+    value = getattr(config, name)
+    budget: dict[str, Any] = {name: value}
+    if isinstance(value, dict):
+        budget = {name: sum(value.values()), "by_module": True}
+    patterns = {name: getattr(config, name) for name in ("rank_pattern", "density_pattern")}
+    return budget | {name: pattern for name, pattern in patterns.items() if pattern}
+
+
+def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> AdapterFacts:
+    """Read an adapter and measure it.
+
+    Args:
+        folder: the adapter's folder.
+        base: the model it is for, as `open_base` takes it; only shapes are read. Without it shapes are known for
+            adapters that were saved in training, as matrices.
+
+    Raises:
+        FileNotFoundError: the folder or a file is missing.
+        ValueError: it is no SpIEL adapter, a tensor is damaged, or the base has no such module or a smaller weight.
+    """
+    folder = Path(folder)
+    adapter, state, path = read_with_state(folder)
+    shapes = {module: matrix_shape(entries) for module, entries in state.items()}
+    if base is not None:
+        shapes = _base_shapes(adapter, open_base(base), str(path))
+    modules = [_module_facts(name, delta, shapes.get(name)) for name, delta in adapter.deltas.items()]
+    return AdapterFacts(folder, adapter, modules, _progress(state), path.stat().st_size)
+
+
+def read_with_state(folder: Path) -> tuple[AdapterFile, dict[str, dict[str, Tensor]], Path]:
+    """An adapter, the training state in its file by module, and the path of that file. Raises as `read_adapter`."""
+    config = read_config(folder)
+    if not isinstance(config, SpIELConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{folder} is not a SpIEL adapter: its peft_type is {kind!r}")
+    path, tensors = read_tensors(folder)
+    deltas, others = split_tensors(tensors, str(path))
+    return AdapterFile(config, deltas, others), state_of(tensors), path
+
+
+def state_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the training state by module and name."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        parts = split_file_key(key.removeprefix(PREFIX))
+        if parts is not None and parts[1] in STATE_KEYS:
+            state.setdefault(parts[0], {})[parts[1]] = tensor
+    return state
+
+
+def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Shape of the adapted weight, seen as a matrix, as the training state has it; None if it does not."""
+    settings = state.get(SETTINGS)
+    if settings is None or settings.dtype != torch.int64 or tuple(settings.shape) != (5,):
+        return None
+    rows, columns = settings[1:3].tolist()
+    return (rows, columns) if rows > 0 and columns > 0 else None
+
+
+def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for module, delta in adapter.deltas.items():
+        shape = base.shape(f"{module}.weight", where)
+        if delta.k and int(delta.indices[-1]) >= math.prod(shape):
+            raise ValueError(
+                f"{where}: module {module!r} has positions up to {int(delta.indices[-1])}, but in {base.where} its "
+                f"weight has shape {shape}; is it another model's?"
+            )
+        shapes[module] = shape
+    return shapes
+
+
+def _module_facts(name: str, delta: StoredDelta, shape: tuple[int, ...] | None) -> ModuleFacts:
+    values = delta.values.double()
+    size = values.abs()
+    return ModuleFacts(
+        module=name,
+        deltas=delta.k,
+        shape=shape,
+        dtype=str(delta.values.dtype).removeprefix("torch."),
+        norm=float(torch.linalg.vector_norm(values)),
+        mean_abs=float(size.mean()) if delta.k else 0.0,
+        max_abs=float(size.max()) if delta.k else 0.0,
+        zeros=int((values == 0).sum()),
+    )
+
+
+def _progress(state: Mapping[str, Mapping[str, Tensor]]) -> Progress | None:
+    for entries in state.values():
+        tensor = entries.get(PROGRESS)
+        if tensor is not None and tuple(tensor.shape) == (5,):
+            step, closes, _, _, total = tensor.tolist()
+            return Progress(int(step), int(closes), int(total))
+    return None

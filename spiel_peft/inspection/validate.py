@@ -1,0 +1,259 @@
+"""Everything that is wrong with an adapter on disk, listed instead of stopping at the first problem."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import Tensor
+
+from spiel_kernels import index_dtype
+
+from ..budget import allocate_deltas
+from ..checkpoint import MARKER, split_file_key
+from ..config import SpIELConfig
+from ..convert.base import Base, BaseTensors, open_base
+from ..files.adapter_file import PREFIX, read_config, read_tensors
+from ..targets import names_module
+from ..tensor_checks import check_indices_and_values, check_training_state
+from ..training_state import STATE_KEYS
+from .facts import matrix_shape
+
+_DELTA = ("indices", "values")
+_TOKENS = "token_adapter."
+Entries = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong.
+
+    Attributes:
+        file: the file it is in.
+        tensor: or the field of the config; None if it is about the file as a whole.
+        problem: a phrase that continues the name.
+    """
+
+    file: str
+    tensor: str | None
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}" if self.tensor is None else f"{self.file}: {self.tensor} {self.problem}"
+
+
+def validate_adapter(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> list[Finding]:
+    """List what is wrong with an adapter; nothing if it is sound.
+
+    Checked are every tensor (indices sorted, unique and not negative; values finite; as many of one as of the other;
+    training state), and that the config's budget and targets are those of the tensors. With a base also that every
+    module is there, that positions lie in its weight, and that budgets by rank or density give the number of deltas.
+
+    Args:
+        folder: the adapter's folder.
+        base: the model it is for, as `open_base` takes it; only shapes are read.
+
+    Raises:
+        FileNotFoundError: there is no such folder. ValueError: the base cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    opened = None if base is None else open_base(base)
+    config_file = str(folder / "adapter_config.json")
+    findings: list[Finding] = []
+    config, tensors = None, None
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    try:
+        config = read_config(folder)
+    except (ValueError, FileNotFoundError) as error:
+        findings.append(_of_error(config_file, error))
+    try:
+        path, tensors = read_tensors(folder)
+    except (ValueError, FileNotFoundError) as error:
+        findings.append(_of_error(str(path), error))
+    if config is not None and not isinstance(config, SpIELConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        return [*findings, Finding(config_file, "peft_type", f"is {kind!r}: it is not a SpIEL adapter")]
+    if tensors is None:
+        return findings
+    modules, others, odd = _sorted_by_module(tensors)
+    findings += [Finding(str(path), name, problem) for name, problem in odd]
+    for module, entries in modules.items():
+        problems = _delta_problems(module, entries, config, opened)
+        findings += [Finding(str(path), f"{module}{MARKER}{name}", problem) for name, problem in problems]
+    findings += [Finding(str(path), key, problem) for key, problem in _other_problems(others, config)]
+    if config is not None:
+        counts = {module: entries["indices"].numel() for module, entries in modules.items() if "indices" in entries}
+        problems = [*_config_problems(config, counts, others), *_budget_problems(config, counts, opened)]
+        findings += [Finding(config_file, name, problem) for name, problem in problems]
+    return findings
+
+
+def _of_error(file: str, error: Exception) -> Finding:
+    text = " ".join(str(error).split())
+    return Finding(file, None, text.removeprefix(file).lstrip(": "))
+
+
+def _sorted_by_module(
+    tensors: Entries,
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], list[tuple[str, str]]]:
+    """Deltas with their training state by module, other tensors, and names that no adapter file has."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    odd: list[tuple[str, str]] = []
+    for stored, tensor in tensors.items():
+        key = stored.removeprefix(PREFIX)
+        parts = split_file_key(key)
+        if parts is None and MARKER in key:
+            odd.append((key, "names an adapter; files hold '<module>.spiel_delta.indices' and '.values'"))
+        elif parts is None:
+            others[key] = tensor
+        elif parts[1] in (*_DELTA, *STATE_KEYS):
+            modules.setdefault(parts[0], {})[parts[1]] = tensor
+        else:
+            odd.append((key, "is not a tensor of a SpIEL delta"))
+    return modules, others, odd
+
+
+def _delta_problems(
+    module: str, entries: Entries, config: SpIELConfig | None, base: BaseTensors | None
+) -> Iterator[tuple[str, str]]:
+    """Names and problems of the tensors of one module."""
+    shape: tuple[int, ...] | None = matrix_shape(entries)
+    if base is not None:
+        name = base.find(f"{module}.weight")
+        if name is None:
+            yield "indices", f"are of a weight that {base.where} does not have"
+        else:
+            shape = base.shapes[name]
+    if not set(_DELTA) & set(entries):
+        yield next(iter(entries)), "is training state of a delta that is missing"
+        return
+    size = None if shape is None else math.prod(shape)
+    sound = True
+    for problem in _pair_problems(entries, size):
+        sound = False
+        yield problem
+    if not sound:
+        return
+    if size is not None and entries["indices"].dtype != index_dtype(size):
+        yield "indices", f"must have dtype {index_dtype(size)} for a weight of {size} entries"
+    if shape is not None and config is not None:
+        view = SimpleNamespace(
+            k=entries["indices"].numel(),
+            rows=shape[0],
+            cols=math.prod(shape[1:]),
+            numel=size,
+            run=SimpleNamespace(config=config),
+        )
+        problem = check_training_state(entries, view)  # type: ignore[arg-type]
+        if problem is not None:
+            yield problem
+
+
+def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, str]]:
+    problem = check_indices_and_values(entries, size)
+    if problem is None:
+        return
+    yield problem
+    values = entries.get("values")
+    if problem[0] == "indices" and values is not None and "indices" in entries:
+        # What is wrong with the values is told only where the indices are sound; these are, and as many.
+        stand_in = torch.arange(entries["indices"].numel())
+        problem = check_indices_and_values({"indices": stand_in, "values": values}, None)
+        if problem is not None:
+            yield problem
+
+
+def _other_problems(others: Entries, config: SpIELConfig | None) -> Iterator[tuple[str, str]]:
+    """Problems of the tensors that are saved in full."""
+    for key, tensor in others.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield key, "has values that are not finite"
+        if config is not None and not _is_expected(key, config):
+            yield key, "is in the file, but not in the config (modules_to_save, bias, trainable_token_indices)"
+
+
+def _is_expected(key: str, config: SpIELConfig) -> bool:
+    if _TOKENS in key:
+        return bool(config.trainable_token_indices)
+    if key.endswith(".bias") and config.bias != "none":
+        return True
+    # PEFT saves embeddings whose vocabulary was resized by itself.
+    owners = {*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES}
+    return any(names_module(owner, name) for owner in owners for name in _parents(key))
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _config_problems(config: SpIELConfig, counts: Mapping[str, int], others: Entries) -> Iterator[tuple[str, str]]:
+    """Fields of the config that the tensors contradict, without a base."""
+    if not counts:
+        yield "target_modules", "selects modules, but the file holds no deltas"
+    for owner in config.modules_to_save or ():
+        if not any(names_module(owner, name) for key in others for name in _parents(key)):
+            yield "modules_to_save", f"has {owner!r}, but the file does not"
+    # Tied modules share a delta, which files hold under the names of both and configs under one.
+    if not config.ensure_weight_tying:
+        yield from _target_problems(config, list(counts))
+    if isinstance(config.num_deltas, dict):
+        for module, count in config.num_deltas.items():
+            if module not in counts:
+                yield "num_deltas", f"has {count} for {module!r}, but the file has no delta of it"
+            elif counts[module] != count:
+                yield "num_deltas", f"has {count} for {module!r}, but the file has {counts[module]}"
+
+
+def _target_problems(config: SpIELConfig, modules: list[str]) -> Iterator[tuple[str, str]]:
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        return
+    for module in modules:
+        if not check_target_module_exists(config, module):
+            yield "target_modules", f"does not select {module!r}, which the file has a delta of"
+    if not isinstance(targets, str) and not isinstance(config.num_deltas, dict):
+        for target in sorted(targets):
+            if not any(names_module(target, module) for module in modules):
+                yield "target_modules", f"has {target!r}, but the file has no delta of it"
+
+
+def _budget_problems(
+    config: SpIELConfig, counts: Mapping[str, int], base: BaseTensors | None
+) -> Iterator[tuple[str, str]]:
+    """Where the budget and the base's shapes give another number of deltas than the file has."""
+    if base is None or isinstance(config.num_deltas, dict):
+        return
+    if config.num_deltas is not None and config.ensure_weight_tying:
+        return
+    infos = {module: info for module in counts if (info := base.info(module)) is not None}
+    if config.num_deltas is not None and len(infos) < len(counts):
+        return
+    name = "density" if config.density is not None else "r" if config.r is not None else "num_deltas"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights that the budget would more than fill
+            wanted = allocate_deltas(config, infos)
+    except ValueError as error:
+        yield name, f"does not fit the file: {' '.join(str(error).split())}"
+        return
+    for module, count in wanted.items():
+        if counts[module] != count:
+            yield (
+                name,
+                f"gives {module!r}, whose weight in {base.where} has shape {infos[module].weight_shape}, {count} "
+                f"deltas; the file has {counts[module]}",
+            )

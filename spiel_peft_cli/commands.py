@@ -1,0 +1,86 @@
+"""How a function becomes a command: its output, its flags, its example, its exit code."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from .output import Output
+
+# Exit codes; docs/command-line.md lists them.
+OK = 0
+FINDINGS = 1
+USAGE = 2
+BAD_INPUT = 3
+NOT_WRITTEN = 4
+NOT_INSTALLED = 5
+INTERNAL = 70
+INTERRUPTED = 130
+
+# The flags that every command has.
+_JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, also for errors.")]
+_DEBUG = Annotated[bool, typer.Option("--debug", help="Show tracebacks and all warnings.")]
+
+app = typer.Typer(
+    name="spiel-peft",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            found = metadata.version("spiel-peft")
+        except metadata.PackageNotFoundError:  # a checkout on the path
+            found = "(not installed)"
+        typer.echo(f"spiel-peft {found}")
+        raise typer.Exit()
+
+
+@app.callback()
+def everything(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """Inspect, merge, extract, combine, convert, validate and train SpIEL adapters."""
+
+
+def command(example: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
+    """Register a function as a command.
+
+    It is called with an `Output` and its own options, and returns an exit code, or None for 0.
+
+    Args:
+        example: a command line that works, shown at the end of the help.
+    """
+
+    def register(function: Callable[..., int | None]) -> Callable[..., int]:
+        signature = inspect.signature(function, eval_str=True)
+        own = list(signature.parameters.values())[1:]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        flags = [
+            inspect.Parameter("json", kind, default=False, annotation=_JSON),
+            inspect.Parameter("debug", kind, default=False, annotation=_DEBUG),
+        ]
+
+        def run(*, json: bool, debug: bool, **options: Any) -> int:
+            output = Output(json, debug)
+            with output.in_charge():
+                try:
+                    return function(output, **options) or OK
+                except KeyboardInterrupt:
+                    raise typer.Abort() from None  # else typer ends without a word
+
+        run.__doc__ = function.__doc__
+        parameters = [parameter.replace(kind=kind) for parameter in own] + flags
+        run.__signature__ = signature.replace(parameters=parameters, return_annotation=int)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command(function.__name__, epilog=f"Example: {example}")(run)
+        return run
+
+    return register

@@ -1,0 +1,138 @@
+"""What a command says: a result on stdout, for people or as JSON; progress, warnings and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+Progress = Callable[[int, int, str], None]
+# Columns of a table that goes to a file or another program.
+WIDTH = 160
+
+
+class Output:
+    """Where a command's words go.
+
+    Args:
+        as_json: one JSON object on stdout and nothing else there.
+        debug: warnings with their place, also those meant for developers; tracebacks.
+    """
+
+    def __init__(self, as_json: bool = False, debug: bool = False) -> None:
+        self.as_json = as_json
+        self.debug = debug
+        self.warnings: list[str] = []
+        self.stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+        self.stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def result(self, data: Mapping[str, Any], show: Callable[[Console], None]) -> None:
+        """Print a command's result: `data` as JSON, or what `show` prints."""
+        if not self.as_json:
+            show(self.stdout)
+            return
+        found = {**data, **({"warnings": self.warnings} if self.warnings else {})}
+        print(json.dumps(_plain(found), indent=2, ensure_ascii=False))
+
+    def warn(self, message: str) -> None:
+        """One line on stderr; the same message once."""
+        line = " ".join(message.split())
+        if line not in self.warnings:
+            self.warnings.append(line)
+            self.stderr.print(f"warning: {line}", markup=False, style="yellow")
+
+    def error(self, message: str, kind: str, code: int) -> None:
+        """One line on stderr, or an object with the field "error" on stdout."""
+        line = " ".join(message.split())
+        if self.as_json:
+            print(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}, ensure_ascii=False))
+        else:
+            self.stderr.print(f"error: {line}", markup=False, style="bold red")
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress | None]:
+        """A bar on stderr for as long as the block runs; gives the callable that moves it.
+
+        Without a terminal there is only a line at the end, and with JSON not even that.
+        """
+        if self.as_json and not self.stderr.is_terminal:
+            yield None
+            return
+        from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        bar = Bar(*columns, TextColumn("[dim]{task.fields[what]}"), console=self.stderr)
+        task = bar.add_task(title, total=None, what="")
+
+        def report(done: int, total: int, what: str) -> None:
+            bar.start()  # not before there is progress: what is wrong with the input is found first
+            bar.update(task, completed=done, total=total, what=what)
+
+        try:
+            yield report
+            bar.update(task, what="")
+        finally:
+            if bar.live.is_started:  # else it would print an empty line
+                bar.stop()
+
+    @contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Take over what libraries have to say while the block runs."""
+        # Before they are imported: both draw bars of their own.
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+        added = [name for name in quiet if name not in os.environ]
+        os.environ.update({name: quiet[name] for name in added})
+        handler = _LogLines(self)
+        loggers = [logging.getLogger(name) for name in ("spiel_peft", "spiel_kernels")]
+        for logger in loggers:
+            logger.addHandler(handler)
+        bitsandbytes = logging.getLogger("bitsandbytes")
+        level = bitsandbytes.level
+        with warnings.catch_warnings():
+            if not self.debug:
+                bitsandbytes.setLevel(logging.ERROR)
+                for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
+                    warnings.simplefilter("ignore", category)
+                warnings.showwarning = lambda message, *_: self.warn(str(message))
+            try:
+                yield
+            finally:
+                for name in added:
+                    os.environ.pop(name, None)
+                bitsandbytes.setLevel(level)
+                for logger in loggers:
+                    logger.removeHandler(handler)
+                sys.stdout.flush()
+
+
+class _LogLines(logging.Handler):
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self.output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.output.warn(record.getMessage())
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that JSON has; numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(entry) for entry in value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)

@@ -1,0 +1,96 @@
+"""Folders that commands can be tried on, and running a command in this process."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters.helpers import adapted, spiel_config, tiny_llama, train
+from files.checkpoints import changed, loaded, saved
+from peft import ShiraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from spiel_peft_cli.main import main
+
+COLOURS = ["red", "green", "blue", "black", "white", "grey"]
+THINGS = ["sky", "sea", "rose", "grass", "snow", "coal", "bear", "stone"]
+WORDS = ["what", "colour", "is", "the", "it", "?", ".", "User", "Assistant", ":", *COLOURS, *THINGS]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of fewer than 40 words."""
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "<end>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", model_max_length=64
+    )
+
+
+def make_folders(where: Path) -> None:
+    """Everything that the examples of the commands name."""
+    base = saved(tiny_llama(hidden_size=64, intermediate_size=128), where / "base")
+    tokenizer().save_pretrained(base)
+    model = adapted(loaded(base), init_weights=True, accumulation_steps=2, regrow_every=3, growth="random")
+    train(model, 6)
+    model.save_pretrained(where / "adapter")
+    for name, seed, targets in (
+        ("other_adapter", 2, ["q_proj"]),
+        ("language", 3, ["q_proj", "down_proj"]),
+        ("task", 4, ["down_proj", "up_proj"]),
+    ):
+        config = {"target_modules": targets, "density": 0.2}
+        adapted(loaded(base), seed=seed, **config).save_pretrained(where / name)
+    saved(changed(loaded(base), 0.1), where / "finetuned")
+    shira = ShiraConfig(r=1, target_modules=["q_proj"], init_weights=False)
+    get_peft_model(loaded(base), shira).save_pretrained(where / "their_adapter")
+    (where / "train.jsonl").write_text(pairs(), encoding="utf-8")
+
+
+def pairs() -> str:
+    """Questions that a tiny model can learn, as jsonl."""
+    rows = [
+        {"question": f"what colour is the {a} {b} ?", "answer": f"it is {COLOURS[number % len(COLOURS)]} ."}
+        for number, a in enumerate(THINGS)
+        for b in THINGS
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class Shell:
+    """Runs commands and keeps what they said."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+        self.out = self.err = ""
+
+    def __call__(self, *arguments: object, code: int = 0) -> str:
+        """Stdout of a command that must end with this code."""
+        self.capsys.readouterr()
+        found = main([str(argument) for argument in arguments])
+        self.out, self.err = self.capsys.readouterr()
+        assert found == code, self.out + self.err
+        return self.out
+
+    def json(self, *arguments: object, code: int = 0) -> Any:
+        """What a command prints with --json; nothing else may be on stdout."""
+        return json.loads(self(*arguments, "--json", code=code))
+
+    def fails(self, *arguments: object, code: int) -> str:
+        """The one line on stderr of a command that must fail with this code, having said nothing on stdout."""
+        out = self(*arguments, code=code)
+        assert out == "" and self.err.startswith("error: ") and self.err.count("\n") == 1, self.out + self.err
+        assert "Traceback" not in self.err
+        return self.err
+
+
+def plain(text: str) -> str:
+    """Help as one line: without frames and line breaks."""
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+__all__ = ["Shell", "make_folders", "pairs", "plain", "spiel_config", "tokenizer"]

@@ -1,0 +1,164 @@
+"""`spiel-peft train`: it learns, resumes exactly, and refuses what it cannot use before it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from files.checkpoints import contents, loaded, tensors_of
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from spiel_peft.files.adapter_file import read_adapter
+from spiel_peft.finetune.data import encode_all, read_examples
+from spiel_peft.inspection import read_closes, validate_adapter
+
+from .helpers import COLOURS, Shell, tokenizer
+
+RUN = ["train", "--model", "base", "--data", "train.jsonl"]
+SHORT = ["--r", "2", "--lr", "1e-2", "--regrow-every", "4", "--accumulation-steps", "2", "--warmup-steps", "2"]
+
+
+def test_a_run_learns_and_saves_what_it_says(shell: Shell, folders: Path) -> None:
+    data = shell.json(*RUN, *SHORT, "--output-dir", "run", "--max-steps", "20", "--held-out", "0.2")
+    assert data["steps"] == 20 and data["resumed_from"] is None
+    assert data["eval_loss"] < data["eval_loss_before"] - 1
+    adapter = read_adapter(data["adapter"])
+    assert data["deltas"] == sum(delta.k for delta in adapter.deltas.values())
+    assert data["closes"] == len(read_closes("run/adapter")) == 5
+    assert validate_adapter("run/adapter", "base") == []
+    model = PeftModel.from_pretrained(loaded(folders / "base"), "run/adapter")
+    assert len(adapter.deltas) == 14
+    ids = AutoTokenizer.from_pretrained("run/adapter")("what colour is the sky ?", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    assert "train_loss" in data and (folders / "run" / "trainer_state.json").is_file()
+
+
+def test_resuming_equals_not_having_stopped(shell: Shell, folders: Path) -> None:
+    run = [*RUN, *SHORT, "--max-steps", "12", "--save-every", "5", "--output-dir"]
+    shell(*run, "whole")
+    shell(*run, "cut")
+    before = tensors_of(folders / "whole" / "adapter")
+    # As if stopped after step 10: the later checkpoint and the result are not there.
+    for name in ("checkpoint-12", "adapter"):
+        shutil.rmtree(folders / "cut" / name)
+    data = shell.json(*run, "cut", "--resume")
+    assert data["resumed_from"] == "cut/checkpoint-10" and data["steps"] == 12
+    after = tensors_of(folders / "cut" / "adapter")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert read_closes("cut") == read_closes("whole")
+
+
+def test_resuming_a_complete_run_saves_its_result(shell: Shell, folders: Path) -> None:
+    run = [*RUN, *SHORT, "--max-steps", "6", "--output-dir", "run"]
+    first = shell.json(*run)
+    before = tensors_of(folders / "run" / "adapter")
+    shutil.rmtree(folders / "run" / "adapter")
+    second = shell.json(*run, "--resume")
+    assert second["steps"] == 6 and second["train_loss"] is None
+    assert second["eval_loss"] == pytest.approx(first["eval_loss"])
+    after = tensors_of(folders / "run" / "adapter")
+    assert all(
+        torch.equal(before[key], after[key]) for key in before if not key.rpartition(".")[2].startswith("spiel_")
+    )
+    assert "complete already" in shell(*run, "--resume")
+    # With more steps it goes on.
+    run[run.index("6")] = "9"
+    assert shell.json(*run, "--resume")["steps"] == 9
+    epochs = [*RUN, *SHORT, "--epochs", "0.5", "--held-out", "0", "--output-dir", "epochs"]
+    assert shell.json(*epochs)["steps"] == 8
+    assert shell.json(*epochs, "--resume")["steps"] == 8
+
+
+def test_a_folder_with_a_run_is_kept(shell: Shell, folders: Path) -> None:
+    run = [*RUN, *SHORT, "--max-steps", "4", "--output-dir", "run"]
+    assert "has no checkpoint" in shell.fails(*run, "--resume", code=3)
+    assert not Path("run").exists()
+    shell(*run)
+    before = contents(folders)
+    message = shell.fails(*run, code=4)
+    assert "--resume" in message and "--overwrite" in message
+    assert contents(folders) == before
+    shell(*run, "--overwrite", "--seed", "3")
+    assert contents(folders) != before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--load-in-4bit", "--density", "0.1"],
+        ["--bf16", "--gradient-checkpointing", "--grad-accum", "2"],
+        ["--growth", "momentum", "--num-deltas", "500", "--target-module", "q_proj", "--target-module", "up_proj"],
+        ["--held-out", "0", "--save-every", "0", "--growth", "random"],
+        ["--eval-data", "train.jsonl", "--eval-every", "2"],
+    ],
+    ids=["4bit", "bf16", "momentum", "no evaluation", "evaluation file"],
+)
+def test_other_ways_to_run(options: list[str], shell: Shell) -> None:
+    if "--load-in-4bit" in options:
+        pytest.importorskip("bitsandbytes")
+    data = shell.json(*RUN, "--output-dir", "run", "--max-steps", "3", "--accumulation-steps", "2", *options)
+    assert data["steps"] == 3 and Path("run/adapter/adapter_model.safetensors").is_file()
+    assert (data["eval_loss"] is None) == ("0" in options)
+    if "--num-deltas" in options:
+        assert data["deltas"] == 500 and {m.rpartition(".")[2] for m in read_adapter("run/adapter").deltas} == {
+            "q_proj",
+            "up_proj",
+        }
+    if "--eval-every" in options:
+        history = json.loads(Path("run/trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 3]
+    if "--save-every" in options:
+        assert not list(Path("run").glob("checkpoint-*"))
+
+
+def test_plain_texts(shell: Shell, folders: Path) -> None:
+    text = "\n\n".join(f"the sky is {colour} .\nthe sea is {colour} ." for colour in COLOURS)
+    (folders / "texts.txt").write_text(text)
+    lines = "".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n"))
+    (folders / "texts.jsonl").write_text(lines)
+    results = []
+    for name in ("texts.txt", "texts.jsonl"):
+        run = ["train", "--model", "base", "--data", name, *SHORT, "--max-steps", "3", "--held-out", "0.4"]
+        results.append(shell.json(*run, "--output-dir", f"of-{name}"))
+    assert results[0]["train_loss"] == results[1]["train_loss"]
+    assert results[0]["examples"] + results[0]["held_out"] == len(COLOURS)
+
+
+def test_long_texts_are_split_and_learnt_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text(" ".join(["the sky is blue ."] * 5))  # 25 words and an end
+    tokens = encode_all(read_examples(path).examples, tokenizer(), 10, "training")
+    assert [len(t["input_ids"]) for t in tokens] == [10, 10, 6]
+    assert all(t["labels"] == t["input_ids"] for t in tokens)
+
+
+BAD = {
+    "no model": (["--model", "./nowhere"], 3, "--model ./nowhere: no such file or folder"),
+    "no data": (["--data", "nowhere.jsonl"], 3, "nowhere.jsonl: No such file"),
+    "bad line": (["--data", "bad.jsonl"], 3, "bad.jsonl:2: not a JSON object"),
+    "empty text": (["--data", "empty.txt"], 3, "empty.txt: holds no text"),
+    "no such modules": (["--target-module", "no_such_proj"], 3, "no_such_proj"),
+    "density": (["--density", "1.5"], 3, "density"),
+    "growth": (["--growth", "sideways"], 3, "sideways"),
+    "window": (["--regrow-every", "3", "--accumulation-steps", "4"], 3, "accumulation_steps"),
+    "two budgets": (["--r", "2", "--density", "0.1"], 2, "exactly one of --r"),
+    "two lengths": (["--max-steps", "2", "--epochs", "1"], 2, "--max-steps or --epochs"),
+    "rate": (["--lr", "-1"], 2, "--learning-rate must be a number above 0"),
+    "resume and overwrite": (["--resume", "--overwrite"], 2, "give one of them"),
+    "output is a file": (["--output-dir", "train.jsonl"], 3, "it is a file"),
+    "missing option": (["--batch-size", "none"], 2, "--batch-size"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD)
+def test_bad_input_changes_nothing(arguments: list[str], code: int, message: str, shell: Shell, folders: Path) -> None:
+    (folders / "bad.jsonl").write_text('{"text": "a"}\n{\n')
+    (folders / "empty.txt").write_text("\n\n")
+    before = contents(folders)
+    assert message in shell.fails(*RUN, "--output-dir", "run", *arguments, code=code)
+    assert contents(folders) == before
