@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -57,6 +57,8 @@ class BaseInfo:
 
 def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> BaseInfo | str:
     """Describe a layer that can carry a sparse delta, or say in a phrase why it cannot."""
+    if isinstance(module, BaseTunerLayer):
+        return "carries adapters of another method; add the SpIEL adapter first, or merge those"
     if hasattr(module, "parametrizations"):
         return "has a parametrized weight; remove the parametrization first"
     backend = resolve_quantization_backend(module, **(quantization_kwargs or {}))

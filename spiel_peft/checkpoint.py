@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .delta import SparseDelta
@@ -40,6 +41,22 @@ def checkpointed_entries(model: nn.Module, state_dict: Mapping[str, Tensor], bia
         if biases:
             keys.append(f"{path.rpartition(MARKER)[0]}.base_layer.bias")
     return {key: state_dict[key] for key in keys if key in state_dict}
+
+
+def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that their modules have in the base model.
+
+    Layers that another method's adapters were put around later (LoRA on the same module) have a longer one.
+    """
+    within = [
+        f"{name}.base_layer{MARKER}" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
+    longer = {prefix: prefix.replace(f".base_layer{MARKER}", MARKER) for prefix in within}
+    out = {}
+    for key, tensor in tensors.items():
+        prefix = key[: key.rfind(MARKER) + len(MARKER)] if MARKER in key else ""
+        out[longer.get(prefix, prefix) + key[len(prefix) :]] = tensor
+    return out
 
 
 def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

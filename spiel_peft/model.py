@@ -25,6 +25,7 @@ from .checkpoint import (
     check_live_state_dict,
     checkpointed_entries,
     drop_orphans,
+    own_names,
 )
 from .compose.in_model import WeightedAdapters
 from .config import SpIELConfig
@@ -348,8 +349,13 @@ class SpIELModel(WeightedAdapters):
     ) -> dict[str, Tensor]:
         out = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
-        if config.inference_mode:
-            return out
+        if not config.inference_mode:
+            out.update(cls._training_entries(model, adapter_name))
+        return own_names(model, out)
+
+    @staticmethod
+    def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        out = {}
         # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
         for name, layer in model.named_modules():
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
