@@ -6,7 +6,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
@@ -17,29 +16,18 @@ from torch import Tensor, nn
 
 from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .checkpoint import (
-    CHECKPOINTED,
-    MARKER,
-    SizeCheck,
-    check_adapter_tensors,
-    check_live_state_dict,
-    checkpointed_entries,
-    drop_orphans,
-    own_names,
-)
 from .compose.in_model import WeightedAdapters
 from .config import SpIELConfig
 from .cycle.collector import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .layers.merging import report_merge_loss
+from .model_files import ModelFiles
+from .model_merging import ModelMerging
 from .parameter_targets import BareParameter, find_target_parameters, name_listed_parameters, part_of
-from .structure import ModelStructure, check_unmerged, discard_unloaded
+from .structure import ModelStructure, check_unmerged
 from .targets import bypassed_by, modules_of, names_module, shared_weights, warn_about_fused_experts
-from .training_state import STATE_KEYS
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
-_PEFT_PREFIX = "base_model.model."
 
 
 class _Injection:
@@ -55,7 +43,7 @@ class _Injection:
         self.shared: dict[str, tuple[str, ...]] = {}
 
 
-class SpIELModel(WeightedAdapters):
+class SpIELModel(ModelMerging, ModelFiles, WeightedAdapters):
     """A model with SpIEL layers in place of its targeted modules.
 
     Built by PEFT (`get_peft_model`, `inject_adapter_in_model`, ...), see `peft.tuners.tuners_utils.BaseTuner` for the
@@ -231,9 +219,6 @@ class SpIELModel(WeightedAdapters):
             if matched:
                 yield name, module
 
-    def _spiel_layers(self, model: nn.Module | None = None) -> list[SpIELLayer]:
-        return [m for m in (model or self.model).modules() if isinstance(m, SpIELLayer)]
-
     # Tied weights (`ensure_weight_tying`): the input embedding is adapted, the modules tied to it share its delta.
 
     def _tied_source(self, config: SpIELConfig, key: str) -> SpIELLayer | None:
@@ -280,123 +265,6 @@ class SpIELModel(WeightedAdapters):
             raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
         yield
 
-    # Merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; all layers or, on an error, none.
-
-        Raises:
-            ValueError: an unknown adapter, or (with `safe_merge`) a result that is not finite.
-        """
-        self._check_before_merge(adapter_names, safe_merge)
-        before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
-        try:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except Exception:
-            for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer._restore_originals()
-                    if names:
-                        layer._write_merged(names)
-            raise
-        report_merge_loss(self._spiel_layers())
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:
-            self._check_before_merge(adapter_names, safe_merge)
-        else:
-            for layer in self._spiel_layers():
-                layer.unfold()
-                if layer.merged:
-                    layer.unmerge()
-        layers = self._spiel_layers()
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
-        if merge:
-            report_merge_loss(layers)
-        return model
-
-    def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if isinstance(names, str):
-            return  # PEFT raises its own TypeError
-        unknown = sorted(set(names) - set(self.peft_config))
-        if unknown:
-            raise ValueError(f"Adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
-        if not safe_merge:
-            return
-        for layer in self._spiel_layers():
-            if not layer.merged:
-                layer.check_finite(list(names))
-
-    # Saving and loading
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: SpIELConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        out = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
-        if not config.inference_mode:
-            out.update(cls._training_entries(model, adapter_name))
-        return own_names(model, out)
-
-    @staticmethod
-    def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        out = {}
-        # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
-        for name, layer in model.named_modules():
-            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
-                for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
-                    out[f"{name.replace(CHECKPOINTED, '')}{MARKER}{adapter_name}.{key}"] = tensor
-        return out
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: SpIELConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
-        check_unmerged(model, adapter_name, "loaded")
-        deltas = {
-            name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[
-                adapter_name
-            ]
-            for name, layer in model.named_modules()
-            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
-        }
-        state_dict = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
-        if config.inference_mode:
-            state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
-        discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
-        try:
-            check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
-        except ValueError:
-            discard()
-            raise
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        SizeCheck(model, discard)
-        return _name_training_state(model, adapter_name, remapped)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Runs before the same method of any layer.
-        check_live_state_dict(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     # Inspection
 
     def cycle_log(self, adapter_name: str | None = None) -> list[Any]:
@@ -406,17 +274,3 @@ class SpIELModel(WeightedAdapters):
             if name in layer.spiel_delta:
                 return list(layer.spiel_delta[name].run.log)
         raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
-
-
-def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give saved training state the adapter's name; PEFT maps only keys that the model already has."""
-    prefixed = any(name.startswith(_PEFT_PREFIX) for name, _ in model.named_modules())
-    out = {}
-    for key, tensor in state_dict.items():
-        module, _, name = key.rpartition(MARKER)
-        if name in STATE_KEYS:
-            if not prefixed:
-                module = module.removeprefix(_PEFT_PREFIX)
-            key = f"{module}{MARKER}{adapter_name}.{name}"
-        out[key] = tensor
-    return out

@@ -34,9 +34,10 @@ from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
 from ..weight_ops import ConvOp, LinearOp
 from ..weight_source import WEIGHT_CHANGED, WeightSource
 from .merging import MergingMixin
+from .unfolding import UnfoldingMixin
 
 
-class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
+class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
     """A frozen base layer and the sparse deltas of any number of adapters (SpIEL: Ansell et al., 2024, section 3).
 
     Args:
@@ -264,61 +265,15 @@ class SpIELLayer(MergingMixin, nn.Module, BaseTunerLayer):
     def _read_unmerged(self) -> Tensor:
         self._check_unmerged()
         with onloaded(self.get_base_layer()):
-            return gathered(super().get_base_weight(), self.module_name)
+            return gathered(BaseTunerLayer.get_base_weight(self), self.module_name)
 
     def _read_base_weight(self) -> Tensor:
         with onloaded(self.get_base_layer()):
             return self.get_base_weight()
 
-    # Deltas that live in the base weight between two optimizer steps: everybody who looks at it gets the original.
-
-    def unfold(self) -> None:
-        """Take deltas that live in the base weight out of it, bit for bit (see `spiel_peft.resident`)."""
-        self._fold.unfold()
-
-    def get_base_weight(self) -> Tensor:
-        """The base weight without deltas, dequantized if need be."""
-        self.unfold()
-        return super().get_base_weight()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight as it is stored, without deltas."""
-        self.unfold()
-        return super().weight
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.unfold()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unfold()
-        return self.__dict__.copy()
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = number_of(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SpIELLayer:
-        self.unfold()
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> SpIELLayer:
-        if not mode:
-            self.unfold()
-        return super().train(mode)
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.unfold()
-        super().set_adapter(*args, **kwargs)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.unfold()
-        super().delete_adapter(adapter_name)
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()
