@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +22,9 @@ NOT_WRITTEN = 4
 NOT_INSTALLED = 5
 INTERNAL = 70
 INTERRUPTED = 130
+
+# What torch.save says when it cannot write, in a plain RuntimeError.
+_OF_TORCH = ("PytorchStreamWriter failed writing", "iostream error")
 
 # The flags that every command has.
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, also for errors.")]
@@ -48,6 +53,27 @@ def everything(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
 ) -> None:
     """Inspect, merge, extract, combine, convert, validate and train SpIEL adapters."""
+
+
+class NotWrittenError(OSError):
+    """A result could not be written."""
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Let errors of the disk name the folder if they name no file; those of safetensors and torch are no OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
+    except Exception as error:
+        text = str(error)
+        of_safetensors = type(error).__name__ == "SafetensorError" and "os error" in text
+        if of_safetensors or (isinstance(error, RuntimeError) and any(part in text for part in _OF_TORCH)):
+            raise NotWrittenError(f"{folder} could not be written: {text}") from error
+        raise
 
 
 def command(example: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:

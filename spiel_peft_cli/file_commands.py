@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import tables
-from .commands import OK, command
+from .commands import OK, command, writing
 from .options import (
     Adapters,
     Base,
@@ -67,7 +67,7 @@ def merge(
     from spiel_peft.files.merge import merge_adapter_into_checkpoint
 
     quantization = None if trained_on is None else _quantization(trained_on, double_quant)
-    with output.progress("Merging") as progress:
+    with writing(out), output.progress("Merging") as progress:
         report = merge_adapter_into_checkpoint(
             base,
             adapters,
@@ -130,7 +130,7 @@ def extract(
     one_budget(r, density, num_deltas)
     from spiel_peft.files.extract import extract_delta
 
-    with output.progress("Comparing") as progress:
+    with writing(out), output.progress("Comparing") as progress:
         found = extract_delta(
             base,
             finetuned,
@@ -209,7 +209,8 @@ def combine(
             check_base=not any_base,
             progress=progress,
         )
-    write_adapter(combined, out, overwrite)
+    with writing(out):
+        write_adapter(combined, out, overwrite)
     overlap = overlap_of_files(dict(zip(names, files, strict=True)))
     data = {
         "folder": out,
@@ -279,7 +280,7 @@ def _convert_in(
     from spiel_peft.files.atomic import refuse_existing
 
     refuse_existing(out, overwrite)
-    with output.progress("Converting") as progress:
+    with writing(out), output.progress("Converting") as progress:
         return convert_adapter(source, out, base, kind, overwrite=overwrite, progress=progress, **options)
 
 
@@ -291,5 +292,5 @@ def _convert_out(
 
     refuse_existing(out, overwrite)
     exporters = {"shira": export_shira, "sparse-patch": export_sparse_patch, "dense-diff": export_dense_diff}
-    with output.progress("Converting") as progress:
+    with writing(out), output.progress("Converting") as progress:
         return exporters[to](source, out, base, overwrite=overwrite, progress=progress, **options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import tables
-from .commands import FINDINGS, OK, command
+from .commands import FINDINGS, OK, command, writing
 from .options import Adapter, Adapters, Overwrite, ShapesBase
 from .output import Output
 
@@ -116,7 +116,7 @@ def plot(
     if not facts.deltas:
         raise ValueError(f"{adapter} holds no deltas, so there is nothing to draw")
     figures = _figures(output, plots, facts, kind, module, log)
-    with output.progress("Drawing") as progress:
+    with writing(out), output.progress("Drawing") as progress:
         files = plots.save_figures(figures, out, overwrite, progress)
     output.result({"files": files}, lambda console: tables.show_files(console, files))
     return OK

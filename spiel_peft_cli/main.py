@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from . import file_commands, inspect_commands, train_command  # noqa: F401  they register commands
-from .commands import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_INSTALLED, NOT_WRITTEN, OK, USAGE, app
+from .commands import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_INSTALLED, NOT_WRITTEN, OK, USAGE, NotWrittenError, app
 from .output import Output
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST}
@@ -47,13 +47,10 @@ def _usage(output: Output, error: Exception) -> int:
 def _code(error: Exception) -> int:
     if isinstance(error, ImportError):
         return NOT_INSTALLED
-    if isinstance(error, FileExistsError):
+    if isinstance(error, (FileExistsError, NotWrittenError)):
         return NOT_WRITTEN
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return NOT_WRITTEN
-    # The error of the safetensors library, which is not imported here, has no errno.
-    if type(error).__name__ == "SafetensorError":
-        return NOT_WRITTEN if "os error" in str(error).lower() else BAD_INPUT
     if isinstance(error, (ValueError, OSError)):
         return BAD_INPUT
     return INTERNAL

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import tables
-from .commands import OK, command
+from .commands import OK, command, writing
 from .options import BudgetCount, BudgetDensity, BudgetR, Targets, one_budget
 from .output import Output
 
@@ -131,7 +131,7 @@ def train(
         resume=resume,
         overwrite=overwrite,
     )
-    with _no_bars_of_others(), output.progress("Training") as progress:
+    with writing(output_dir), _no_bars_of_others(), output.progress("Training") as progress:
         result = finetune(settings, progress)
     output.result(vars(result), lambda console: tables.show_run(console, result))
     return OK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +27,9 @@ from ..config import SpIELConfig
 from ..files.atomic import whole_folder
 from .base_model import find_model, load_base, load_tokenizer
 from .data import AnswerCollator, InputError, Tokens, encode_all, read_examples, split_examples
+from .run_folder import ADAPTER, STATE, checkpoints_in, find_checkpoint, remove_unfinished, steps_of
 
 Progress = Callable[[int, int, str], None]
-ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
         InputError: names the option or file. FileExistsError: `output_dir` holds a run.
         ValueError, OSError, ImportError: what PEFT, transformers and bitsandbytes say of model and settings.
     """
-    checkpoint = _checkpoint(settings)
+    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite)
     source = find_model(settings.model)
     if source.gguf_file and settings.load_in_4bit:
         raise InputError(f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model")
@@ -126,26 +126,22 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     eval_tokens = encode_all(held_out, tokenizer, settings.max_length, "held-out") if held_out else []
     set_seed(settings.seed)
     base = load_base(source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
-    complete = checkpoint is not None and _steps_of(checkpoint) >= _planned_steps(settings, len(train_tokens))
+    complete = checkpoint is not None and steps_of(checkpoint) >= _planned_steps(settings, len(train_tokens))
     if complete:
         model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
     else:
         model = get_peft_model(base, settings.config)
     trainer = _trainer(model, settings, train_tokens, eval_tokens, AnswerCollator(tokenizer.pad_token_id), progress)
-    before = _eval_loss(trainer) if eval_tokens and checkpoint is None else None
-    train_loss = None
-    if complete:
-        # Told to go on from there, the Trainer would make one step more.
-        trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    else:
-        output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        train_loss = float(output.training_loss)
-    after = _last_eval_loss(trainer) if eval_tokens else None
-    trainer.save_state()
-    with whole_folder(settings.output_dir / ADAPTER, overwrite=True) as work:
-        # The vocabulary is never resized here, so PEFT need not look into the base model for that.
-        model.save_pretrained(str(work), save_embedding_layers=False)
-        tokenizer.save_pretrained(str(work))
+    try:
+        before = _eval_loss(trainer) if eval_tokens and checkpoint is None else None
+        for old in checkpoints_in(settings.output_dir) if settings.overwrite else ():
+            shutil.rmtree(old)  # else a resumption could go on from the earlier run
+        train_loss = _train(trainer, checkpoint, complete)
+        after = _last_eval_loss(trainer) if eval_tokens else None
+        _save(trainer, model, tokenizer, settings.output_dir)
+    except BaseException:
+        remove_unfinished(settings.output_dir)
+        raise
     trainable, total = model.get_nb_trainable_parameters()
     return RunResult(
         adapter=settings.output_dir / ADAPTER,
@@ -162,30 +158,21 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     )
 
 
-def _checkpoint(settings: RunSettings) -> Path | None:
-    """The checkpoint to go on from; refuses a folder that another run's results are in."""
-    folder = settings.output_dir
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder}: it is a file")
-    checkpoints = sorted(_numbered(folder))
-    if settings.resume:
-        if not checkpoints:
-            raise InputError(f"--resume: {folder} has no checkpoint; leave --resume out to begin")
-        return checkpoints[-1][1]
-    if (checkpoints or (folder / ADAPTER).exists()) and not settings.overwrite:
-        raise FileExistsError(
-            f"{folder} holds a run already: --resume goes on with it, --overwrite begins anew, or choose another folder"
-        )
-    return None
+def _train(trainer: Trainer, checkpoint: Path | None, complete: bool) -> float | None:
+    """Train, and return the mean loss; of a run that is complete only take its log."""
+    if complete:
+        # Told to go on from there, the Trainer would make one step more.
+        trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        return None
+    return float(trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss)
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
-    return [(int(match[1]), path) for match, path in found if match and (path / "trainer_state.json").is_file()]
-
-
-def _steps_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _save(trainer: Trainer, model: Any, tokenizer: Any, folder: Path) -> None:
+    with whole_folder(folder / ADAPTER, overwrite=True) as work:
+        # The vocabulary is never resized here, so PEFT need not look into the base model for that.
+        model.save_pretrained(str(work), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(work))
+    trainer.save_state()
 
 
 def _planned_steps(settings: RunSettings, examples: int) -> int:

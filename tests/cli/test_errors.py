@@ -84,8 +84,18 @@ def test_a_full_disk_leaves_nothing(name: str, shell: Shell, folders: Path) -> N
         err = shell.capsys.readouterr().err
         code = main([*USES[name], "--json"])
     assert code == 4
-    assert err.splitlines()[-1].startswith("error: ") and "File too large" in err
+    assert err.splitlines()[-1].startswith("error: ") and "File too large" in err and "new" in err
     assert json.loads(shell.capsys.readouterr().out)["error"]["exit_code"] == 4
+    assert contents(folders) == before and not Path("new").exists()
+
+
+@pytest.mark.parametrize("room", [9_000, 48_500], ids=["the adapter", "the optimizer's state"])
+def test_a_full_disk_in_training(room: int, shell: Shell, folders: Path) -> None:
+    before = contents(folders)
+    train = ["train", "--model", "base", "--data", "train.jsonl", "--output-dir", "new", "--growth", "none"]
+    with no_room(room):
+        message = json.loads(shell(*train, "--r", "2", "--max-steps", "2", "--save-every", "1", "--json", code=4))
+    assert "new" in message["error"]["message"]
     assert contents(folders) == before and not Path("new").exists()
 
 

@@ -83,8 +83,12 @@ def test_a_folder_with_a_run_is_kept(shell: Shell, folders: Path) -> None:
     message = shell.fails(*run, code=4)
     assert "--resume" in message and "--overwrite" in message
     assert contents(folders) == before
-    shell(*run, "--overwrite", "--seed", "3")
-    assert contents(folders) != before
+    (folders / "run" / "mine.txt").write_text("kept")
+    shell(*run, "--overwrite", "--seed", "3", "--save-every", "0")
+    adapter = "run/adapter/adapter_model.safetensors"
+    assert contents(folders)[adapter] != before[adapter]
+    # What could be resumed of the earlier run is gone.
+    assert sorted(path.name for path in (folders / "run").iterdir()) == ["adapter", "mine.txt", "trainer_state.json"]
 
 
 @pytest.mark.parametrize(
