@@ -27,6 +27,7 @@ _CONFIG_FIELDS = (
     "regrow_schedule",
     "total_steps",
     "target_modules",
+    "target_parameters",
     "modules_to_save",
     "bias",
     "ensure_weight_tying",
@@ -42,9 +43,10 @@ class ModuleFacts:
     """One sparse delta.
 
     Attributes:
-        module: name of the adapted module in the base model.
+        module: name of the adapted module in the base model, or of the parameter where that is a target itself.
         deltas: number of values.
         shape: of the weight; None if neither a base nor the file's training state tells.
+        rows: of the weight seen as a matrix.
         dtype: of the values.
         norm: square root of the sum of squares.
         mean_abs, max_abs: of the values.
@@ -54,6 +56,7 @@ class ModuleFacts:
     module: str
     deltas: int
     shape: tuple[int, ...] | None
+    rows: int | None
     dtype: str
     norm: float
     mean_abs: float
@@ -171,7 +174,8 @@ def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | Non
     shapes = {module: matrix_shape(entries) for module, entries in state.items()}
     if base is not None:
         shapes = _base_shapes(adapter, open_base(base), str(path))
-    modules = [_module_facts(name, delta, shapes.get(name)) for name, delta in adapter.deltas.items()]
+    bare = {name for name in adapter.deltas if adapter.config.names_parameter(name)}
+    modules = [_module_facts(name, d, shapes.get(name), name in bare) for name, d in adapter.deltas.items()]
     return AdapterFacts(folder, adapter, modules, _progress(state), path.stat().st_size)
 
 
@@ -196,6 +200,11 @@ def state_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return state
 
 
+def weight_name(config: SpIELConfig, module: str) -> str:
+    """The parameter that a delta belongs to: the weight of a module, or one of `target_parameters` itself."""
+    return module if config.names_parameter(module) else f"{module}.weight"
+
+
 def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """Shape of the adapted weight, seen as a matrix, as the training state has it; None if it does not."""
     settings = state.get(SETTINGS)
@@ -208,7 +217,7 @@ def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
 def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for module, delta in adapter.deltas.items():
-        shape = base.shape(f"{module}.weight", where)
+        shape = base.shape(weight_name(adapter.config, module), where)
         if delta.k and int(delta.indices[-1]) >= math.prod(shape):
             raise ValueError(
                 f"{where}: module {module!r} has positions up to {int(delta.indices[-1])}, but in {base.where} its "
@@ -218,13 +227,20 @@ def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[st
     return shapes
 
 
-def _module_facts(name: str, delta: StoredDelta, shape: tuple[int, ...] | None) -> ModuleFacts:
+def rows_of(shape: tuple[int, ...], bare: bool) -> int:
+    """Rows of a weight seen as a matrix; of a bare parameter with several matrices those of all of them."""
+    return math.prod(shape[:-1]) if bare else shape[0]
+
+
+def _module_facts(name: str, delta: StoredDelta, shape: tuple[int, ...] | None, bare: bool) -> ModuleFacts:
     values = delta.values.double()
     size = values.abs()
     return ModuleFacts(
         module=name,
         deltas=delta.k,
         shape=shape,
+        # The training state has the shape of the matrix.
+        rows=None if shape is None else rows_of(shape, bare),
         dtype=str(delta.values.dtype).removeprefix("torch."),
         norm=float(torch.linalg.vector_norm(values)),
         mean_abs=float(size.mean()) if delta.k else 0.0,

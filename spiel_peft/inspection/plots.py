@@ -108,9 +108,9 @@ def matrix_figure(module: ModuleFacts, delta: StoredDelta) -> Figure:
     Raises:
         ValueError: the weight's shape is not known.
     """
-    if module.shape is None:
+    if module.rows is None:
         raise ValueError(f"the shape of {module.module}'s weight is not known: name the base model with --base")
-    rows, columns = module.shape[0], math.prod(module.shape[1:])
+    rows, columns = module.rows, module.weights // module.rows
     height, width = min(rows, _CELLS), min(columns, _CELLS)
     positions = delta.indices.long()
     down, across = positions // columns * height // rows, positions % columns * width // columns

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spiel_kernels import index_dtype
 
+from ..base_weight import PARAMETER, BaseInfo
 from ..budget import allocate_deltas
 from ..checkpoint import MARKER, split_file_key
 from ..config import SpIELConfig
@@ -26,7 +27,7 @@ from ..files.adapter_file import PREFIX, read_config, read_tensors
 from ..targets import names_module
 from ..tensor_checks import check_indices_and_values, check_training_state
 from ..training_state import STATE_KEYS
-from .facts import matrix_shape
+from .facts import matrix_shape, rows_of, weight_name
 
 _DELTA = ("indices", "values")
 _TOKENS = "token_adapter."
@@ -132,7 +133,7 @@ def _delta_problems(
     """Names and problems of the tensors of one module."""
     shape: tuple[int, ...] | None = matrix_shape(entries)
     if base is not None:
-        name = base.find(f"{module}.weight")
+        name = base.find(f"{module}.weight" if config is None else weight_name(config, module))
         if name is None:
             yield "indices", f"are of a weight that {base.where} does not have"
         else:
@@ -150,10 +151,11 @@ def _delta_problems(
     if size is not None and entries["indices"].dtype != index_dtype(size):
         yield "indices", f"must have dtype {index_dtype(size)} for a weight of {size} entries"
     if shape is not None and config is not None:
+        rows = rows_of(shape, config.names_parameter(module))
         view = SimpleNamespace(
             k=entries["indices"].numel(),
-            rows=shape[0],
-            cols=math.prod(shape[1:]),
+            rows=rows,
+            cols=size // rows,
             numel=size,
             run=SimpleNamespace(config=config),
         )
@@ -220,8 +222,13 @@ def _config_problems(config: SpIELConfig, counts: Mapping[str, int], others: Ent
 
 def _target_problems(config: SpIELConfig, modules: list[str]) -> Iterator[tuple[str, str]]:
     targets = config.target_modules
+    parameters = {module for module in modules if config.names_parameter(module)}
+    for target in config.target_parameters or ():
+        if not any(names_module(target, parameter) for parameter in parameters):
+            yield "target_parameters", f"has {target!r}, but the file has no delta of it"
     if targets is None or targets == "all-linear":
         return
+    modules = [module for module in modules if module not in parameters]
     for module in modules:
         if not check_target_module_exists(config, module):
             yield "target_modules", f"does not select {module!r}, which the file has a delta of"
@@ -229,6 +236,18 @@ def _target_problems(config: SpIELConfig, modules: list[str]) -> Iterator[tuple[
         for target in sorted(targets):
             if not any(names_module(target, module) for module in modules):
                 yield "target_modules", f"has {target!r}, but the file has no delta of it"
+
+
+def _info(config: SpIELConfig, module: str, base: BaseTensors) -> BaseInfo | None:
+    if not config.names_parameter(module):
+        return base.info(module)
+    name = base.find(module)
+    if name is None:
+        return None
+    shape = base.shapes[name]
+    if len(shape) == 1:
+        return BaseInfo(PARAMETER, shape, 1, shape[0], None)
+    return BaseInfo(PARAMETER, shape, shape[-1], shape[-2], None, experts=math.prod(shape[:-2]))
 
 
 def _budget_problems(
@@ -239,7 +258,7 @@ def _budget_problems(
         return
     if config.num_deltas is not None and config.ensure_weight_tying:
         return
-    infos = {module: info for module in counts if (info := base.info(module)) is not None}
+    infos = {module: info for module in counts if (info := _info(config, module, base)) is not None}
     if config.num_deltas is not None and len(infos) < len(counts):
         return
     name = "density" if config.density is not None else "r" if config.r is not None else "num_deltas"

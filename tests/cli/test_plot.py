@@ -101,7 +101,7 @@ def test_the_map_holds_every_delta_in_its_place() -> None:
     """A weight of 400 x 600 in 200 x 200 cells: 2 rows and 3 columns each."""
     positions = torch.tensor([0, 599, 600 * 3 + 4, 600 * 399 + 599])
     delta = StoredDelta(positions, torch.tensor([1.0, -2.0, 3.0, -4.0]))
-    module = ModuleFacts("a.b", 4, (400, 600), "float32", 1.0, 1.0, 4.0, 0)
+    module = ModuleFacts("a.b", 4, (400, 600), 400, "float32", 1.0, 1.0, 4.0, 0)
     axes = matrix_figure(module, delta).axes
     (image,) = [ax.images[0] for ax in axes if ax.images and ax.images[0].get_array().shape == (200, 200)]
     grid = np.asarray(image.get_array())
