@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spiel_kernels import index_dtype
 
-from ..base_weight import PARAMETER, BaseInfo
+from ..base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from ..budget import allocate_deltas
 from ..checkpoint import MARKER, split_file_key
 from ..config import SpIELConfig
@@ -165,11 +165,14 @@ def _delta_problems(
 
 
 def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, str]]:
+    values = entries.get("values")
+    if values is not None and values.is_floating_point() and values.dtype not in FLOAT_DTYPES:
+        yield "values", f"have the dtype {values.dtype}, which deltas cannot have"
+        return
     problem = check_indices_and_values(entries, size)
     if problem is None:
         return
     yield problem
-    values = entries.get("values")
     if problem[0] == "indices" and values is not None and "indices" in entries:
         # What is wrong with the values is told only where the indices are sound; these are, and as many.
         stand_in = torch.arange(entries["indices"].numel())
@@ -181,7 +184,7 @@ def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, st
 def _other_problems(others: Entries, config: SpIELConfig | None) -> Iterator[tuple[str, str]]:
     """Problems of the tensors that are saved in full."""
     for key, tensor in others.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
             yield key, "has values that are not finite"
         if config is not None and not _is_expected(key, config):
             yield key, "is in the file, but not in the config (modules_to_save, bias, trainable_token_indices)"
