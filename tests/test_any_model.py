@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,14 @@ def test_tables_that_cannot_be_adapted_are_refused(kind: str) -> None:
     make, targets, message = REFUSED[kind]
     with pytest.raises(ValueError, match=message):
         get_peft_model(Embedded(make()), SpIELConfig(density=0.5, **targets))
+
+
+def test_code_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "any-model.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    experts, beside = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(experts, names)
+    assert sum(isinstance(module, SpIELParameter) for module in names["model"].modules()) == 4
+    exec(beside, names)
+    kinds = {n.split(".")[-3] for n, p in names["model"].named_parameters() if p.requires_grad}
+    assert kinds == {"spiel_delta", "lora_A", "lora_B"}
