@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     GptOssConfig,
@@ -22,7 +23,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from spiel_peft import SpIELConfig, SpIELOptimizer, merge_adapter_into_checkpoint
+from spiel_peft import (
+    SpIELConfig,
+    SpIELOptimizer,
+    export_dense_diff,
+    export_shira,
+    export_sparse_patch,
+    merge_adapter_into_checkpoint,
+)
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
 from spiel_peft.parameter_targets import inspect_parameter
@@ -353,6 +361,25 @@ def test_merging_into_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     merge_adapter_into_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     loaded = MixtralForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
     assert_same_bits(logits(loaded), expected)
+
+
+def test_exports_of_what_plain_checkpoints_can_hold(tmp_path: Path) -> None:
+    base = build()
+    clean = copy.deepcopy(base)
+    model = adapt(base)
+    model.save_pretrained(tmp_path / "adapter")
+    export_dense_diff(tmp_path / "adapter", tmp_path / "diff", clean)
+    (file,) = (tmp_path / "diff").glob("*.safetensors")
+    diff = load_file(file)
+    part = parts(model)[0]
+    (name,) = [key for key in diff if part.module_name in key]
+    merged = model.merge_and_unload().get_parameter(part.module_name)
+    assert_close(diff[name], merged.detach() - clean.get_parameter(part.module_name).detach(), 1e-6)
+    with pytest.raises(ValueError, match="is a bare parameter, and SHiRA adapts linear layers only"):
+        export_shira(tmp_path / "adapter", tmp_path / "shira", clean)
+    clean.save_pretrained(tmp_path / "base")  # as Mixtral is stored: expert by expert
+    with pytest.raises(ValueError, match="stored in another layout"):
+        export_sparse_patch(tmp_path / "adapter", tmp_path / "patch.safetensors", tmp_path / "base")
 
 
 def test_copies_pickles_and_casts() -> None:

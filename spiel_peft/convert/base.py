@@ -58,6 +58,10 @@ class BaseTensors:
             raise ValueError(f"{wanted_by}: the base {self.where} has no tensor {name!r}; is it another model's?")
         return found
 
+    def weight_of(self, module: str) -> str:
+        """Name of the parameter that the deltas of a module belong to: a bare parameter goes by its own name."""
+        return module if self.find(module) is not None else f"{module}.weight"
+
     def shape(self, name: str, wanted_by: str) -> tuple[int, ...]:
         """Shape of a parameter. Raises ValueError as `name` does."""
         return self.shapes[self.name(name, wanted_by)]

@@ -48,7 +48,7 @@ def changes(adapter: AdapterFile, base: BaseTensors, where: str, progress: Progr
             a checkpoint of the base.
     """
     # Tied modules share one delta, which a file may hold under both names.
-    deltas = {base.owner(f"{module}.weight", where): delta for module, delta in adapter.deltas.items()}
+    deltas = {base.owner(base.weight_of(module), where): delta for module, delta in adapter.deltas.items()}
     full, rows = _by_base_name(adapter, base, where)
     if not adapter.config.ensure_weight_tying:
         _refuse_tied({*deltas, *full}, base, where)

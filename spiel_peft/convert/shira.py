@@ -157,6 +157,11 @@ def pad_with_zeros(delta: StoredDelta, k: int, numel: int) -> StoredDelta:
 
 
 def _linear_shape(module: str, base: BaseTensors, where: str) -> tuple[int, int]:
+    if base.find(module) is not None:
+        raise ValueError(
+            f"{where}: {module!r} is a bare parameter, and SHiRA adapts linear layers only; leave it out of "
+            "target_parameters, or merge the adapter into the checkpoint instead"
+        )
     shape = base.shape(f"{module}.weight", where)
     info = base.info(module)
     if len(shape) != 2 or (info is not None and info.kind != LINEAR):
