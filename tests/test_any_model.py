@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+from helpers import assert_same_bits
+
 import sense_lm
 from spiel_peft import SpIELConfig, SpIELLayer, SpIELOptimizer, SpIELParameter
-from tests.helpers import assert_same_bits
 
 ADAPTED = 4 + 2 * 6 + 1  # the table, the priors, two linears; two blocks of six; the bag
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close, assert_same_bits, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from spiel_peft import SparseDelta, SpIELConfig
-from tests.helpers import assert_close, assert_same_bits, tiny_llama
 
 IDS = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+from helpers import assert_same_bits, tiny_llama
+
 import distill
 from _data import IGNORED_LABEL, AnswerCollator
-from tests.helpers import assert_same_bits, tiny_llama
 
 
 def batch(labels: bool = True) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import OpRecorder, assert_close, assert_same_bits
 from peft import PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from spiel_peft import (
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
 from spiel_peft.parameter_targets import inspect_parameter
-from tests.helpers import OpRecorder, assert_close, assert_same_bits
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES: dict[str, Any] = {
