@@ -10,8 +10,8 @@ In the manner of BiStil (Ansell et al., 2023), for a causal language model:
 3. The student is frozen and gets SpIEL's deltas, which are tuned with the same losses against the tuned teacher on the
    questions and answers of the task.
 
-Without arguments: SmolLM2-135M-Instruct, 30 layers to 15, on two CPU cores in about a quarter of an hour; few steps, so expect a
-student that is on its way rather than one that has arrived.
+Without arguments: SmolLM2-135M-Instruct, 30 layers to 15, on two CPU cores in about a quarter of an hour; few steps, so
+expect a student that is on its way rather than one that has arrived.
 
     python examples/distill.py --layers 10 --distillation-steps 500
 """
