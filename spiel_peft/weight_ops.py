@@ -29,10 +29,11 @@ class LinearOp:
         return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
 
     def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
-        """What `gradient` shall be given of an input for k entries: itself, or its rows in the order that is read."""
+        """What `gradient` shall be given of an input for k entries: itself, or its columns in the order of reading."""
         if x.device.type != "cpu" or may_run_triton(x) or not sampled_pays(*weight_shape, k):
             return x
-        return turned(x)
+        # The memory of a view is another tensor's, which somebody else may keep anyway, as attention keeps its output.
+        return x if x._is_view() else turned(x)
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
         return grad_out @ (weight.T if self.transposed else weight)

@@ -27,6 +27,7 @@ from .gather import (
 )
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
 from .momentum import sm3_accumulate_, top_outer_positions
+from .ordering import sorted_order
 from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "replace_positions",
     "sample_positions",
     "sm3_accumulate_",
+    "sorted_order",
     "stable_topk",
     "sum_entries",
     "top_outer_positions",

@@ -15,15 +15,21 @@ from .outer_products import gather_by_plan
 from .plan_cache import plan_for
 from .sampled import gather_sampled, sampled_pays
 
+# Entries of a block that is not worth making smaller.
+_SMALL_BLOCK = 1 << 19
+
 
 def _gather_rows(rows: int) -> int:
     # Large enough for a matrix product at full speed, never the whole gradient.
     return max(1, min(512, rows // 2))
 
 
-def _select_rows(rows: int) -> int:
+def _select_rows(rows: int, cols: int, k: int) -> int:
     # A selection holds its best so far beside the block.
-    return max(1, min(256, rows // 4))
+    few = min(256, rows // 4)
+    if 4 * k < rows * cols:
+        few = min(rows // 2, max(few, _SMALL_BLOCK // max(cols, 1)))
+    return max(1, few)
 
 
 def _gather_from_blocks(
@@ -45,11 +51,11 @@ def _gather_from_blocks(
     return outs
 
 
-def outer_row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Row blocks of ``a.T @ b`` in the accumulation dtype, as ``(first row, block)``."""
+def outer_row_blocks(a: Tensor, b: Tensor, k: int) -> Iterator[tuple[int, Tensor]]:
+    """Row blocks of ``a.T @ b`` in the accumulation dtype, as ``(first row, block)``, to select k entries from."""
     dtype = accumulation_dtype(a, b)
     wide = b.to(dtype)
-    size = _select_rows(a.shape[1])
+    size = _select_rows(a.shape[1], b.shape[1], k)
     for start in range(0, a.shape[1], size):
         yield start, a[:, start : start + size].to(dtype).T @ wide
 
@@ -236,9 +242,9 @@ def conv_weight_gradient(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, fi
     return torch.cat(parts)
 
 
-def conv_row_blocks(grad_out: Tensor, x: Tensor, geometry: ConvGeometry) -> Iterator[tuple[int, Tensor]]:
-    """Row blocks of a convolution's weight gradient, as ``(first row, block)``."""
-    size = _select_rows(geometry.rows)
+def conv_row_blocks(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Iterator[tuple[int, Tensor]]:
+    """Row blocks of a convolution's weight gradient, as ``(first row, block)``, to select k entries from."""
+    size = _select_rows(geometry.rows, geometry.cols, k)
     for start in range(0, geometry.rows, size):
         yield start, conv_weight_gradient(grad_out, x, geometry, start, min(start + size, geometry.rows))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import operation
+from .ordering import sorted_order, true_slots
 
 
 def index_dtype(numel: int) -> torch.dtype:
@@ -106,14 +107,23 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
         ``(new, source)``: ``new`` int64 ``[k]`` sorted and unique; ``source`` int64 ``[k]`` with, for every new
         slot, the old slot it came from, or ``-1 - i`` for the position ``grown[i]``.
     """
-    kept_slots = (~drop).nonzero().flatten()
+    kept_slots = true_slots(~drop)
     grown = grown.to(torch.int64)
     if grown.numel() + kept_slots.numel() != indices.numel():
         raise ValueError(
             f"grown must hold as many positions as are dropped ({indices.numel() - kept_slots.numel()}), "
             f"got {grown.numel()}"
         )
-    merged = torch.cat([indices.to(torch.int64)[kept_slots], grown])
-    source = torch.cat([kept_slots, -1 - torch.arange(grown.numel(), device=grown.device)])
-    new, order = torch.sort(merged)
-    return new, source[order]
+    kept = indices.index_select(0, kept_slots).to(torch.int64)
+    order = sorted_order(grown)
+    grown = grown.index_select(0, order)
+    # Both are in order now: a grown position comes after as many as are below it, kept and grown.
+    places = torch.searchsorted(kept, grown) + torch.arange(grown.numel(), device=grown.device)
+    is_kept = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
+    is_kept[places] = False
+    others = true_slots(is_kept)
+    new = torch.empty(indices.numel(), dtype=torch.int64, device=indices.device)
+    source = torch.empty_like(new)
+    new[places], source[places] = grown, -1 - order
+    new[others], source[others] = kept, kept_slots
+    return new, source

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .gather import ConvGeometry, conv_row_blocks, embedding_row_gradients, outer_row_blocks
+from .ordering import true_slots
 
 # Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
 # than a fifth of what it should let pass.
@@ -47,9 +48,9 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
     threshold = torch.topk(scores, k, sorted=False).values.min()
     keep = scores > threshold
-    ties = (scores == threshold).nonzero().flatten()
+    ties = true_slots(scores == threshold)
     keep[ties[: k - int(keep.sum())]] = True
-    return keep.nonzero().flatten()
+    return true_slots(keep)
 
 
 def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
@@ -77,12 +78,12 @@ def few_above(scores: Tensor, bound: float) -> Tensor | None:
     grouped = scores.numel() // _GROUP * _GROUP
     groups = scores[:grouped].view(_GROUP, -1)
     # Not "above": a NaN hides the others of its group.
-    some = (groups.amax(0) <= bound).logical_not_().nonzero().flatten()
+    some = true_slots((groups.amax(0) <= bound).logical_not_())
     if _GROUP * some.numel() > grouped // 3:
         return None
     member, group = (groups.index_select(1, some) > bound).nonzero(as_tuple=True)
     slots = some.index_select(0, group).add_(member, alpha=grouped // _GROUP)
-    rest = (scores[grouped:] > bound).nonzero().flatten()
+    rest = true_slots(scores[grouped:] > bound)
     return torch.cat([slots, rest + grouped]) if rest.numel() else slots
 
 
@@ -141,11 +142,11 @@ class StreamingTopK:
         if not self._bounded and scores.numel() > self.k:
             threshold = sampled_threshold([scores], self.k)
             if threshold > self._bound:
-                slots = (scores >= threshold).nonzero().flatten()
+                slots = true_slots(scores >= threshold)
                 if slots.numel() >= self.k:
                     self._bound, self._bounded = threshold, True
                     return slots
-        return (scores > self._bound).nonzero().flatten()
+        return true_slots(scores > self._bound)
 
     def _raise_bound(self) -> None:
         """Look for a value above the bound that k of the scores held reach."""
@@ -160,7 +161,7 @@ class StreamingTopK:
         """Hold the k best of more."""
         scores, positions = torch.cat(self._scores), torch.cat(self._positions)
         if self._bounded:
-            slots = (scores >= self._bound).nonzero().flatten()
+            slots = true_slots(scores >= self._bound)
             scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
         slots = stable_topk(scores, self.k)
         scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
@@ -208,7 +209,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
 
         return select.topk_outer(a, b, k)
     top = StreamingTopK(k)
-    for start, block in outer_row_blocks(a.detach(), b.detach()):
+    for start, block in outer_row_blocks(a.detach(), b.detach(), k):
         top.update(block.abs_().flatten(), start * b.shape[1])
     return top.result().to(a.device)
 
@@ -218,7 +219,7 @@ def topk_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Te
     _check_k(k)
     top = StreamingTopK(k)
     if x.shape[0]:
-        for start, block in conv_row_blocks(grad_out.detach(), x.detach(), geometry):
+        for start, block in conv_row_blocks(grad_out.detach(), x.detach(), geometry, k):
             top.update(block.abs_().flatten(), start * geometry.cols)
     return top.result().to(x.device)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spiel_kernels import sorted_order
+
 NO_POSITION = -1
 # Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
 SHORTLIST = 2
@@ -48,5 +50,5 @@ def shortlist(union: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def best_slots(scores: Tensor, count: int) -> Tensor:
     """Ascending slots of the `count` highest scores (all if there are fewer); ties go to the lowest slot."""
-    best = torch.sort(scores, descending=True, stable=True).indices[:count]
+    best = sorted_order(scores, descending=True)[:count]
     return torch.sort(best).values

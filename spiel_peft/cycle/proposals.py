@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spiel_kernels import sorted_order
+
 from ..delta import SparseDelta
 from ..seeding import seeded_generator
 from .growth_registry import GrowthCriterion, GrowthRequest
@@ -64,5 +66,6 @@ def _problem_with(proposed: Any, numel: int) -> str | None:
         return f"a {proposed.dtype} tensor of shape {tuple(proposed.shape)}"
     if bool(((proposed < 0) | (proposed >= numel)).any()):
         return f"positions from {int(proposed.min())} to {int(proposed.max())}"
-    repeats = proposed.numel() - torch.unique(proposed).numel()
+    in_order = proposed.index_select(0, sorted_order(proposed))
+    repeats = int(torch.count_nonzero(in_order[1:] == in_order[:-1]))
     return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None

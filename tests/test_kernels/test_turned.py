@@ -114,6 +114,16 @@ def test_two_layers_on_one_input_keep_it_once_and_turned() -> None:
     assert is_turned(kept)
 
 
+def test_a_view_is_kept_as_it_is() -> None:
+    """Attention's output comes reshaped, and attention itself keeps it."""
+    model = adapt(nn.Linear(400, 400), k=500)
+    x = torch.randn(4, 20, 20, requires_grad=True) * 2
+    saved = Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+        model(x.view(4, 400))
+    assert x.untyped_storage().data_ptr() in saved.storages
+
+
 def test_an_input_that_is_overwritten_after_the_forward_pass_leaves_the_gradient_alone() -> None:
     torch.manual_seed(0)
     grads: list[Tensor] = []
