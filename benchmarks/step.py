@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from spiel_peft.config import DEFAULT_R
+
 from . import layer, windows
 from .bases import TINY, BaseSpec, keep_smollm2
 from .environment import add_output_argument, save
@@ -149,4 +151,5 @@ def _run_model_parts(study: _Study) -> None:
                 first = args.variants or [n for n in WEIGHED if r == args.r[-1] or n in (LORA, *WEIGHED[2:4])]
                 study.memory(r, shape, first)
     if "share" in args.parts:
-        study.share(args.r[-1], args.shapes[0])
+        for r in (DEFAULT_R, 16) if args.all else args.r:
+            study.share(r, args.shapes[0])

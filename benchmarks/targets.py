@@ -38,9 +38,9 @@ def _layer(results: Results) -> float | None:
     return ratio(medians(results.get("layer_4096x4096")), "SpIEL, profile indices", FROZEN)
 
 
-def _share(growth: str) -> Value:
+def _share(growth: str, r: int) -> Value:
     def value(results: Results) -> float | None:
-        result = results.get("share_smollm2_r16_4x128")
+        result = results.get(f"share_smollm2_r{r}_4x128")
         return None if result is None else result["growth"][growth]["share"]
 
     return value
@@ -99,8 +99,10 @@ TARGETS = (
     Target("the same, peak memory, SpIEL-AG / LoRA, r=16", 0.82, _cpu_memory(16, SPIEL)),
     Target("the same, peak memory, SpIEL-MA / LoRA, r=16", 0.82, _cpu_memory(16, SPIEL_MA)),
     Target("CPU, 4096x4096, 1% density, 2048 tokens, forward + backward over frozen linear", 1.12, _layer),
-    Target("share of a run spent moving deltas, SpIEL-AG (CPU)", 0.04, _share("accumulated_gradient")),
-    Target("share of a run spent moving deltas, SpIEL-MA (CPU)", 0.04, _share("momentum")),
+    Target("share of a run spent moving deltas, SpIEL-AG (CPU), r=8", 0.04, _share("accumulated_gradient", 8)),
+    Target("share of a run spent moving deltas, SpIEL-MA (CPU), r=8", 0.04, _share("momentum", 8)),
+    Target("share of a run spent moving deltas, SpIEL-AG (CPU), r=16", 0.04, _share("accumulated_gradient", 16)),
+    Target("share of a run spent moving deltas, SpIEL-MA (CPU), r=16", 0.04, _share("momentum", 16)),
     Target(f"{_NF4}: step, SpIEL-AG / QLoRA, full depth", 1.0, _gpu_whole(SPIEL, "seconds")),
     Target(f"{_NF4}: step, SpIEL-MA / QLoRA, full depth", 1.0, _gpu_whole(SPIEL_MA, "seconds")),
     Target(f"{_NF4}: step, SpIEL-AG / QLoRA, slice, profile indices", 1.0, _gpu_step("steps_7b_nf4", AG, True)),
