@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spiel_kernels.dispatch import may_run_triton
+from spiel_kernels.dispatch import runs_triton
 from spiel_kernels.gather import ConvGeometry
 from spiel_kernels.sampled import sampled_pays
 from spiel_kernels.turned import turned
@@ -30,7 +30,7 @@ class LinearOp:
 
     def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
         """What `gradient` shall be given of an input for k entries: itself, or its columns in the order of reading."""
-        if x.device.type != "cpu" or may_run_triton(x) or not sampled_pays(*weight_shape, k):
+        if x.device.type != "cpu" or runs_triton(x) or not sampled_pays(*weight_shape, k):
             return x
         # The memory of a view is another tensor's, which somebody else may keep anyway, as attention keeps its output.
         return x if x._is_view() else turned(x)

@@ -75,12 +75,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def may_run_triton(tensor: Tensor) -> bool:
-    """Whether `runs_triton` has to be asked about an operation on this tensor and others; costs next to nothing."""
-    name = _forced or _from_environment()
-    return name == "triton" or (name == "auto" and tensor.is_cuda)
-
-
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton implementation.
 
@@ -88,8 +82,8 @@ def runs_triton(*tensors: Tensor) -> bool:
         RuntimeError: Triton was chosen explicitly and cannot run here.
     """
     name = _forced or _from_environment()
-    if name == "torch":
-        return False
+    if name == "torch" or (name == "auto" and not tensors[0].is_cuda):
+        return False  # at once: layers ask several times in every pass
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
     if name == "auto":
         return on_gpu and triton_installed()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .dispatch import may_run_triton, operation, runs_triton
+from .dispatch import operation, runs_triton
 
 Deltas = Sequence[tuple[Tensor, Tensor]]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -147,8 +147,6 @@ def unfold_(weight: Tensor, indices: Tensor, originals: Tensor) -> None:
 
 
 def _fits_triton(weight: Tensor, *others: Tensor) -> bool:
-    if not may_run_triton(weight):
-        return False
     plain = weight.is_contiguous() and weight.dtype != torch.float64
     return plain and all(o.dtype != torch.float64 for o in others) and runs_triton(weight, *others)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import may_run_triton, operation, runs_triton
+from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype, read_entries
 from .outer_products import gather_by_plan
 from .plan_cache import plan_for
@@ -108,7 +108,7 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method
     on_cpu = a.device.type == "cpu"
     if method == "sampled" and not on_cpu:
         raise ValueError(f"method 'sampled' runs on the CPU, got tensors on {a.device}; leave method at 'auto'")
-    triton = method != "sampled" and may_run_triton(a) and runs_triton(a, b)
+    triton = method != "sampled" and runs_triton(a, b)
     if triton or method in ("compact", "entries"):
         return _gather_by_plans(a, b, index_sets, method, triton)
     dtype = accumulation_dtype(a, b)
