@@ -23,15 +23,12 @@ import copy
 import itertools
 import json
 import random
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup, set_seed
@@ -40,6 +37,7 @@ from _args import _Parser, positive_float, positive_int
 from _data import IGNORED_LABEL, AnswerCollator, InputError, Tokens, encode_all, load_corpus, split_examples
 from _model import find_model, held_out_loss, load_base, load_tokenizer
 from _report import Clock, field, heading
+from _script import run_script
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
 Batch = dict[str, Tensor]
@@ -351,16 +349,12 @@ def save(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; 0, or 2 after one line on stderr if the input cannot be used."""
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    # PEFT's own use of names that transformers is about to rename; nothing to act on here.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+
+    def work() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run(args)
-    except (InputError, OSError) as error:
-        print(f"distill.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_script("distill.py", work, OSError)
 
 
 if __name__ == "__main__":

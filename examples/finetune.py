@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import get_peft_model
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -48,6 +45,7 @@ from _model import (
     load_tokenizer,
 )
 from _report import Clock, cycle_log, field, heading, print_cycle_log, save_results, save_summary
+from _script import run_script
 from spiel_peft import SpIELCallback, SpIELConfig
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -284,15 +282,7 @@ def run(inputs: Inputs, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; 0, or 2 after one line on stderr if the input cannot be used."""
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    # PEFT's own use of names that transformers is about to rename; nothing to act on here.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        run(read_inputs(args), args)
-    except InputError as error:
-        print(f"finetune.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_script("finetune.py", lambda: run(read_inputs(args), args))
 
 
 if __name__ == "__main__":

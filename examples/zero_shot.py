@@ -17,15 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel, get_peft_model
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -33,7 +30,6 @@ from _args import _Parser, positive_float, positive_int
 from _data import (
     AnswerCollator,
     Example,
-    InputError,
     Tokens,
     encode_all,
     read_chatterbot,
@@ -42,6 +38,7 @@ from _data import (
 )
 from _model import find_model, held_out_loss, load_base, load_tokenizer
 from _report import field, heading
+from _script import run_script
 from finetune import ProgressBar
 from spiel_peft import (
     KeepActive,
@@ -220,16 +217,12 @@ def save(model: PeftModel, results: dict[str, dict[str, float]], args: argparse.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script; 0, or 2 after one line on stderr if the input cannot be used."""
     args = parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    # PEFT's own use of names that transformers is about to rename; nothing to act on here.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
+
+    def work() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         run(args)
-    except (InputError, OSError) as error:
-        print(f"zero_shot.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_script("zero_shot.py", work, OSError)
 
 
 if __name__ == "__main__":

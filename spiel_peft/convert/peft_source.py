@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Collection
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
+from ..files.names import read_json
 from .base import BaseTensors
 from .result import make_delta
 
@@ -97,13 +97,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold one JSON object")
-    return config
+    return read_json(path)
 
 
 def read_peft_source(folder: str | os.PathLike[str], peft_type: str) -> PeftSource:

@@ -84,14 +84,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         FileNotFoundError: the folder or one of the two files is missing; the message names it.
         ValueError: it is no SpIEL adapter, or a tensor is damaged; names the file and the tensor.
     """
-    folder = Path(folder)
+    return read_whole_adapter(Path(folder))[0]
+
+
+def read_whole_adapter(folder: Path) -> tuple[AdapterFile, Path, dict[str, Tensor]]:
+    """`read_adapter`, the path of the file with the tensors, and all that is in it, training state too."""
     config = read_config(folder)
     if not isinstance(config, SpIELConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{folder} is not a SpIEL adapter: its peft_type is {kind!r}")
     path, tensors = read_tensors(folder)
     deltas, others = split_tensors(tensors, str(path))
-    return AdapterFile(config, deltas, others)
+    return AdapterFile(config, deltas, others), path, tensors
 
 
 def config_of_deltas(deltas: Mapping[str, StoredDelta], like: SpIELConfig | None = None, **fields: Any) -> SpIELConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import split_file_key
 from ..config import SpIELConfig
 from ..convert.base import Base, BaseTensors, open_base
-from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_config, read_tensors, split_tensors
+from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_adapter
 from ..training_state import PROGRESS, SETTINGS, STATE_KEYS
 
 # What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
@@ -181,13 +181,8 @@ def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | Non
 
 def read_with_state(folder: Path) -> tuple[AdapterFile, dict[str, dict[str, Tensor]], Path]:
     """An adapter, the training state in its file by module, and the path of that file. Raises as `read_adapter`."""
-    config = read_config(folder)
-    if not isinstance(config, SpIELConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise ValueError(f"{folder} is not a SpIEL adapter: its peft_type is {kind!r}")
-    path, tensors = read_tensors(folder)
-    deltas, others = split_tensors(tensors, str(path))
-    return AdapterFile(config, deltas, others), state_of(tensors), path
+    adapter, path, tensors = read_whole_adapter(folder)
+    return adapter, state_of(tensors), path
 
 
 def state_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from ..delta import SparseDelta
 from ..functional import folded_weight
 from ..module_weight import aliased_weight, refolding, weight_in_place
 from .base import SpIELLayer
+from .unfolding import UnfoldingModule
 
 
 class _BareWeight:
@@ -83,7 +84,7 @@ class SpIELParameter(SpIELLayer):
         return f"{self.parameter_name!r}, {self.info.weight_shape}"
 
 
-class SpIELParameters(nn.Module, BaseTunerLayer):
+class SpIELParameters(UnfoldingModule, nn.Module, BaseTunerLayer):
     """A module some of whose own parameters carry sparse deltas, each in a child of the parameter's name.
 
     While a gradient is recorded, autograd forms the dense gradient of every adapted parameter; the deltas take theirs
@@ -205,22 +206,6 @@ class SpIELParameters(nn.Module, BaseTunerLayer):
     def unfold(self) -> None:
         for part in self.parts():
             part.unfold()
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.unfold()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unfold()
-        return self.__dict__.copy()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> SpIELParameters:
-        self.unfold()
-        return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

@@ -9,8 +9,32 @@ from torch import Tensor, nn
 from ..resident import WeightFold
 
 
-class UnfoldingMixin:
-    """The part of `SpIELLayer` that unfolds before anybody sees, copies, moves or switches; its first base."""
+class UnfoldingModule:
+    """A module that unfolds before its state is read or loaded, and before it is copied or moved; its first base."""
+
+    def unfold(self) -> None:
+        """Take deltas that live in base weights out of them, bit for bit (see `spiel_peft.resident`)."""
+        raise NotImplementedError
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.unfold()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unfold()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.unfold()
+        return self.__dict__.copy()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self.unfold()
+        return super()._apply(fn, recurse)
+
+
+class UnfoldingMixin(UnfoldingModule):
+    """The part of `SpIELLayer` that unfolds before anybody looks at its weight, too, or switches adapters."""
 
     _fold: WeightFold
 
@@ -28,22 +52,6 @@ class UnfoldingMixin:
         """The base layer's weight as it is stored, without deltas."""
         self.unfold()
         return super().weight
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.unfold()
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unfold()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.unfold()
-        return self.__dict__.copy()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
-        self.unfold()
-        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> nn.Module:
         if not mode:

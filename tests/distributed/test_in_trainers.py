@@ -11,9 +11,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, mlp
+from cycle.helpers import adamw, adapt, batch, deltas_of, log_of
 from peft import PeftModel
 from torch import Tensor, nn
+from trainer_helpers import Regression
 from transformers import Trainer, TrainingArguments
 
 from distributed.ranks import launch, results_of, run_here
@@ -22,18 +23,6 @@ from spiel_peft import SpIELCallback
 
 RANKS, STEPS = 2, 12
 TARGETS = ["net.0", "net.2"]
-
-
-class Regression(nn.Module):
-    """The small model in the form that Trainer expects."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        out = self.net(x)
-        return {"loss": (out - labels).square().mean(), "logits": out}
 
 
 def regression() -> PeftModel:
