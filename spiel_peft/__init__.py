@@ -22,7 +22,13 @@ from .convert import (
 )
 from .cycle import engine as _engine
 from .cycle.data_parallel import set_data_parallel_group
-from .cycle.growth_registry import GrowthCriterion, GrowthRequest, register_growth_criterion
+from .cycle.growth_registry import (
+    GrowthCriterion,
+    GrowthRequest,
+    PruneRequest,
+    get_growth_criterion,
+    register_growth_criterion,
+)
 from .cycle.report import CycleReport
 from .delta import SparseDelta
 from .files.extract import Extraction, extract_delta
@@ -52,6 +58,7 @@ __all__ = [
     "MergeReport",
     "Overlap",
     "OverlapReport",
+    "PruneRequest",
     "SpIELCallback",
     "SpIELConfig",
     "SpIELConv",
@@ -72,6 +79,7 @@ __all__ = [
     "export_shira",
     "export_sparse_patch",
     "extract_delta",
+    "get_growth_criterion",
     "merge_adapter_into_checkpoint",
     "overlap",
     "overlap_of_files",

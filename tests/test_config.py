@@ -703,6 +703,23 @@ def test_criterion_flags_are_bools_and_need_a_reader(registry: None) -> None:
         register_growth_criterion("mine", None, accumulates=True)
 
 
+@pytest.mark.parametrize("count", [0, 0.5, True, "2", float("inf"), float("nan")], ids=repr)
+def test_candidates_per_grown_are_a_number_of_at_least_one(registry: None, count: Any) -> None:
+    with refuses("`candidates_per_grown` of growth criterion 'mine'", f"got {count!r}"):
+        register_growth_criterion("mine", propose_first, gathers=True, candidates_per_grown=count)
+    assert "mine" not in growth_criteria()
+
+
+def test_what_a_criterion_cannot_use_is_refused(registry: None) -> None:
+    with refuses("`candidates_per_grown` of growth criterion 'mine'", "works only with `gathers=True`"):
+        register_growth_criterion("mine", propose_first, candidates_per_grown=2)
+    with refuses("'mine'", "`propose=None`", "prune_score="):
+        register_growth_criterion("mine", None, prune_score=propose_first)
+    with pytest.raises(TypeError, match="`prune_score` of growth criterion 'mine' must be a function"):
+        register_growth_criterion("mine", propose_first, prune_score="magnitude")  # type: ignore[arg-type]
+    assert "mine" not in growth_criteria()
+
+
 def test_unknown_criteria_are_listed() -> None:
     with refuses("got 'mine'", "'accumulated_gradient'"):
         get_growth_criterion("mine")

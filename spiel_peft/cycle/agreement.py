@@ -19,7 +19,7 @@ from ..training_state import TrainingState
 from .checksums import checksum
 from .exchange import Exchange, decide_exchange
 from .growth_registry import GrowthCriterion
-from .proposals import propose
+from .proposals import propose, prune_scores
 from .ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,14 @@ def decide(
         counts: how many each of them is to replace at most.
 
     Raises:
-        ValueError: the criterion's proposals are not allowed here (see `propose`).
+        ValueError: the criterion's proposals or scores are not allowed (see `propose` and `prune_scores`).
         RuntimeError: on every rank, if their indices, values or decisions differ, or the criterion failed on another.
     """
     if ranks is None:
-        return [_exchange(d, propose(criterion, d, count), count) for d, count in zip(deltas, counts, strict=True)]
+        return [
+            _exchange(delta, prune_scores(criterion, delta, count), propose(criterion, delta, count), count)
+            for delta, count in zip(deltas, counts, strict=True)
+        ]
     return _decide_together(ranks, criterion, deltas, counts)
 
 
@@ -146,13 +149,16 @@ def _decide_together(
     ranks: Ranks, criterion: GrowthCriterion, deltas: list[SparseDelta], counts: Sequence[int]
 ) -> list[Exchange]:
     exchanges: list[Exchange] = []
-    rows, error = [], None
+    rows, scores, error = [], [], None
     for delta, count in zip(deltas, counts, strict=True):
         try:
+            of_delta = prune_scores(criterion, delta, count)
             proposed = propose(criterion, delta, count)
         except Exception as failure:  # the others have to be told, whatever it is
-            proposed, error = delta.indices[:0].to(torch.int64), error or failure
-        exchanges.append(_exchange(delta, proposed, count))
+            of_delta, proposed = delta.values.detach().abs(), delta.indices[:0].to(torch.int64)
+            error = error or failure
+        scores.append(of_delta)
+        exchanges.append(_exchange(delta, of_delta, proposed, count))
         rows.append([*_row(delta, count, exchanges[-1]), checksum(proposed)])
     device = deltas[0].values.device
     gathered = ranks.gather(torch.cat([_table(rows).view(-1), torch.tensor([error is not None], device=device)]))
@@ -167,14 +173,14 @@ def _decide_together(
     for place, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
         if differing[place]:
             own = propose(criterion, delta, count) if ranks.index == 0 else delta.indices[:0].to(torch.int64)
-            exchanges[place] = _exchange(delta, ranks.broadcast_flat(own), count)
+            exchanges[place] = _exchange(delta, scores[place], ranks.broadcast_flat(own), count)
     rows = [_row(*of_delta) for of_delta in zip(deltas, counts, exchanges, strict=True)]
     _compare(ranks, deltas, ranks.gather(_table(rows)))
     return exchanges
 
 
-def _exchange(delta: SparseDelta, proposed: Tensor, count: int) -> Exchange:
-    exchange = decide_exchange(delta.indices, delta.values.detach(), proposed, count)
+def _exchange(delta: SparseDelta, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
+    exchange = decide_exchange(delta.indices, scores, proposed, count)
     # Held for all matrices at once, so no wider than need be.
     return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 
@@ -18,7 +19,7 @@ from .data_parallel import is_chosen, ranks_of
 from .growth_registry import get_growth_criterion
 from .optimizer_state import seek
 from .replicas import queue_average
-from .schedule import in_window, is_skipped, next_close
+from .schedule import in_window, is_skipped, next_close, regrow_rate
 from .zero import refuse_deepspeed
 
 _PROBES = 16
@@ -43,7 +44,7 @@ class WindowCollector:
         if not gathers_at(delta, state.step):
             return None
         if state.window is None:
-            positions = gradient.topk(delta.k)
+            positions = gradient.topk(candidate_count(delta))
             if positions.numel() == 0:
                 return None  # an expert without tokens, a batch without labels: the next backward chooses
             dtype = accumulation_dtype(delta.values)
@@ -73,11 +74,23 @@ def _proposed(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
     if not proposes_at(delta, delta.state.step):
         return None
     if current.proposed is None:
-        positions = gradient.topk(delta.k)
+        positions = gradient.topk(candidate_count(delta))
         if positions.numel() == 0:
             return None
         current.proposed = positions.to(delta.indices.dtype)
     return current.proposed
+
+
+def candidate_count(delta: SparseDelta) -> int:
+    """How many candidates a window of this delta chooses; at most k."""
+    state, run, config = delta.state, delta.run, delta.run.config
+    per_grown = get_growth_criterion(config.growth).candidates_per_grown
+    # Whether the first close replaces all deltas is known only after the first step.
+    if per_grown is None or run.total_steps is None or (state.closes == 0 and state.fresh is not False):
+        return delta.k
+    close = next_close(state.step, config.regrow_every, config.accumulation_steps)
+    rate = regrow_rate(config.regrow_schedule, config.initial_regrow_rate, close, run.total_steps)
+    return min(delta.k, math.ceil(per_grown * math.floor(rate * delta.k)))
 
 
 def common_probe(delta: SparseDelta) -> Tensor:

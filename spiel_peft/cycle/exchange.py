@@ -23,16 +23,16 @@ class Exchange:
     grown: Tensor
 
 
-def decide_exchange(indices: Tensor, values: Tensor, proposed: Tensor, count: int) -> Exchange:
-    """Prune the smallest deltas in favour of the best proposals.
+def decide_exchange(indices: Tensor, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
+    """Prune the deltas with the lowest scores in favour of the best proposals.
 
-    The m active deltas with the smallest absolute value are pruned (ties: the lowest position first) and the m best
+    The m active deltas with the lowest scores are pruned (ties: the lowest position first) and the m best
     proposals outside the kept set are grown. A proposal that was just pruned comes back and keeps its delta. With
     too few proposals m shrinks to what they can fill.
 
     Args:
         indices: integer ``[k]``, sorted, unique.
-        values: floating ``[k]``, the deltas.
+        scores: floating ``[k]``, what each delta is worth, without NaN; SpIEL takes its absolute value.
         proposed: int64 ``[c]``, positions without repeats, best first, active ones allowed.
         count: how many to prune at most.
 
@@ -41,7 +41,7 @@ def decide_exchange(indices: Tensor, values: Tensor, proposed: Tensor, count: in
     """
     active = indices.to(torch.int64)
     count = min(count, active.numel())
-    order = sorted_order(values.abs())
+    order = sorted_order(scores)
     # Looked up in ascending order, which takes half the time of any other.
     by_position = sorted_order(proposed)
     slots = torch.empty_like(by_position)

@@ -1,4 +1,4 @@
-"""The registry of growth criteria: which inactive positions a close may grow.
+"""The registry of growth criteria: which inactive positions a close may grow, and which deltas it prunes for them.
 
 This file holds only names and contracts, so that `spiel_peft.config` can check a criterion without importing
 the cycle. The built-in criteria live in `spiel_peft.cycle.growth`, which is imported on first use.
@@ -7,6 +7,7 @@ the cycle. The built-in criteria live in `spiel_peft.cycle.growth`, which is imp
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,28 @@ class GrowthRequest:
     generator: torch.Generator | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class PruneRequest:
+    """What a prune score may look at when a cycle of one matrix closes. All tensors are read-only.
+
+    Shapes and dtypes:
+        module_name: full name of the adapted module.
+        indices: int64 [k], the sorted flat positions active before the close.
+        values: float [k], their deltas.
+        gradient: float [k], the gradient of `values` at the step that closes, as the optimizer got it; None if there
+            was none.
+        count: m, how many deltas the close wants to prune.
+    """
+
+    module_name: str
+    indices: torch.Tensor
+    values: torch.Tensor
+    gradient: torch.Tensor | None
+    count: int
+
+
 Propose = Callable[[GrowthRequest], torch.Tensor]
+PruneScore = Callable[[PruneRequest], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,12 +83,20 @@ class GrowthCriterion:
             never grow, so the close neither prunes nor grows.
         gathers: `propose` needs `candidates` and `candidate_sums`, gathered over `accumulation_steps` steps.
         accumulates: `propose` needs SM3's `row` and `col`.
+        prune_score: from a `PruneRequest` to float [k], without NaN; the lowest scores are pruned, ties at the lowest
+            position first. An infinite score is pruned last. None: the absolute value of the delta (Ansell et al.,
+            2024, section 3.1).
+        candidates_per_grown: candidates of a window for each delta that its close can grow, where the rate of that
+            close is known in advance; never more than there are deltas. None: as many as deltas. (Several ranks narrow
+            their common candidates to the number of deltas.)
     """
 
     name: str
     propose: Propose | None
     gathers: bool = False
     accumulates: bool = False
+    prune_score: PruneScore | None = None
+    candidates_per_grown: float | None = None
 
 
 _CRITERIA: dict[str, GrowthCriterion] = {}
@@ -78,14 +108,17 @@ def register_growth_criterion(
     *,
     gathers: bool = False,
     accumulates: bool = False,
+    prune_score: PruneScore | None = None,
+    candidates_per_grown: float | None = None,
     override: bool = False,
 ) -> GrowthCriterion:
     """Make `SpIELConfig(growth=name)` use `propose` (contract: `GrowthCriterion`). Returns the criterion.
 
     Raises:
         ValueError: a name that is not an identifier or is taken (`override=True` replaces it), a flag that is
-            not a bool, or a criterion without `propose` that asks for data.
-        TypeError: `propose` is neither callable nor None.
+            not a bool, `candidates_per_grown` that is not a number of at least 1 or is given without `gathers`, or a
+            criterion without `propose` that asks for data.
+        TypeError: `propose` or `prune_score` is neither callable nor None.
     """
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(
@@ -99,18 +132,25 @@ def register_growth_criterion(
             f"`propose` of growth criterion {name!r} must be a function from a GrowthRequest to positions, "
             f"or None to never grow, got {propose!r}. Pass the function itself, not its result."
         )
-    if propose is None and (gathers or accumulates):
-        raise ValueError(
-            f"growth criterion {name!r} has `propose=None` but gathers={gathers}, accumulates={accumulates}: "
-            "nothing would read that data. Drop the flags or pass `propose`."
+    if prune_score is not None and not callable(prune_score):
+        raise TypeError(
+            f"`prune_score` of growth criterion {name!r} must be a function from a PruneRequest to scores, or None for "
+            f"the deltas' absolute values, got {prune_score!r}. Pass the function itself, not its result."
         )
+    if propose is None and (gathers or accumulates or prune_score is not None):
+        raise ValueError(
+            f"growth criterion {name!r} has `propose=None` but gathers={gathers}, accumulates={accumulates}, "
+            f"prune_score={prune_score!r}: a criterion that never grows never prunes and reads no data. Drop these or "
+            "pass `propose`."
+        )
+    _check_candidates(name, candidates_per_grown, gathers)
     _load_built_ins()
     if name in _CRITERIA and not override:
         raise ValueError(
             f"`name` of a growth criterion must be unused, got {name!r}, which is registered already. Pick "
             "another name or pass `override=True`."
         )
-    criterion = GrowthCriterion(name, propose, gathers=gathers, accumulates=accumulates)
+    criterion = GrowthCriterion(name, propose, gathers, accumulates, prune_score, candidates_per_grown)
     _CRITERIA[name] = criterion
     return criterion
 
@@ -139,6 +179,23 @@ def _load_built_ins() -> None:
     # Also while that module itself is importing (it calls register_growth_criterion): Python then hands back
     # the half-initialised module instead of importing it again.
     importlib.import_module(_BUILT_INS)
+
+
+def _check_candidates(name: str, candidates_per_grown: Any, gathers: bool) -> None:
+    if candidates_per_grown is None:
+        return
+    is_number = isinstance(candidates_per_grown, (int, float)) and not isinstance(candidates_per_grown, bool)
+    if not is_number or not 1 <= candidates_per_grown < math.inf:
+        raise ValueError(
+            f"`candidates_per_grown` of growth criterion {name!r} must be a number of at least 1, got "
+            f"{candidates_per_grown!r}. With fewer candidates a close could not grow what it prunes; None takes as many "
+            "candidates as deltas."
+        )
+    if not gathers:
+        raise ValueError(
+            f"`candidates_per_grown` of growth criterion {name!r} works only with `gathers=True`, got "
+            f"{candidates_per_grown!r}. Drop it: no candidates are gathered."
+        )
 
 
 def _require_bool(name: str, flag: str, value: Any) -> None:

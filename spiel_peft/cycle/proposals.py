@@ -1,4 +1,4 @@
-"""Asks a growth criterion what to grow in one matrix, and checks the answer."""
+"""Asks a growth criterion what to grow and what to prune in one matrix, and checks the answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spiel_kernels import sorted_order
 
 from ..delta import SparseDelta
 from ..seeding import seeded_generator
-from .growth_registry import GrowthCriterion, GrowthRequest
+from .growth_registry import GrowthCriterion, GrowthRequest, PruneRequest
 
 
 def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
@@ -30,6 +30,38 @@ def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tenso
             f"one-dimensional integer tensor; for {delta.module_name!r} it proposed {problem}"
         )
     return proposed.to(device=delta.indices.device, dtype=torch.int64)
+
+
+def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
+    """What the criterion says each delta ``[k]`` is worth; the lowest scores are pruned first.
+
+    Raises:
+        ValueError: the criterion's own score is no floating tensor of that shape, or has NaN.
+    """
+    values = delta.values.detach()
+    if criterion.prune_score is None:
+        return values.abs()
+    gradient = delta.values.grad
+    request = PruneRequest(
+        module_name=delta.module_name,
+        indices=delta.indices.to(torch.int64),
+        values=values.clone(),
+        gradient=None if gradient is None else gradient.detach().clone(),
+        count=count,
+    )
+    scores = criterion.prune_score(request)
+    if not isinstance(scores, Tensor):
+        problem = f"a {type(scores).__name__}"
+    elif scores.shape != values.shape or not scores.is_floating_point():
+        problem = f"a {scores.dtype} tensor of shape {tuple(scores.shape)}"
+    elif bool(scores.isnan().any()):
+        problem = f"{int(scores.isnan().sum())} scores that are NaN"
+    else:
+        return scores.detach().to(values.device)
+    raise ValueError(
+        f"`prune_score` of growth criterion {criterion.name!r} must return one floating score per delta, without NaN; "
+        f"for the {delta.k} deltas of {delta.module_name!r} it returned {problem}"
+    )
 
 
 def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:

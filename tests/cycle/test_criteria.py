@@ -18,7 +18,7 @@ from cycle.helpers import (
     train,
     trainable,
 )
-from spiel_peft import GrowthRequest, register_growth_criterion
+from spiel_peft import GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 
 
 class Table(nn.Module):
@@ -137,3 +137,94 @@ def test_every_matrix_and_close_draws_from_a_generator_of_its_own() -> None:
     seeds = seeds_of_a_run()
     assert len(set(seeds)) == len(seeds) == 6
     assert seeds == seeds_of_a_run()
+
+
+def grow_as_ag(name: str, **settings: object) -> None:
+    """Register a criterion that grows as SpIEL-AG does."""
+    propose = get_growth_criterion("accumulated_gradient").propose
+    register_growth_criterion(name, propose, gathers=True, **settings)  # type: ignore[arg-type]
+
+
+def test_a_prune_score_of_ones_own_decides_what_is_pruned() -> None:
+    """The largest deltas leave instead of the smallest, and the score sees what the close sees."""
+    requests: list[PruneRequest] = []
+
+    def smallness(request: PruneRequest) -> Tensor:
+        requests.append(request)
+        return -request.values.abs()
+
+    with registered_criteria():
+        grow_as_ag("largest_leave", prune_score=smallness)
+        model = adapt(growth="largest_leave", density=0.3, initial_regrow_rate=0.5, regrow_schedule="constant")
+        optimizer = adamw(model)
+        train(model, optimizer, 5)
+        before = {name: (d.indices.clone(), d.values.detach().clone(), d.k) for name, d in deltas_of(model).items()}
+        requests.clear()
+        train(model, optimizer, 1, first=6)
+    assert [request.module_name for request in requests] == list(before)
+    for request, delta in zip(requests, deltas_of(model).values(), strict=True):
+        indices, _, k = before[request.module_name]
+        assert torch.equal(request.indices, indices) and request.count == k // 2
+        assert request.gradient is not None and request.gradient.shape == (k,)
+        left = ~torch.isin(indices, delta.indices)
+        assert 0 < int(left.sum()) <= k // 2
+        # What left was among the largest, and what was smaller than the median stayed.
+        ranks = request.values.abs().argsort(descending=True, stable=True)
+        assert set(left.nonzero().flatten().tolist()) <= set(ranks[: k // 2].tolist())
+
+
+def test_the_absolute_value_as_a_prune_score_changes_nothing() -> None:
+    def run(growth: str) -> dict[str, Tensor]:
+        model = adapt(growth=growth, regrow_schedule="constant")
+        train(model, adamw(model), 9)
+        return {name: torch.cat([d.indices, d.values.detach()]) for name, d in deltas_of(model).items()}
+
+    with registered_criteria():
+        grow_as_ag("same", prune_score=lambda request: request.values.abs())
+        own, builtin = run("same"), run("accumulated_gradient")
+    assert all(torch.equal(own[name], builtin[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        (lambda request: request.values[1:], "a torch.float32 tensor of shape"),
+        (lambda request: request.indices, "a torch.int64 tensor"),
+        (lambda request: request.values * torch.nan, "scores that are NaN"),
+        (lambda request: None, "a NoneType"),
+    ],
+    ids=["too-short", "integer", "nan", "none"],
+)
+def test_a_misbehaving_prune_score_changes_nothing(scores: object, problem: str) -> None:
+    """It fails on the second matrix only; the first one must be left alone too."""
+
+    def score(request: PruneRequest) -> object:
+        return request.values.abs() if request.module_name == "0" else scores(request)  # type: ignore[operator]
+
+    with registered_criteria():
+        grow_as_ag("misbehaving", prune_score=score)
+        model = adapt(growth="misbehaving")
+        optimizer, before = adamw(model), indices_of(model)
+        train(model, optimizer, 1)
+        loss_of(model, 2).backward()
+        with pytest.raises(ValueError, match=rf"`prune_score` of growth criterion 'misbehaving' .*'2'.*{problem}"):
+            optimizer.step()
+    for name, delta in deltas_of(model).items():
+        assert torch.equal(delta.indices, before[name])
+
+
+def test_windows_choose_as_many_candidates_as_the_close_can_grow() -> None:
+    """Twice m where m is known in advance; as many as deltas before the first close, which replaces all."""
+    counts: dict[int, list[int]] = {}
+
+    def note(request: GrowthRequest) -> Tensor:
+        counts.setdefault(request.count, []).append(request.candidates.numel())
+        return get_growth_criterion("accumulated_gradient").propose(request)
+
+    with registered_criteria():
+        register_growth_criterion("few", note, gathers=True, candidates_per_grown=2)
+        model = adapt(growth="few", num_deltas={"0": 20}, target_modules=None, total_steps=20, initial_regrow_rate=0.4)
+        delta = first_delta(model)
+        train(model, adamw(model), 19, after=lambda _: assert_sound(delta, 20))
+    # Closes at 2, 6, 10, 14 and 18 with rates 1 and 0.4 (1 - t / 20), of 20 deltas.
+    assert counts == {20: [20], 5: [10], 4: [8], 2: [4]}

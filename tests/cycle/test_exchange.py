@@ -41,7 +41,7 @@ def test_equals_brute_force(case: tuple[list[int], list[float], list[int], int])
     active, values, proposed, count = case
     exchange = decide_exchange(
         torch.tensor(active, dtype=torch.int32),
-        torch.tensor(values),
+        torch.tensor(values).abs(),
         torch.tensor(proposed, dtype=torch.int64),
         count,
     )
@@ -57,7 +57,7 @@ def test_a_close_keeps_the_set_sound_and_moves_values_with_their_positions(
 ) -> None:
     active, values, proposed, count = case
     indices = torch.tensor(active)
-    exchange = decide_exchange(indices, torch.tensor(values), torch.tensor(proposed, dtype=torch.int64), count)
+    exchange = decide_exchange(indices, torch.tensor(values).abs(), torch.tensor(proposed, dtype=torch.int64), count)
     new, source = replace_positions(indices, exchange.drop, exchange.grown)
     assert check_index_set(new.to(torch.int32), NUMEL) is None
     assert new.numel() == len(active)
