@@ -51,6 +51,10 @@ try:
         variants,
         windows,
     )
+    from benchmarks import quality
+    from benchmarks.quality import cell, corpora, methods, queue, tasks, tiny_lm, training
+    from benchmarks.quality import plan as quality_plan
+    from benchmarks.quality import report as quality_report
 finally:
     sys.path.remove(str(ROOT))
 
@@ -58,6 +62,8 @@ __all__ = [
     "ROOT",
     "__main__",
     "bases",
+    "cell",
+    "corpora",
     "cost_model",
     "demo_task",
     "dense_formula",
@@ -70,6 +76,7 @@ __all__ = [
     "index_sets",
     "layer",
     "memory",
+    "methods",
     "op_cases",
     "op_registry",
     "ops",
@@ -78,13 +85,20 @@ __all__ = [
     "parts",
     "plots",
     "profile",
+    "quality",
+    "quality_plan",
+    "quality_report",
+    "queue",
     "report",
     "scaling",
     "step",
     "stepping",
     "tables",
     "targets",
+    "tasks",
     "timing",
+    "tiny_lm",
+    "training",
     "variants",
     "windows",
 ]
