@@ -41,6 +41,7 @@ try:
         parts,
         plots,
         profile,
+        quality,
         report,
         scaling,
         step,
@@ -51,7 +52,6 @@ try:
         variants,
         windows,
     )
-    from benchmarks import quality
     from benchmarks.quality import cell, corpora, methods, queue, tasks, tiny_lm, training
     from benchmarks.quality import plan as quality_plan
     from benchmarks.quality import report as quality_report

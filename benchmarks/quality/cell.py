@@ -1,7 +1,7 @@
 """One cell: one training run, from what the plan says of it to a JSON entry of everything that was measured.
 
-``python -m benchmarks.quality.cell SPEC PATH`` runs the cell that the JSON text SPEC describes, in this process, so that
-peak memory is its own.
+``python -m benchmarks.quality.cell SPEC PATH`` runs the cell that the JSON text SPEC describes, in this process, so
+that peak memory is its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from ..environment import save
 from . import methods
 from .tasks import TASKS, Task
-from .training import Diverged, Setup, train
+from .training import DivergedError, Setup, train
 
 CURVE_POINTS = 6
 CURVE_ROWS = 64
@@ -137,7 +137,7 @@ def _trained(cell: Cell, task: Task, setup: Setup, curve: list[dict[str, float]]
             micro_batches=settings.get("micro_batches", 1),
             on_step=note,
         )
-    except Diverged as found:
+    except DivergedError as found:
         diverged = found.step
     return {"diverged_at": diverged, "train_seconds": time.process_time() - began - scoring}
 

@@ -17,8 +17,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Two modules of the SWORD project as Debian packages them, both in the public domain, and the SHA-256 of their verses as
-# `verses` reads them: another edition would be another task.
+# Two modules of the SWORD project as Debian packages them, both in the public domain, and the SHA-256 of their verses
+# as `verses` reads them: another edition would be another task.
 ENGLISH, SPANISH = "engWEB2015eb", "spaRV1909eb"
 _SWORD_PACKAGES = {ENGLISH: "sword-text-web", SPANISH: "sword-text-sparv"}
 _VERSES_SHA256 = {

@@ -256,9 +256,7 @@ def comparison_table(stage: Stage, results: Results) -> str:
 
 def paired_losses(stage: Stage, results: Results, one: str, other: str) -> list[tuple[float, float]]:
     """Test losses of two methods for every seed that both have."""
-    losses = {
-        (cell.method, cell.seed): test_loss(results[cell.name]) for cell in stage.cells if cell.name in results
-    }
+    losses = {(cell.method, cell.seed): test_loss(results[cell.name]) for cell in stage.cells if cell.name in results}
     seeds = sorted({cell.seed for cell in stage.cells})
     return [(losses[one, s], losses[other, s]) for s in seeds if (one, s) in losses and (other, s) in losses]
 

@@ -40,7 +40,7 @@ class Setup:
         return sum(p.numel() for p in self.trained.values())
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The training loss is no longer finite.
 
     Attributes:
@@ -74,7 +74,7 @@ def train(
         on_step: called after each step with its number, from 1, and its loss.
 
     Raises:
-        Diverged: a loss was not finite; the model is left as it was before that step.
+        DivergedError: a loss was not finite; the model is left as it was before that step.
     """
     groups = [{"params": list(setup.trained.values()), "weight_decay": decay}]
     if setup.head:
@@ -88,7 +88,7 @@ def train(
             loss = task.loss(setup.model, part) / micro_batches
             total += float(loss.detach())
             if not math.isfinite(total):
-                raise Diverged(step)
+                raise DivergedError(step)
             loss.backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()

@@ -188,8 +188,8 @@ def _check_candidates(name: str, candidates_per_grown: Any, gathers: bool) -> No
     if not is_number or not 1 <= candidates_per_grown < math.inf:
         raise ValueError(
             f"`candidates_per_grown` of growth criterion {name!r} must be a number of at least 1, got "
-            f"{candidates_per_grown!r}. With fewer candidates a close could not grow what it prunes; None takes as many "
-            "candidates as deltas."
+            f"{candidates_per_grown!r}. With fewer candidates a close could not grow what it prunes; None takes as "
+            "many candidates as deltas."
         )
     if not gathers:
         raise ValueError(
