@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from . import layer, windows
+from .alone import begin_device_peak, device_peak
 from .bases import LLAMA_2_7B, LLAMA_2_13B, TINY, BaseSpec, LlamaShape
 from .index_sets import ProfileSampler
-from .memory import begin_device_peak, device_peak
 from .parts import Context
 from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
 from .timing import wall_seconds

@@ -13,17 +13,11 @@ from pathlib import Path
 from .environment import RESULTS, add_output_argument
 from .page import page
 from .plots import draw_all
-from .tables import Results, memory_overview, quality_table, step_overview
-from .targets import target_table
+from .tables import Results, alone_table
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 README = Path(__file__).parent.parent / "README.md"
-README_TABLES: dict[str, Callable[[Results], str]] = {
-    "quality": quality_table,
-    "steps": step_overview,
-    "memory": memory_overview,
-    "targets": target_table,
-}
+README_TABLES: dict[str, Callable[[Results], str]] = {"alone": alone_table}
 _MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .alone import AloneSpec, in_own_process
 from .bases import BaseSpec, LlamaShape
 from .environment import add_output_argument, save
-from .memory import MemorySpec, peak_memory
 from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
 from .timing import Clock
 from .variants import Budget
@@ -84,7 +84,7 @@ def measure(point: Point, repetitions: int, memory: bool) -> dict[str, Any]:
     result = {**asdict(point), "rank": budget.rank, "trainable": trainable, "seconds": seconds, "failed": failures}
     if memory:
         names = [name for name in VARIANTS if name != DENSE]
-        result["memory"] = {name: peak_memory(MemorySpec(spec, name, budget, *point.batch())) for name in names}
+        result["memory"] = {name: in_own_process(AloneSpec(spec, name, budget, *point.batch())) for name in names}
     title = f"{point.grows}: d={point.density:.1%}, width {point.width}, {point.tokens} tokens"
     print_times(title, seconds, failures)
     return result

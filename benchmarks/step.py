@@ -1,8 +1,9 @@
 """Whole training steps of SmolLM2: SpIEL, PEFT LoRA, the dense formula, full fine-tuning and the lower bound.
 
-Parts: `time` (seconds per step, interleaved, between SpIEL's windows), `memory` (peak resident memory, each variant in
-a process of its own, through SpIEL's first window and close), `share` (how much of a run SpIEL's windows and closes
-take) and `layer` (one linear layer of 4096 x 4096, forward and backward).
+Parts: `alone` (as users run it: each variant in a process of its own, in turn, timed through a whole cycle), `time`
+(seconds per step between SpIEL's windows, many variants in one process, where LoRA is slower than alone), `memory`
+(peak resident memory, each variant in a process of its own, through SpIEL's first window and close), `share` (how much
+of a run SpIEL's windows and closes take) and `layer` (one linear layer of 4096 x 4096, forward and backward).
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any
 from spiel_peft.config import DEFAULT_R
 
 from . import layer, windows
+from .alone import AloneSpec, in_own_process
 from .bases import TINY, BaseSpec, keep_smollm2
 from .environment import add_output_argument, save
-from .memory import MemorySpec, peak_memory
 from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
+from .timing import median
 from .variants import VARIANTS, Budget, cycling_run
 
-PARTS = ("time", "memory", "share", "layer")
+PARTS = ("alone", "time", "memory", "share", "layer")
 TIMED = (
     LOWER_BOUND,
     LORA,
@@ -39,6 +41,10 @@ TIMED = (
 WEIGHED = (LOWER_BOUND, LORA, "SpIEL-AG", "SpIEL-MA, SM3", "dense formula", "full fine-tuning")
 
 
+# What a user chooses between.
+COMPARED = (LORA, "SpIEL-AG", "SpIEL-MA, SM3")
+
+
 def _shape(text: str) -> tuple[int, int]:
     batch_size, tokens = (int(part) for part in text.split("x"))
     return batch_size, tokens
@@ -46,13 +52,14 @@ def _shape(text: str) -> tuple[int, int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--all", action="store_true", help="everything: all parts, r = 4 and 16, 4x128 and 4x256 (under 25 minutes)")
+    add("--all", action="store_true", help="everything: all parts, r = 4 and 16, 4x128 and 4x256 (under an hour)")
     add("--parts", nargs="+", choices=PARTS, default=["time"])
     add("--r", nargs="+", type=int, default=[16], help="ranks whose number of values is trained")
     add("--shapes", nargs="+", type=_shape, default=[(4, 128)], metavar="BxT", help="sequences x tokens of a batch")
     add("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=f"out of {' | '.join(VARIANTS)}")
     add("--repetitions", type=int, default=7, help="timed steps per variant (fewer of long batches)")
     add("--cycles", type=int, default=2, help="cycles timed for the share of a run")
+    add("--rounds", type=int, default=3, help="processes of each variant for `alone`")
     add("--tiny", action="store_true", help="a tiny random model, to try the benchmark itself")
     add_output_argument(parser)
 
@@ -98,11 +105,22 @@ class _Study:
         print_times(f"r={r}, {shape[0]}x{shape[1]} tokens", seconds, failures)
         self.save("step", r, shape, {"seconds": seconds, "trainable": trainable, "failed": failures})
 
+    def alone(self, r: int, shape: tuple[int, int]) -> None:
+        """Every variant in processes of its own, in turn: seconds of the steps through one whole cycle, peak memory."""
+        rounds: list[dict[str, Any]] = []
+        for _ in range(self.args.rounds):
+            rounds.append({})
+            for name in self.args.variants or COMPARED:
+                spec = AloneSpec(self.spec, name, Budget.of_rank(r), *shape, cycles=1)
+                rounds[-1][name] = entry = in_own_process(spec)
+                print(f"{name:28} {_summary(entry)}", flush=True)
+        self.save("alone", r, shape, {"rounds": rounds})
+
     def memory(self, r: int, shape: tuple[int, int], names: Iterable[str]) -> None:
         """Peak memory of every variant."""
         measured = {}
         for name in names:
-            measured[name] = peak_memory(MemorySpec(self.spec, name, Budget.of_rank(r), *shape))
+            measured[name] = in_own_process(AloneSpec(self.spec, name, Budget.of_rank(r), *shape))
             print(f"{name:28} {_weighed(measured[name])}", flush=True)
         self.save("memory", r, shape, {"memory": measured})
 
@@ -116,6 +134,12 @@ class _Study:
             del run
             print(f"{growth:22} moving deltas takes {result[growth]['share']:.1%} of a run", flush=True)
         self.save("share", r, shape, {"growth": result})
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return f"failed: {entry['error']}"[:200]
+    return f"{median(entry['seconds']):.3f} s per step, peak {entry['peak_mib']:.0f} MiB"
 
 
 def _weighed(entry: dict[str, Any]) -> str:
@@ -144,6 +168,8 @@ def _run_model_parts(study: _Study) -> None:
     args = study.args
     for shape in args.shapes:
         for r in args.r:
+            if "alone" in args.parts:
+                study.alone(r, shape)
             if "time" in args.parts:
                 study.time(r, shape)
             if "memory" in args.parts:

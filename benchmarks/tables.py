@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from .cost_model import fits
 from .environment import RESULTS, load, load_all
 from .stepping import LORA, LOWER_BOUND
 from .timing import median, quantile
+from .variants import FIRST_CLOSE
+from .windows import REGROW_EVERY, moving_steps
 
 Row = Sequence[str]
 
@@ -88,6 +91,73 @@ def quality_table(results: Results) -> str:
     return markdown(["held-out loss", *(f"lr {rate:.0e}" for rate in rates)], rows)
 
 
+def alone_seconds(result: dict[str, Any] | None, part: str) -> dict[str, list[float]]:
+    """Seconds per step of each variant in a process of its own, one number per round.
+
+    Args:
+        result: of the part `alone`.
+        part: "cycle": the mean of a whole default cycle after the first close. "between windows": the median of its
+            steps in which SpIEL-AG does no more than train; the same steps of every variant.
+    """
+    seconds: dict[str, list[float]] = {}
+    for entries in (result or {}).get("rounds", []):
+        for name, entry in entries.items():
+            if "error" in entry:
+                continue
+            cycle = range(FIRST_CLOSE + 1, FIRST_CLOSE + REGROW_EVERY + 1)
+            moving = moving_steps("accumulated_gradient", cycle[-1])
+            values = {step: entry["seconds"][step - 1] for step in cycle}
+            plain = [value for step, value in values.items() if step not in moving]
+            seconds.setdefault(name, []).append(mean(values.values()) if part == "cycle" else median(plain))
+    return seconds
+
+
+def alone_peaks(result: dict[str, Any] | None) -> dict[str, list[float]]:
+    """Peak MiB of each variant in a process of its own, one number per round."""
+    found: dict[str, list[float]] = {}
+    for entries in (result or {}).get("rounds", []):
+        for name, entry in entries.items():
+            if "error" not in entry:
+                found.setdefault(name, []).append(entry["peak_mib"])
+    return found
+
+
+def ratio_by_round(values: dict[str, list[float]], name: str, reference: str) -> float | None:
+    """The median over rounds of one variant's value over another's in the same round; None where one is missing."""
+    pairs = list(zip(values.get(name, []), values.get(reference, []), strict=False))
+    return median([value / of_reference for value, of_reference in pairs]) if pairs else None
+
+
+def alone_table(results: Results) -> str:
+    """What each variant takes in a process of its own, and how that compares with LoRA."""
+    rows = []
+    for result in results.starting("alone_smollm2").values():
+        measured = [alone_seconds(result, "between windows"), alone_seconds(result, "cycle")]
+        measured_peaks = alone_peaks(result)
+        for name in measured_peaks:
+            cells = [
+                f"{median(seconds[name]):.2f} s ({number(ratio_by_round(seconds, name, LORA))})" for seconds in measured
+            ]
+            over = number(ratio_by_round(measured_peaks, name, LORA))
+            cells.append(f"{median(measured_peaks[name]):.0f} MiB ({over})")
+            rows.append([setting_name(result["settings"]), name, *cells])
+    header = ["setting", "method (over LoRA)", "step between windows", "step over a whole cycle", "peak memory"]
+    return markdown(header, rows) if rows else ""
+
+
+def alone_rounds_table(result: dict[str, Any]) -> str:
+    """One setting: the numbers of every round."""
+    columns = [alone_seconds(result, "between windows"), alone_seconds(result, "cycle"), alone_peaks(result)]
+    rows = [[name, *(", ".join(f"{value:.4g}" for value in column[name]) for column in columns)] for name in columns[0]]
+    rows += [
+        [name, "failed", entry["error"].replace("\n", " ").replace("|", "/")[:80], ""]
+        for entries in result["rounds"]
+        for name, entry in entries.items()
+        if "error" in entry
+    ]
+    return markdown(["round by round", "s between windows", "s over a whole cycle", "peak MiB"], rows)
+
+
 def step_overview(results: Results) -> str:
     """Seconds per step, and over LoRA's, by variant and setting."""
     found = results.starting("step_smollm2")
@@ -103,23 +173,6 @@ def step_overview(results: Results) -> str:
             cells.append(f"{values[name]:.2f} s ({number(over)})" if name in values else "")
         rows.append([name, *cells])
     return markdown(["step (over LoRA)", *(setting_name(r["settings"]) for r in found.values())], rows)
-
-
-def memory_overview(results: Results) -> str:
-    """Peak memory in MiB, and over LoRA's, by variant and setting."""
-    found = results.starting("memory_smollm2")
-    if not found:
-        return ""
-    names = list(dict.fromkeys(name for result in found.values() for name in peaks(result)))
-    rows = []
-    for name in names:
-        cells = []
-        for result in found.values():
-            values = peaks(result)
-            over = ratio(values, name, LORA)
-            cells.append(f"{values[name]:.0f} MiB ({number(over)})" if name in values else "")
-        rows.append([name, *cells])
-    return markdown(["peak memory (over LoRA)", *(setting_name(r["settings"]) for r in found.values())], rows)
 
 
 def step_table(result: dict[str, Any]) -> str:

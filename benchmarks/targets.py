@@ -9,7 +9,7 @@ from typing import Any
 from .gpu_training import AG, MA, UNIFORM
 from .layer import FROZEN
 from .stepping import LORA, LOWER_BOUND
-from .tables import Results, markdown, medians, peaks, ratio
+from .tables import Results, alone_seconds, markdown, medians, peaks, ratio, ratio_by_round
 from .timing import median
 
 Value = Callable[[Results], "float | None"]
@@ -85,10 +85,17 @@ def _gpu_fold(rows: int, cols: int) -> Value:
     return value
 
 
-_STEP = "CPU, SmolLM2-135M, fp32, 4x128: step"
+def _alone(r: int, part: str) -> Value:
+    return lambda results: ratio_by_round(alone_seconds(results.get(f"alone_smollm2_r{r}_4x128"), part), SPIEL, LORA)
+
+
+_ALONE = "CPU, SmolLM2-135M, fp32, 4x128, as users run it: step, SpIEL / LoRA"
+_STEP = "CPU, SmolLM2-135M, fp32, 4x128, many models in one process: step"
 _NF4 = "H100, 7B NF4, r=64, checkpointing, 1x2048"
 _BF16 = "H100, 7B bf16, r=64, 1x2048"
 TARGETS = (
+    Target(f"{_ALONE}, whole cycle, r=16", 1.0, _alone(16, "cycle")),
+    Target(f"{_ALONE}, between windows, r=16", 0.97, _alone(16, "between windows")),
     Target(f"{_STEP}, SpIEL / LoRA, r=4", 0.95, _cpu_step(4, SPIEL, LORA)),
     Target(f"{_STEP}, SpIEL / LoRA, r=16", 1.03, _cpu_step(16, SPIEL, LORA)),
     Target(f"{_STEP}, SpIEL / LoRA with dropout 0.05, r=4", 0.75, _cpu_step(4, SPIEL, "LoRA, dropout 0.05")),

@@ -177,6 +177,10 @@ VARIANTS: dict[str, Callable[[Any, Budget], TrainingRun]] = {
 }
 
 
+# How the variants grow whose default cycle `cycling_run` runs.
+GROWTH = {"SpIEL-AG": "accumulated_gradient", _MOMENTUM: "momentum"}
+
+
 def build(name: str, base: Any, budget: Budget) -> TrainingRun:
     """Set a variant up on a base model, which it keeps and changes.
 

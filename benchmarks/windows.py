@@ -12,14 +12,16 @@ from .variants import FIRST_CLOSE, TrainingRun
 REGROW_EVERY = 20  # the default of SpIELConfig, like FIRST_CLOSE
 
 
-def moving_steps(growth: str, steps: int) -> list[int]:
-    """Steps, counted from 1, that do more than train: windows and closes."""
+def moving_steps(growth: str | None, steps: int) -> list[int]:
+    """Steps, counted from 1, that do more than train: windows and closes; none where nothing grows."""
+    if growth is None:
+        return []
     length = FIRST_CLOSE if growth == "accumulated_gradient" else 1
     closes = range(FIRST_CLOSE, steps + 1, REGROW_EVERY)
     return sorted({step for close in closes for step in range(max(1, close - length + 1), close + 1)})
 
 
-def shares(seconds: list[float], growth: str) -> dict[str, float]:
+def shares(seconds: list[float], growth: str | None) -> dict[str, float]:
     """Shares of whole cycles after the first close.
 
     Args:
@@ -41,7 +43,7 @@ def shares(seconds: list[float], growth: str) -> dict[str, float]:
 
 
 def measure(
-    run: TrainingRun, growth: str, batches: list[Tensor], cycles: int, clock: Clock | None = None
+    run: TrainingRun, growth: str | None, batches: list[Tensor], cycles: int, clock: Clock | None = None
 ) -> dict[str, Any]:
     """Time a run with the default cycle step by step, from its first step over so many cycles after the first close."""
     seconds: list[float] = []

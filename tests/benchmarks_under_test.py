@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import (
         __main__,
+        alone,
         bases,
         cost_model,
         demo_task,
@@ -32,7 +33,6 @@ try:
         gpu_training,
         index_sets,
         layer,
-        memory,
         op_cases,
         op_registry,
         ops,
@@ -59,6 +59,7 @@ finally:
     sys.path.remove(str(ROOT))
 
 __all__ = [
+    "alone",
     "ROOT",
     "__main__",
     "bases",
@@ -75,7 +76,6 @@ __all__ = [
     "gpu_training",
     "index_sets",
     "layer",
-    "memory",
     "methods",
     "op_cases",
     "op_registry",

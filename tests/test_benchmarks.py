@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from benchmarks_under_test import (
+    alone,
     bases,
     demo_task,
     environment,
     index_sets,
-    memory,
     profile,
     scaling,
     step,
@@ -25,7 +25,7 @@ from benchmarks_under_test import (
 )
 
 from spiel_kernels import check_index_set
-from spiel_peft import SparseDelta
+from spiel_peft import SparseDelta, SpIELConfig
 
 CPU = torch.device("cpu")
 TINY = bases.BaseSpec(shape=bases.TINY)
@@ -195,32 +195,76 @@ def test_a_variant_that_fails_fails_alone() -> None:
 
 
 def test_bases_survive_json() -> None:
-    spec = memory.MemorySpec(TINY.sliced(1), "LoRA", variants.Budget.of_rank(2), 1, 16)
-    assert memory.MemorySpec.from_json(spec.to_json()) == spec
-    measured = memory.measure_here(spec)
+    spec = alone.AloneSpec(TINY.sliced(1), "LoRA", variants.Budget.of_rank(2), 1, 16)
+    assert alone.AloneSpec.from_json(spec.to_json()) == spec
+    measured = alone.measure_here(spec)
     assert measured["peak_mib"] >= measured["loaded_mib"] > 50 and measured["trainable"] > 0
     assert measured["peak_mib"] == max(measured["step_peaks_mib"]) and len(measured["step_peaks_mib"]) == 3
+    assert measured["trainable"] > 0 and "seconds" not in measured
     with pytest.raises(ValueError, match="a base needs a checkpoint or a shape"):
         bases.BaseSpec().build()
 
 
+@pytest.mark.parametrize("name", step.COMPARED)
+def test_a_variant_alone_is_timed_through_a_default_cycle(name: str) -> None:
+    spec = alone.AloneSpec(TINY, name, variants.Budget.of_rank(2), 1, 16, cycles=1)
+    measured = alone.measure_here(spec)
+    assert len(measured["seconds"]) == 25 and min(measured["seconds"]) > 0
+    moving = {"SpIEL-AG": [1, 2, 3, 4, 5, 21, 22, 23, 24, 25], "SpIEL-MA, SM3": [5, 25]}
+    assert measured["moving_steps"] == moving.get(name, [])
+    assert measured["peak_mib"] > 50
+
+
+def test_the_default_cycle_is_what_is_timed() -> None:
+    """The numbers that the benchmark repeats are those of the config, and a timed run moves deltas by them."""
+    config = SpIELConfig()
+    assert (config.accumulation_steps, config.regrow_every) == (variants.FIRST_CLOSE, windows.REGROW_EVERY)
+    run = variants.cycling_run("accumulated_gradient", TINY.build(), variants.Budget.of_rank(2))
+    (delta, *_) = (module for module in run.model.modules() if isinstance(module, SparseDelta))
+    ids, closes = TINY.batches(1, 16)[0], []
+    for number in range(1, 26):
+        before = delta.indices.clone()
+        run.step(ids)
+        if not torch.equal(before, delta.indices):
+            closes.append(number)
+    assert closes == [5, 25]
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    spec = memory.MemorySpec(TINY, "SpIEL-AG", variants.Budget.of_rank(2), 1, 16)
-    measured = memory.peak_memory(spec)
+    spec = alone.AloneSpec(TINY, "SpIEL-AG", variants.Budget.of_rank(2), 1, 16)
+    measured = alone.in_own_process(spec)
     assert measured["peak_mib"] >= measured["loaded_mib"] > 50
-    assert "no result after 0 s" in memory.peak_memory(spec, timeout_seconds=0.01)["error"]
+    assert "no result after 0 s" in alone.in_own_process(spec, timeout_seconds=0.01)["error"]
 
 
 # Commands
 
 
-def test_step_command(tmp_path: Path) -> None:
-    argv = ["--tiny", "--parts", "time", "share", "layer", "--r", "2", "--shapes", "1x16", "--repetitions", "1"]
+def test_step_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "COMPARED", ("LoRA", "SpIEL-AG"))
+    argv = [
+        "--tiny",
+        "--parts",
+        "alone",
+        "time",
+        "share",
+        "layer",
+        "--r",
+        "2",
+        "--shapes",
+        "1x16",
+        "--repetitions",
+        "1",
+        "--rounds",
+        "1",
+    ]
     step.run(parsed(step, *argv, "--cycles", "1", "--output", str(tmp_path)))
     timed = environment.load("step_tiny_r2_1x16", tmp_path)
     assert list(timed["seconds"]) == list(step.TIMED) and not timed["failed"]
     assert timed["versions"]["torch"] == torch.__version__ and timed["commit"] and timed["date"]
+    (entries,) = environment.load("alone_tiny_r2_1x16", tmp_path)["rounds"]
+    assert {name: len(entry["seconds"]) for name, entry in entries.items()} == dict.fromkeys(step.COMPARED, 25)
     share = environment.load("share_tiny_r2_1x16", tmp_path)["growth"]
     assert {name: len(entry["seconds"]) for name, entry in share.items()} == {
         "accumulated_gradient": 25,

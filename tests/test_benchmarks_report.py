@@ -12,6 +12,16 @@ from benchmarks_under_test import ROOT, environment, page, plots, report, tables
 MACHINE = {"batch_size": 4, "tokens": 128, "dtype": "float32"}
 
 
+def alone_rounds() -> list[dict[str, Any]]:
+    """Three rounds of a slow first one: LoRA's steps take 1 s, SpIEL-AG's 1.1 s and those of its window 2.1 s."""
+    rounds = []
+    for factor in (3.0, 1.0, 1.0):
+        lora = {"seconds": [factor] * 25, "peak_mib": 1000.0}
+        spiel = {"seconds": [2.1 * factor] * 5 + [1.1 * factor] * 15 + [2.1 * factor] * 5, "peak_mib": 990.0}
+        rounds.append({"LoRA": lora, "SpIEL-AG": spiel, "SpIEL-MA, SM3": {"error": "exit status 1: a | b"}})
+    return rounds
+
+
 def write_cpu_results(folder: Path, spiel_seconds: float = 0.9) -> tables.Results:
     """Made-up results of every CPU benchmark."""
     seconds = {"lower bound": [0.8], "LoRA": [1.0, 1.1, 0.9], "LoRA, dropout 0.05": [1.3], "SpIEL-AG": [spiel_seconds]}
@@ -28,6 +38,8 @@ def write_cpu_results(folder: Path, spiel_seconds: float = 0.9) -> tables.Result
             f"step_smollm2_r{r}_4x128", {"settings": settings, "seconds": seconds, "failed": failed}, folder
         )
         environment.save(f"memory_smollm2_r{r}_4x128", {"settings": settings, "memory": peak}, folder)
+    alone = {"settings": {**MACHINE, "r": 16}, "rounds": alone_rounds()}
+    environment.save("alone_smollm2_r16_4x128", alone, folder)
     growth = {"seconds": [1.0] * 25, "share": 0.03, "share_of_moving_steps": 0.02}
     shares = {"settings": {**MACHINE, "r": 16}, "growth": {"accumulated_gradient": growth, "momentum": growth}}
     environment.save("share_smollm2_r16_4x128", shares, folder)
@@ -88,7 +100,7 @@ def test_the_page_is_what_the_results_say() -> None:
 
 def test_targets_are_judged_by_the_medians(tmp_path: Path) -> None:
     found = verdicts(write_cpu_results(tmp_path))
-    step = "CPU, SmolLM2-135M, fp32, 4x128: step, SpIEL"
+    step = "CPU, SmolLM2-135M, fp32, 4x128, many models in one process: step, SpIEL"
     assert found[f"{step} / LoRA, r=4"] == ["<= 0.95", "0.90", "met"]
     assert found[f"{step} / LoRA with dropout 0.05, r=16"] == ["<= 0.82", "0.69", "met"]
     assert found[f"{step} / lower bound, r=4"] == ["<= 1.12", "1.12", "missed"]
@@ -128,6 +140,20 @@ def test_page_and_plots_of_every_benchmark(tmp_path: Path) -> None:
     assert all(0 < path.stat().st_size < 100_000 and f"plots/{path.name})" in text for path in drawn)
 
 
+def test_what_users_see_is_compared_round_by_round(tmp_path: Path) -> None:
+    results = write_cpu_results(tmp_path)
+    table = tables.alone_table(results)
+    assert "| r=16, 4x128 | LoRA | 1.00 s (1.00) | 1.00 s (1.00) | 1000 MiB (1.00) |" in table
+    assert "| r=16, 4x128 | SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in table
+    text = page.page(results)
+    assert table in text and "## As users run it, on a CPU" in text
+    assert "| SpIEL-AG | 3.3, 1.1, 1.1 | 4.05, 1.35, 1.35 | 990, 990, 990 |" in text
+    assert "| SpIEL-MA, SM3 | failed | exit status 1: a / b |  |" in text
+    found = verdicts(results)
+    as_users = "CPU, SmolLM2-135M, fp32, 4x128, as users run it: step, SpIEL / LoRA"
+    assert found[f"{as_users}, whole cycle, r=16"] == ["<= 1.00", "1.35", "missed"]
+
+
 def test_an_empty_folder_gives_a_page_of_targets(tmp_path: Path) -> None:
     text = page.page(tables.Results(tmp_path))
     assert text.count("not measured") == len(targets.TARGETS) and "## GPU" not in text
@@ -136,14 +162,15 @@ def test_an_empty_folder_gives_a_page_of_targets(tmp_path: Path) -> None:
 
 def test_tables_of_a_text_are_renewed(tmp_path: Path) -> None:
     results = write_cpu_results(tmp_path)
-    text = (
-        "before\n<!-- benchmarks: steps -->\nold\n<!-- end -->\n\n<!-- benchmarks: quality -->\n<!-- end -->\nafter\n"
-    )
+    text = "before\n<!-- benchmarks: alone -->\nold\n<!-- end -->\nafter\n"
     renewed = report.with_tables(text, results)
-    assert f"<!-- benchmarks: steps -->\n\n{tables.step_overview(results)}\n\n<!-- end -->" in renewed
-    assert "<!-- benchmarks: quality -->\n<!-- end -->\nafter" in renewed and "old" not in renewed
+    assert f"<!-- benchmarks: alone -->\n\n{tables.alone_table(results)}\n\n<!-- end -->\nafter" in renewed
+    assert "old" not in renewed
     assert report.with_tables(renewed, results) == renewed
-    with pytest.raises(ValueError, match="no table is called 'speed'; there are quality, steps"):
+    # Nothing measured, nothing shown.
+    empty = tables.Results(tmp_path / "empty")
+    assert report.with_tables(renewed, empty) == text.replace("old\n", "")
+    with pytest.raises(ValueError, match="no table is called 'speed'; there are alone"):
         report.with_tables("<!-- benchmarks: speed -->\n<!-- end -->", results)
 
 
@@ -152,10 +179,10 @@ def test_report_command(tmp_path: Path) -> None:
     parser = argparse.ArgumentParser()
     report.add_arguments(parser)
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- benchmarks: memory -->\n<!-- end -->\n")
+    readme.write_text("<!-- benchmarks: alone -->\n<!-- end -->\n")
     argv = ["--output", str(tmp_path), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     report.run(parser.parse_args(argv))
-    assert "| SpIEL-AG | 800 MiB (0.80) | 800 MiB (0.80) |" in readme.read_text()
+    assert "| SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in readme.read_text()
     assert (tmp_path / "page.md").read_text() == page.page(tables.Results(tmp_path))
     assert (tmp_path / "plots" / "steps.png").is_file()
 

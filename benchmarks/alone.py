@@ -1,4 +1,7 @@
-"""Peak memory of training steps: resident memory of a process of its own on a CPU, the allocator's count on a GPU."""
+"""Training as users run it, one variant in a process of its own: peak memory, and seconds of every step.
+
+On a GPU peak memory is what the allocator counts, so no process is needed for it.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import windows
 from .bases import BaseSpec
-from .variants import Budget, TrainingRun, build
+from .variants import GROWTH, Budget, TrainingRun, build, cycling_run
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
-class MemorySpec:
-    """One variant on one base, to be measured alone."""
+class AloneSpec:
+    """One variant on one base, to be measured alone.
+
+    Attributes:
+        base: the frozen model.
+        variant: a name of `variants.VARIANTS`.
+        budget: how much is trained.
+        batch_size, tokens: shape of the batches.
+        cycles: 0 measures memory only, through the warm-up. Otherwise every step is timed, through the first close and
+            so many whole cycles, and SpIEL runs with its default cycle.
+    """
 
     base: BaseSpec
     variant: str
     budget: Budget
     batch_size: int
     tokens: int
+    cycles: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(text: str) -> MemorySpec:
+    def from_json(text: str) -> AloneSpec:
         entry = json.loads(text)
-        return MemorySpec(**{**entry, "base": BaseSpec.from_json(entry["base"]), "budget": Budget(**entry["budget"])})
+        return AloneSpec(**{**entry, "base": BaseSpec.from_json(entry["base"]), "budget": Budget(**entry["budget"])})
 
 
-def peak_memory(spec: MemorySpec, timeout_seconds: float = 600.0) -> dict[str, Any]:
-    """Peak resident memory of a fresh process that trains the variant past its warm-up, in MiB.
+def in_own_process(spec: AloneSpec, timeout_seconds: float = 600.0) -> dict[str, Any]:
+    """Train the variant in a fresh process.
 
     Returns:
-        ``peak_mib``, ``steady_mib`` (the same of a step after the warm-up, between SpIEL's windows), ``step_peaks_mib``
-        (of each step, set-up included in the first), ``loaded_mib`` (resident before the variant is set up:
-        interpreter, libraries and base model) and ``trainable``; or ``error``.
+        Of peak resident memory, in MiB: ``peak_mib``, and ``loaded_mib`` (resident before the variant is set up:
+        interpreter, libraries and base model); ``trainable``, the number of trained values. With ``spec.cycles`` 0
+        also ``steady_mib`` (the peak of a step after the warm-up, between SpIEL's windows) and ``step_peaks_mib`` (of
+        each step, set-up included in the first); else what `windows.measure` returns. Or ``error`` alone.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", spec.to_json()]
+    command = [sys.executable, "-m", "benchmarks.alone", spec.to_json()]
     folder = Path(__file__).parent.parent
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=timeout_seconds, check=False)
@@ -94,23 +109,23 @@ def _step_peaks(run: TrainingRun, batches: list[Tensor]) -> list[float]:
     return peaks
 
 
-def measure_here(spec: MemorySpec) -> dict[str, Any]:
-    """What `peak_memory` returns, of this very process."""
+def measure_here(spec: AloneSpec) -> dict[str, Any]:
+    """What `in_own_process` returns, of this very process."""
     base = spec.base.build()
     batches = spec.base.batches(spec.batch_size, spec.tokens)
     _give_back_freed()
-    forgotten = _forget_peak()
-    loaded = _status_mib("VmRSS")
-    run = build(spec.variant, base, spec.budget)
+    result: dict[str, Any] = {"loading_left_out": _forget_peak(), "loaded_mib": _status_mib("VmRSS")}
+    growth = GROWTH.get(spec.variant)
+    if spec.cycles and growth is not None:
+        run = cycling_run(growth, base, spec.budget)
+    else:
+        run = build(spec.variant, base, spec.budget)
+    result["trainable"] = run.trainable
+    if spec.cycles:
+        timed = windows.measure(run, growth, batches, spec.cycles)
+        return result | timed | {"peak_mib": _status_mib("VmHWM")}
     peaks = _step_peaks(run, batches)
-    return {
-        "peak_mib": max(peaks),
-        "steady_mib": peaks[-1],
-        "step_peaks_mib": peaks,
-        "loaded_mib": loaded,
-        "loading_left_out": forgotten,
-        "trainable": run.trainable,
-    }
+    return result | {"peak_mib": max(peaks), "steady_mib": peaks[-1], "step_peaks_mib": peaks}
 
 
 def begin_device_peak(device: torch.device) -> float:
@@ -133,4 +148,4 @@ def device_peak(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_here(MemorySpec.from_json(sys.argv[1]))))
+    print(json.dumps(measure_here(AloneSpec.from_json(sys.argv[1]))))
