@@ -78,5 +78,15 @@ def test_numbers_come_from_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
     results = tables.Results()
     assert report.with_tables(README, results) == README
-    assert tables.quality_table(results) in README
-    assert tables.step_overview(results) in README
+    assert tables.alone_table(results) in README
+    result = results.get("alone_smollm2_r16_4x128")
+    columns = (
+        *(tables.alone_seconds(result, part) for part in ("between windows", "cycle")),
+        tables.alone_peaks(result),
+    )
+    between, cycle, peak = (tables.ratio_by_round(column, "SpIEL-AG", "LoRA") for column in columns)
+    said = (
+        f"SpIEL-AG takes {between:.2f} of LoRA's step between windows and {cycle:.2f} over a whole cycle of the "
+        f"defaults, with {peak:.2f} of its peak memory"
+    )
+    assert said in " ".join(README.split())

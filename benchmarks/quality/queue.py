@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 from ..environment import RESULTS
@@ -86,12 +86,12 @@ def run_in_process(cell: Cell, path: Path) -> bool:
 
 
 def cell_seconds(plan: dict[str, Any], results: Results) -> dict[str, float]:
-    """What a cell of each tier takes: the mean of those that are through, else the plan's guess."""
+    """What a cell of each tier takes: the median of those that are through, else the plan's guess."""
     guesses = {tier: float(entry["cell_seconds"]) for tier, entry in plan["tiers"].items()}
     for tier in guesses:
         measured = [result["seconds"] for result in results.values() if result["tier"] == tier and result["rate"]]
         if measured:
-            guesses[tier] = mean(measured)
+            guesses[tier] = median(measured)
     return guesses
 
 

@@ -280,7 +280,7 @@ def test_status_counts_cells_and_hours(toy_plan: dict[str, Any]) -> None:
     assert lines[2].startswith("screen, tier toy, toy, r=2") and lines[2].split()[5:8] == ["0", "22", "0.03"]
     assert lines[-1].split() == ["all", "0", str(1 + 22 + 4 + 2 + 9), "0.05"]
     results = fill(toy_plan, lambda described: described.rate)
-    # Once cells are through, their mean counts instead of the guess.
+    # Once cells are through, their median counts instead of the guess.
     assert queue.cell_seconds(toy_plan, results) == {"toy": 7.0}
     toy_plan["studies"] = toy_plan["studies"][:1]
     assert f"results that the plan does not name (it has changed since): {len(results) - 1}" in queue.status(
