@@ -1,4 +1,4 @@
-"""The rates of a GPU that make the cost model of the gather (`spiel_kernels.outer_cost`) agree with measured times."""
+"""The rates of a GPU that make the cost model of the gather (`spiel_kernels.outer_plan`) agree with measured times."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fit_rates(entries: Iterable[dict[str, Any]], flops: dict[str, float]) -> dic
     pairs = _predictions(entries)
     if not pairs:
         return {}
-    from spiel_kernels.outer_cost import CostModel
+    from spiel_kernels.outer_plan import CostModel
 
     model = CostModel()
     if "bfloat16" in flops:

@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from spiel_kernels.dispatch import runs_triton
 from spiel_kernels.gather import ConvGeometry
-from spiel_kernels.sampled import sampled_pays
-from spiel_kernels.turned import turned
+from spiel_kernels.sampled import sampled_pays, turned
 
 from .weight_gradients import ConvGradient, OuterGradient
 

@@ -25,9 +25,8 @@ from .gather import (
     gather_outer,
     gather_outer_sets,
 )
-from .index_set import check_index_set, index_dtype, replace_positions, sample_positions
+from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
 from .momentum import sm3_accumulate_, top_outer_positions
-from .ordering import sorted_order
 from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
 
 __all__ = [

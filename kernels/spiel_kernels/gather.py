@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype, read_entries
+from .outer_plan import plan_for
 from .outer_products import gather_by_plan
-from .plan_cache import plan_for
 from .sampled import gather_sampled, sampled_pays
 
 # Entries of a block that is not worth making smaller.

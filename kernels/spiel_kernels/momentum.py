@@ -2,11 +2,232 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
-from .outer_top import split_positions, top_outer
+
+_MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
+_INFINITY = float("inf")
+# Thresholds per round and rounds. On a CPU every comparison costs; on a GPU every launch does, so that there are many
+# thresholds, and a fixed number of rounds instead of a wait after each.
+_CPU_SEARCH = (1, 64)
+_GPU_SEARCH = (63, 4)
+# Candidates that cost less to list than another round would to leave out.
+_SPARE = 64
+
+
+def ordered_bits(scores: Tensor) -> Tensor:
+    """int64 keys that sort as the float64 `scores` ``[n]`` do (no NaN): on a CPU several times faster to sort."""
+    bits = scores.view(torch.int64)
+    return torch.where(bits < 0, bits ^ _MAGNITUDE, bits)
+
+
+def _key_of(score: float) -> int:
+    (bits,) = struct.unpack("<q", struct.pack("<d", score))
+    return bits ^ _MAGNITUDE if bits < 0 else bits
+
+
+def _score_of(key: int) -> float:
+    (score,) = struct.unpack("<d", struct.pack("<q", key ^ _MAGNITUDE if key < 0 else key))
+    return score
+
+
+def split_positions(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 ``[n]``, of flat positions ``[n]`` in a matrix with `cols` columns and < 2**50 entries.
+
+    A product in float64 is faster than an integer division; the half keeps the quotient away from the next integer by
+    more than its rounding error.
+    """
+    rows = positions.to(torch.float64).add_(0.5).mul_(1.0 / cols).to(torch.int64)
+    return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
+
+
+@dataclass(frozen=True)
+class OuterSum:
+    """The scores ``outer[i] + inner[j]`` of all pairs, `inner` in descending order, and the pairs left out.
+
+    ``-inf`` marks entries without candidates. A pair is position ``i * outer_stride + order[j] * inner_stride``.
+    """
+
+    outer: Tensor  # float64 [A]
+    inner: Tensor  # float64 [C], descending
+    order: Tensor  # int64 [C]: where each entry of inner was before sorting
+    outer_stride: int
+    inner_stride: int
+    left_out_outer: Tensor  # int64 [k]
+    left_out_rank: Tensor  # int64 [k], into inner
+    left_out_scores: Tensor  # float64 [k]
+
+    @classmethod
+    def build(cls, log_row: Tensor, log_col: Tensor, left_out: tuple[Tensor, Tensor], by_rows: bool) -> OuterSum:
+        """Sort one vector: the columns' if `by_rows`, else the rows'. `left_out`: rows and columns of the pairs."""
+        outer, inner = (log_row, log_col) if by_rows else (log_col, log_row)
+        left_outer, left_inner = left_out if by_rows else reversed(left_out)
+        strides = (log_col.numel(), 1) if by_rows else (1, log_col.numel())
+        keys, order = torch.sort(~ordered_bits(inner), stable=True)
+        rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        scores = outer.index_select(0, left_outer) + inner.index_select(0, left_inner)
+        return cls(outer, inner[order], order, *strides, left_outer, rank.index_select(0, left_inner), scores)
+
+    def pairs(self, reach: Tensor, total: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and scores, ``[total]`` each, of the first ``reach[i]`` pairs of every i; -inf: left out.
+
+        Args:
+            reach: int64 ``[A]`` with the sum `total`.
+            hidden: bool ``[k]``, what `reached` gives for it.
+        """
+        ends = reach.cumsum(0)
+        owner = torch.repeat_interleave(reach, output_size=total)
+        starts = ends - reach
+        rank = torch.arange(total, device=reach.device).sub_(starts.index_select(0, owner))
+        # One slot more, for pairs that are left out but lie beyond the reach.
+        scores = torch.empty(total + 1, dtype=torch.float64, device=reach.device)
+        torch.add(self.outer.index_select(0, owner), self.inner.index_select(0, rank), out=scores[:total])
+        slots = starts.index_select(0, self.left_out_outer).add_(self.left_out_rank)
+        scores.index_fill_(0, slots.where(hidden, total), -_INFINITY)
+        positions = owner.mul_(self.outer_stride).add_(self.order.index_select(0, rank), alpha=self.inner_stride)
+        return positions, scores[:total]
+
+    def reached(self, reach: Tensor) -> Tensor:
+        """Which of the pairs left out are among the first ``reach[i]`` of their i: bool ``[k]``."""
+        return self.left_out_rank < reach.index_select(0, self.left_out_outer)
+
+
+def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Tensor:
+    """The m best positions by ``log_row[i] + log_col[j]``, best first, ties to the lowest position.
+
+    Takes O(out log out + in log in + k) time and O(out + in + k) memory.
+
+    Args:
+        log_row: float64 ``[rows]``, no NaN; -inf: no candidates there. log_col: float64 ``[cols]``, likewise.
+        excluded: ``[k]`` unique flat positions in ``[rows, cols]`` that may not be chosen.
+        m: how many, at least 1; neither vector is empty.
+
+    Returns:
+        int64 ``[min(m, candidates)]``.
+    """
+    left_out = split_positions(excluded, log_col.numel())
+    scores = OuterSum.build(log_row, log_col, left_out, by_rows=log_row.numel() <= log_col.numel())
+    reach = _near_threshold(scores, m)
+    hidden = scores.reached(reach)
+    infinite = (log_row.amax() == _INFINITY) | (log_col.amax() == _INFINITY)
+    # The only wait for the device, unless the scores are degenerate.
+    total, left, degenerate = torch.stack([reach.sum(), hidden.sum(), infinite.long()]).tolist()
+    if degenerate or total - left > _listable(scores, m):
+        scores = OuterSum.build(log_row, log_col, left_out, by_rows=True)
+        reach = _exact_threshold(scores, m)
+        hidden = scores.reached(reach)
+        total, left = torch.stack([reach.sum(), hidden.sum()]).tolist()
+    positions, values = scores.pairs(reach, total, hidden)
+    if left and positions.device.type == "cpu":
+        kept = (values > -_INFINITY).nonzero().flatten()
+        positions, values = positions[kept], values[kept]
+    positions, order = torch.sort(positions)
+    best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices
+    return positions[best_first[: min(m, total - left)]]
+
+
+def _listable(scores: OuterSum, m: int) -> int:
+    return 2 * (m + _SPARE) + scores.outer.numel() + scores.inner.numel()
+
+
+def _near_threshold(scores: OuterSum, m: int) -> Tensor:
+    """Per entry of `scores.outer` a prefix of `scores.inner`, together at least the m best candidates, ties included.
+
+    Not many more than that, unless many scores are equal. All scores must be below +inf.
+    """
+    on_cpu = scores.outer.device.type == "cpu"
+    thresholds, rounds = _CPU_SEARCH if on_cpu else _GPU_SEARCH
+    low, high, slack = _score_range(scores)
+    number = torch.arange(thresholds + 1, device=low.device)
+    descending = -scores.inner
+    left_out = torch.sort(scores.left_out_scores).values if thresholds > 1 else scores.left_out_scores
+    for _ in range(rounds):
+        trial = low + (high - low) * (number[1:] / number.numel())
+        # At most too many of those left out are subtracted: a threshold that passes has its m candidates.
+        surplus = _prefixes(scores.outer, descending, trial[:, None]).sum(1) - m - _count(left_out, trial - slack)
+        best = number[1:].where(surplus >= 0, 0).amax(0, keepdim=True)
+        low, high = torch.cat([low, trial])[best], torch.cat([trial, high])[best]
+        if on_cpu and (0 <= int(surplus.amin()) <= m // 16 + _SPARE or bool(high - low <= slack)):
+            break
+    return _prefixes(scores.outer, descending, low - 2 * slack)
+
+
+def _count(left_out: Tensor, thresholds: Tensor) -> Tensor:
+    """How many of the scores left out reach a threshold; for more than one threshold they are sorted."""
+    if thresholds.numel() == 1:
+        return torch.count_nonzero(left_out >= thresholds)
+    return left_out.numel() - torch.searchsorted(left_out, thresholds)
+
+
+def _prefixes(outer: Tensor, descending: Tensor, thresholds: Tensor) -> Tensor:
+    """How many pairs reach a threshold, up to rounding; `descending` is the negative of a descending vector."""
+    return torch.searchsorted(descending, outer - thresholds, right=True)
+
+
+def _score_range(scores: OuterSum) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest and highest score, and a bound on the rounding between `_prefixes` and the scores; ``[1]`` each."""
+    ends = _extremes(scores).nan_to_num(0.0, 0.0, 0.0)
+    least_outer, most_outer, least_inner, most_inner = ends.split(1)
+    size = ends[:2].abs().amax(0, keepdim=True) + ends[2:].abs().amax(0, keepdim=True)
+    # Either side of the comparison rounds once or twice, by at most 2**-53 of three times the size.
+    return least_outer + least_inner, most_outer + most_inner, size * 2.0**-50
+
+
+def _extremes(scores: OuterSum) -> Tensor:
+    """Least and most of `scores.outer` and of `scores.inner` where there are candidates; +inf, -inf if nowhere."""
+    ends = []
+    for vector in (scores.outer, scores.inner):
+        ends += [vector.where(vector > -_INFINITY, _INFINITY).amin(), vector.amax()]
+    return torch.stack(ends)
+
+
+def _exact_threshold(scores: OuterSum, m: int) -> Tensor:
+    """`_near_threshold` for any scores: with the m best candidates come at most k + cols more pairs.
+
+    `scores` are by rows. Equal scores at the threshold are taken from the first rows only, as many as are needed.
+    """
+    least_outer, most_outer, least_inner, most_inner = _extremes(scores).tolist()
+    low, high = _key_of(least_outer + least_inner), _key_of(most_outer + most_inner) + 1
+    reach_low, reach_high = _exact_prefixes(scores, _score_of(low)), torch.zeros_like(scores.outer, dtype=torch.int64)
+
+    def surplus(reach: Tensor) -> int:
+        return int(reach.sum() - scores.reached(reach).sum()) - m
+
+    if surplus(reach_low) <= 0:
+        return reach_low
+    while high - low > 1:
+        middle = (low + high) // 2
+        reach = _exact_prefixes(scores, _score_of(middle))
+        if surplus(reach) >= 0:
+            low, reach_low = middle, reach
+        else:
+            high, reach_high = middle, reach
+    ties = reach_low - reach_high
+    hidden = (scores.reached(reach_low) & ~scores.reached(reach_high)).to(torch.int64)
+    ties.index_add_(0, scores.left_out_outer, hidden, alpha=-1)
+    enough = ties.cumsum(0) >= -surplus(reach_high)
+    # Rows before the first with enough, and that one itself.
+    needed = torch.cat([enough.new_zeros(1), enough[:-1]]).logical_not_()
+    return reach_low.where(needed, reach_high)
+
+
+def _exact_prefixes(scores: OuterSum, threshold: float) -> Tensor:
+    """How many pairs of every entry of `scores.outer` have a score of at least `threshold`; int64 ``[A]``."""
+    size = scores.inner.numel()
+    reach = torch.zeros_like(scores.outer, dtype=torch.int64)
+    step = 1 << (size.bit_length() - 1)
+    while step:
+        probe = reach + step
+        value = scores.outer + scores.inner.index_select(0, (probe - 1).clamp_(max=size - 1))
+        reach = probe.where((probe <= size) & (value >= threshold), reach)
+        step //= 2
+    return reach
+
 
 # Entries per round on a CPU: temporary tensors stay in the cache, and small beside the deltas of a large matrix.
 _CHUNK = 1 << 15

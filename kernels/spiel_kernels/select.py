@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .gather import ConvGeometry, conv_row_blocks, embedding_row_gradients, outer_row_blocks
-from .ordering import true_slots
+from .index_set import true_slots
 
 # Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
 # than a fifth of what it should let pass.

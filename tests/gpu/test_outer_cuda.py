@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spiel_kernels.outer_cost import TILE_SHAPES, CostModel
-from spiel_kernels.outer_plan import plan_outer
+from spiel_kernels.outer_plan import TILE_SHAPES, CostModel, plan_outer
 from spiel_kernels.outer_products import gather_by_plan, gather_planned, outer_block
 
 pytestmark = pytest.mark.gpu

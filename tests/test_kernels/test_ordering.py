@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spiel_kernels import sorted_order
-from spiel_kernels.ordering import true_slots
+from spiel_kernels.index_set import true_slots
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16]
 

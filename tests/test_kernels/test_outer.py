@@ -8,8 +8,7 @@ from helpers import OpRecorder, assert_close
 from torch import Tensor
 
 from spiel_kernels import gather_dense, gather_outer, gather_outer_sets, topk_dense, topk_outer
-from spiel_kernels.outer_plan import plan_outer
-from spiel_kernels.plan_cache import plan_for
+from spiel_kernels.outer_plan import plan_for, plan_outer
 from spiel_kernels.sampled import sampled_pays
 
 from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, top_positions

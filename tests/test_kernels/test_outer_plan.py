@@ -11,16 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiel_kernels.outer_cost import (
+from spiel_kernels.outer_plan import (
+    PLANNED_METHODS,
     TILE_SHAPES,
     CostModel,
+    OuterPlan,
     Problem,
     choose_method,
     choose_tile_shape,
     estimate_costs,
+    narrow_dtype,
+    plan_outer,
     token_splits,
 )
-from spiel_kernels.outer_plan import PLANNED_METHODS, OuterPlan, narrow_dtype, plan_outer
 from spiel_kernels.outer_products import gather_by_plan, gather_planned, locate_entries, tile_operands
 
 from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, property_test
@@ -87,7 +90,7 @@ def test_a_plan_serves_any_number_of_tokens() -> None:
 
 
 def test_dense_row_blocks_without_positions_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spiel_kernels.outer_cost.DENSE_BLOCK_ENTRIES", 40)
+    monkeypatch.setattr("spiel_kernels.outer_plan.DENSE_BLOCK_ENTRIES", 40)
     a, b = torch.randn(3, 33), torch.randn(3, 8)
     indices = torch.tensor([0, 39, 40, 41, 130, 263])
     plan = plan_outer(indices, 33, 8, 3, a.dtype, "dense")

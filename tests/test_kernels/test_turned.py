@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 from spiel_kernels import gather_outer
-from spiel_kernels.turned import _last, is_turned, turned
+from spiel_kernels.sampled import _last, is_turned, turned
 from spiel_peft import SpIELConfig
 
 from .oracle import DTYPE_IDS, DTYPES, draw_indices

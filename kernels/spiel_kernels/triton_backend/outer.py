@@ -14,8 +14,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import interpreting
-from ..outer_cost import token_splits
-from ..outer_plan import OuterPlan
+from ..outer_plan import OuterPlan, token_splits
 from ..outer_products import check_planned, gather_by_plan
 from .outer_kernels import entry_dots_kernel, pick_entries_kernel, tile_products_kernel, token_major_kernel
 

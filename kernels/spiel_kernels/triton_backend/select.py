@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..outer_cost import dense_block_rows
+from ..outer_plan import dense_block_rows
 from ..outer_products import outer_block
 from ..select import StreamingTopK
 
