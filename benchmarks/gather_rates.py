@@ -18,24 +18,24 @@ _MAX_ROUNDS = 40
 
 def _predictions(entries: Iterable[dict[str, Any]]) -> list[tuple[Callable[[Any], float], float]]:
     """Predicted seconds as a function of the rates, and measured ones, of every gather by a forced method."""
-    from spiel_kernels import outer_cost
+    from spiel_kernels import outer_plan
 
     pairs: list[tuple[Callable[[Any], float], float]] = []
     for entry in entries:
         if not entry["op"].startswith("gather ") or "failed" in entry or "method" not in entry:
             continue
-        problem = outer_cost.Problem(
+        problem = outer_plan.Problem(
             entry["k"], entry["rows"], entry["cols"], entry["tokens"], getattr(torch, entry["dtype"])
         )
         measured = median(entry["seconds"])
         if entry["method"] == "dense":
-            pairs.append((lambda model, p=problem: outer_cost.dense_seconds(p, model), measured))
+            pairs.append((lambda model, p=problem: outer_plan.dense_seconds(p, model), measured))
         elif entry["method"] == "entries":
-            pairs.append((lambda model, p=problem: outer_cost.entries_seconds(p, model), measured))
+            pairs.append((lambda model, p=problem: outer_plan.entries_seconds(p, model), measured))
         elif entry["method"] == "compact":
             shape, tiles = tuple(entry["tile_shape"]), entry["tiles"]
             pairs.append(
-                (lambda model, p=problem, s=shape, t=tiles: outer_cost.compact_seconds(p, s, t, model), measured)
+                (lambda model, p=problem, s=shape, t=tiles: outer_plan.compact_seconds(p, s, t, model), measured)
             )
     return pairs
 

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels" / "spiel_kernels"
+FILES_OF_KERNELS = sorted(path for path in KERNELS.rglob("*.py") if path.name != "__init__.py")
 PLUGIN = ROOT / "spiel_peft"
 COMMAND = ROOT / "spiel_peft_cli"
 FILES = sorted([*KERNELS.rglob("*.py"), *PLUGIN.rglob("*.py"), *COMMAND.rglob("*.py")])
@@ -144,3 +145,16 @@ def test_only_registration_touches_the_enum_of_peft(path: Path) -> None:
     touched = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & inside
     assert not touched
     assert not {n for n in imported(path) if n.split(".")[-1].startswith("PEFT_TYPE_TO")}
+
+
+def test_kernels_import_in_no_circle() -> None:
+    """Counted over all imports: those in functions and under TYPE_CHECKING too."""
+    files = {
+        ".".join(["spiel_kernels", *path.relative_to(KERNELS).with_suffix("").parts]): path for path in FILES_OF_KERNELS
+    }
+    below = {name: {n for n in imported(path) if n in files} - {name} for name, path in files.items()}
+    while below:
+        leaves = [name for name, others in below.items() if not others & below.keys()]
+        assert leaves, f"these import each other: {sorted(below)}"
+        for name in leaves:
+            del below[name]

@@ -27,7 +27,8 @@ from .gather import (
 )
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
 from .momentum import sm3_accumulate_, top_outer_positions
-from .select import StreamingTopK, stable_topk, topk_conv, topk_dense, topk_embedding, topk_outer
+from .select import topk_conv, topk_dense, topk_embedding, topk_outer
+from .streaming import StreamingTopK, stable_topk
 
 __all__ = [
     "StreamingTopK",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype, read_entries
-from .outer_plan import plan_for
-from .outer_products import gather_by_plan
+from .outer_plan import OuterPlan, plan_for
+from .outer_products import check_planned, gather_by_plan
 from .sampled import gather_sampled, sampled_pays
 
 # Entries of a block that is not worth making smaller.
@@ -132,6 +132,45 @@ def _gather_by_plans(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method:
 
         return outer.gather_outer_sets(a, b, index_sets, plans)
     return [gather_by_plan(a, b, indices, plan) for indices, plan in zip(index_sets, plans, strict=True)]
+
+
+def _fake_gather_planned(
+    a: Tensor, b: Tensor, indices: Tensor, method: str, layout: Sequence[int], tensors: Sequence[Tensor]
+) -> Tensor:
+    return a.new_empty(indices.shape, dtype=accumulation_dtype(a, b))
+
+
+@operation(
+    "gather_planned(Tensor a, Tensor b, Tensor indices, str method, int[] layout, Tensor[] tensors) -> Tensor",
+    _fake_gather_planned,
+)
+def _gather_planned(
+    a: Tensor, b: Tensor, indices: Tensor, method: str, layout: Sequence[int], tensors: Sequence[Tensor]
+) -> Tensor:
+    plan = OuterPlan(method, a.shape[1], b.shape[1], indices.numel(), tuple(layout), tuple(tensors))
+    if runs_triton(a, b, indices):
+        from .triton_backend.outer import gather_outer
+
+        return gather_outer(a, b, indices, plan)
+    return gather_by_plan(a, b, indices, plan)
+
+
+def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
+    """Selected entries of ``a.T @ b`` as a plan lays them out: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
+
+    Args:
+        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0 and need not be what was planned for.
+        indices: ``[k]``, those that the plan was made from.
+        plan: of `plan_outer`, on the operands' device.
+
+    Returns:
+        ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
+
+    Raises:
+        ValueError: operands that are not those of the plan.
+    """
+    check_planned(a, b, indices, plan)
+    return _gather_planned(a, b, indices, plan.method, plan.layout, plan.tensors)
 
 
 def embedding_row_gradients(

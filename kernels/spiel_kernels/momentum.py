@@ -46,6 +46,17 @@ def split_positions(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
 
 
+# The best entries of an outer sum, without the matrix. Scores are ``log_row[i] + log_col[j]`` in float64. With one of
+# the vectors sorted, the pairs that reach a threshold are a prefix of it for every entry of the other, so that one
+# binary search per entry counts them. Two searches use this:
+#
+# - `_near_threshold` bisects by value, many thresholds at a time and without waiting for the device. Its binary search
+#   compares ``log_col[j]`` with ``threshold - log_row[i]``, which rounds otherwise than the score does; it therefore
+#   returns a little more than it found, by a margin that covers the rounding.
+# - `_exact_threshold` bisects over the bits of the score itself and ends at the score of the last position that is
+#   chosen. It serves what the first one cannot: more equal scores than could be listed, and infinite accumulators.
+
+
 @dataclass(frozen=True)
 class OuterSum:
     """The scores ``outer[i] + inner[j]`` of all pairs, `inner` in descending order, and the pairs left out.

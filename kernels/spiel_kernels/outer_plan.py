@@ -32,7 +32,9 @@ _plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: str = "auto") -> OuterPlan:
-    """`plan_outer`, remembered as long as the tensor `indices` lives and is not written to (other than by ``.data``).
+    """`plan_outer`, made once per index set, which changes once per cycle, and used in every backward pass.
+
+    A plan is remembered as long as the tensor `indices` lives and is not written to (other than by ``.data``).
 
     Args:
         indices: ``[k]`` sorted, unique flat positions in ``[rows, cols]``.
@@ -58,6 +60,10 @@ DENSE_BLOCK_ENTRIES = 1 << 22
 # that the order of summation does not depend on the device.
 BUSY_PROGRAMS = 2 * 132
 TOKENS_PER_SPLIT = 512
+
+
+# What a gather of gradient entries costs on a GPU, by method: pure arithmetic. "compact": matrix products over the
+# columns that a block of rows touches. "dense": all columns, in row blocks. "entries": a dot product per entry.
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Selected entries of ``a.T @ b`` by a plan, in plain PyTorch; and the choice between this and the Triton kernels."""
+"""Selected entries of ``a.T @ b`` by a plan, in plain PyTorch: the oracle of the Triton kernels, and their float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype
 from .outer_plan import OuterPlan, Tiles
 
@@ -107,42 +106,3 @@ def gather_by_plan(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Te
     """`gather_planned` in plain PyTorch, on any device: the oracle of the kernels, and what runs in float64."""
     check_planned(a, b, indices, plan)
     return _EXECUTORS[plan.method](a, b, indices, plan)
-
-
-def _fake_gather_planned(
-    a: Tensor, b: Tensor, indices: Tensor, method: str, layout: Sequence[int], tensors: Sequence[Tensor]
-) -> Tensor:
-    return a.new_empty(indices.shape, dtype=accumulation_dtype(a, b))
-
-
-@operation(
-    "gather_planned(Tensor a, Tensor b, Tensor indices, str method, int[] layout, Tensor[] tensors) -> Tensor",
-    _fake_gather_planned,
-)
-def _gather_planned(
-    a: Tensor, b: Tensor, indices: Tensor, method: str, layout: Sequence[int], tensors: Sequence[Tensor]
-) -> Tensor:
-    plan = OuterPlan(method, a.shape[1], b.shape[1], indices.numel(), tuple(layout), tuple(tensors))
-    if runs_triton(a, b, indices):
-        from .triton_backend.outer import gather_outer
-
-        return gather_outer(a, b, indices, plan)
-    return gather_by_plan(a, b, indices, plan)
-
-
-def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
-    """Selected entries of ``a.T @ b`` as a plan lays them out: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
-
-    Args:
-        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0 and need not be what was planned for.
-        indices: ``[k]``, those that the plan was made from.
-        plan: of `plan_outer`, on the operands' device.
-
-    Returns:
-        ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
-
-    Raises:
-        ValueError: operands that are not those of the plan.
-    """
-    check_planned(a, b, indices, plan)
-    return _gather_planned(a, b, indices, plan.method, plan.layout, plan.tensors)

@@ -34,6 +34,11 @@ _last = _PerThread()
 def turned(x: Tensor) -> Tensor:
     """A copy of a matrix, or of a batch of rows, whose columns lie in memory one after the other.
 
+    The dot products of the sampled gather read columns. A transposing copy is scalar work, as dear as those dot
+    products. Made in the forward pass it finds its input in the caches, and layers that share an input (query, key and
+    value; gate and up) share the copy. It is kept for the backward pass in place of the activation, so memory stays the
+    same.
+
     Args:
         x: ``[..., cols]`` on the CPU.
 

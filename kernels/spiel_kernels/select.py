@@ -2,177 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .gather import ConvGeometry, conv_row_blocks, embedding_row_gradients, outer_row_blocks
-from .index_set import true_slots
+from .streaming import StreamingTopK, check_k
 
-# Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
-# than a fifth of what it should let pass.
-_SAMPLE = 4096
-_SAMPLE_REACHED = 256
-# Standard deviations by which a guess is lower than the sample says: it is of no use if fewer than k reach it.
-_MARGIN = 2.5
-# Scores of which the largest stands for all; it must be rare that it is above the bound.
-_GROUP = 8
 # Entries of a dense gradient at a time.
 _DENSE_BLOCK = 1 << 20
-
-
-def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
-    return scores.new_empty(min(k, scores.numel()), dtype=torch.int64)
-
-
-@operation("stable_topk(Tensor scores, int k) -> Tensor", _fake_stable_topk)
-def stable_topk(scores: Tensor, k: int) -> Tensor:
-    """Slots of the `k` largest scores; among equal scores the earlier slot wins.
-
-    ``torch.topk`` leaves the choice among ties open, so two runs, or two devices, could differ.
-
-    Args:
-        scores: ``[n]``, no NaN.
-        k: how many, at least 0; more than n returns all.
-
-    Returns:
-        int64 ``[min(k, n)]`` in ascending order of slots.
-    """
-    _check_k(k)
-    if k >= scores.numel():
-        return torch.arange(scores.numel(), device=scores.device)
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    keep = scores > threshold
-    ties = true_slots(scores == threshold)
-    keep[ties[: k - int(keep.sum())]] = True
-    return true_slots(keep)
-
-
-def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
-    """A value that probably k of the scores in `pieces` reach, and not many more; perhaps NaN if some of them are.
-
-    Args:
-        pieces: ``[n_i]`` each, not all empty.
-        k: at least 1 and at most the number of scores.
-    """
-    total = sum(piece.numel() for piece in pieces)
-    share = k / total
-    # An odd step meets all columns of a matrix whose width is a power of two.
-    step = int(total / max(_SAMPLE, _SAMPLE_REACHED / share)) | 1
-    sample = torch.cat([piece[::step] for piece in pieces])
-    size = sample.numel()
-    rank = int(share * size + _MARGIN * math.sqrt(share * (1 - share) * size)) + 1
-    return float(torch.topk(sample, min(max(rank, 1), size), sorted=False).values.min())
-
-
-def few_above(scores: Tensor, bound: float) -> Tensor | None:
-    """Slots of `scores` ``[n]`` above `bound`, int64 ascending; NaN is not. None where they are not few.
-
-    Looks at the largest of eight scores first, and at all eight only where that is above the bound.
-    """
-    grouped = scores.numel() // _GROUP * _GROUP
-    groups = scores[:grouped].view(_GROUP, -1)
-    # Not "above": a NaN hides the others of its group.
-    some = true_slots((groups.amax(0) <= bound).logical_not_())
-    if _GROUP * some.numel() > grouped // 3:
-        return None
-    member, group = (groups.index_select(1, some) > bound).nonzero(as_tuple=True)
-    slots = some.index_select(0, group).add_(member, alpha=grouped // _GROUP)
-    rest = true_slots(scores[grouped:] > bound)
-    return torch.cat([slots, rest + grouped]) if rest.numel() else slots
-
-
-class StreamingTopK:
-    """The k largest of many scores that arrive in blocks of ascending positions.
-
-    Holds at most 3 k scores, or a block's, between blocks; ties go to the lowest position, and scores at or below
-    `floor` (as well as NaN) are never chosen.
-
-    Args:
-        k: how many to keep.
-        floor: exclusive lower bound of a score that may be chosen.
-    """
-
-    def __init__(self, k: int, floor: float = 0.0) -> None:
-        self.k = k
-        # A score must be above this: the floor, and later what k of the scores held reach. Whoever is equal to it
-        # loses, as those have lower positions.
-        self._bound = floor
-        self._bounded = False
-        self._scores: list[Tensor] = []
-        self._positions: list[Tensor] = []
-        self._held = 0
-        self._held_at_bound = 0
-
-    def update(self, scores: Tensor, positions: Tensor | int) -> None:
-        """Offer a block.
-
-        Args:
-            scores: ``[n]``.
-            positions: int64 ``[n]`` ascending and above all earlier ones, or the int offset of a dense block.
-        """
-        if self.k == 0 or scores.numel() == 0:
-            return
-        slots = few_above(scores, self._bound)
-        if slots is None:
-            slots = self._many_above(scores)
-        self._scores.append(scores.index_select(0, slots))
-        self._positions.append(slots + positions if isinstance(positions, int) else positions.index_select(0, slots))
-        self._held += slots.numel()
-        if self._held >= max(self.k, self._held_at_bound + self.k // 4):
-            self._raise_bound()
-        if self._held > 3 * self.k:
-            self._shrink()
-
-    def result(self) -> Tensor:
-        """int64 positions found, at most k, ascending."""
-        if not self._scores:
-            return torch.empty(0, dtype=torch.int64)
-        if self._held > self.k:
-            self._shrink()
-        return self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
-
-    def _many_above(self, scores: Tensor) -> Tensor:
-        """Slots of `scores` above the bound, or of the k largest and some more if that tells a higher bound."""
-        if not self._bounded and scores.numel() > self.k:
-            threshold = sampled_threshold([scores], self.k)
-            if threshold > self._bound:
-                slots = true_slots(scores >= threshold)
-                if slots.numel() >= self.k:
-                    self._bound, self._bounded = threshold, True
-                    return slots
-        return true_slots(scores > self._bound)
-
-    def _raise_bound(self) -> None:
-        """Look for a value above the bound that k of the scores held reach."""
-        threshold = sampled_threshold(self._scores, self.k)
-        if threshold > self._bound:
-            reached = sum(int(torch.count_nonzero(scores >= threshold)) for scores in self._scores)
-            if reached >= self.k:
-                self._bound, self._bounded = threshold, True
-        self._held_at_bound = self._held
-
-    def _shrink(self) -> None:
-        """Hold the k best of more."""
-        scores, positions = torch.cat(self._scores), torch.cat(self._positions)
-        if self._bounded:
-            slots = true_slots(scores >= self._bound)
-            scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
-        slots = stable_topk(scores, self.k)
-        scores, positions = scores.index_select(0, slots), positions.index_select(0, slots)
-        self._scores, self._positions = [scores], [positions]
-        self._held = self._held_at_bound = scores.numel()
-        self._bound, self._bounded = float(scores.min()), True
-
-
-def _check_k(k: int) -> None:
-    if k < 0:
-        raise ValueError(f"k must be at least 0, got {k}")
 
 
 def _top_of(scores: Tensor, k: int) -> Tensor:
@@ -201,7 +39,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: k is negative, or `a` and `b` are not matrices of as many rows.
     """
-    _check_k(k)
+    check_k(k)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0]:
         raise ValueError(f"a and b must be [N, rows] and [N, cols], got {tuple(a.shape)} and {tuple(b.shape)}")
     if runs_triton(a, b):
@@ -216,7 +54,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 def topk_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Tensor:
     """`topk_outer` for a convolution's weight gradient; positions in ``[out, in / groups, *kernel]``."""
-    _check_k(k)
+    check_k(k)
     top = StreamingTopK(k)
     if x.shape[0]:
         for start, block in conv_row_blocks(grad_out.detach(), x.detach(), geometry, k):
@@ -234,7 +72,7 @@ def _fake_topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None,
 )
 def topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool, k: int) -> Tensor:
     """`topk_outer` for an embedding's weight gradient; only rows that occur in `ids` can be chosen."""
-    _check_k(k)
+    check_k(k)
     rows, gradients = embedding_row_gradients(grad_out.detach(), ids, padding_idx, by_frequency)
     width = gradients.shape[1]
     # Rows are in ascending order, so slots among them rank ties as positions do.
@@ -250,5 +88,5 @@ def _fake_topk_dense(gradient: Tensor, k: int) -> Tensor:
 @operation("topk_dense(Tensor gradient, int k) -> Tensor", _fake_topk_dense)
 def topk_dense(gradient: Tensor, k: int) -> Tensor:
     """`topk_outer` for a gradient that is already there, of any shape."""
-    _check_k(k)
+    check_k(k)
     return _top_of(gradient.flatten(), k)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spiel_kernels.gather import gather_planned
 from spiel_kernels.outer_plan import TILE_SHAPES, CostModel, plan_outer
-from spiel_kernels.outer_products import gather_by_plan, gather_planned, outer_block
+from spiel_kernels.outer_products import gather_by_plan, outer_block
 
 pytestmark = pytest.mark.gpu
 

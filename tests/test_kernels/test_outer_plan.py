@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spiel_kernels.gather import gather_planned
 from spiel_kernels.outer_plan import (
     PLANNED_METHODS,
     TILE_SHAPES,
@@ -24,7 +25,7 @@ from spiel_kernels.outer_plan import (
     plan_outer,
     token_splits,
 )
-from spiel_kernels.outer_products import gather_by_plan, gather_planned, locate_entries, tile_operands
+from spiel_kernels.outer_products import gather_by_plan, locate_entries, tile_operands
 
 from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, property_test
 

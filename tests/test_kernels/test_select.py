@@ -16,6 +16,7 @@ from spiel_kernels import (
     replace_positions,
     select,
     stable_topk,
+    streaming,
     topk_conv,
     topk_dense,
     topk_embedding,
@@ -77,7 +78,7 @@ def test_streaming_of_many_blocks(
         "infinite": lambda: torch.where(noise < 0.3, math.inf, noise),
     }[kind]()
     scores = scores.clamp(max=6e4 if dtype == torch.float16 else math.inf).to(dtype)
-    with patch.multiple(select, _SAMPLE=16, _SAMPLE_REACHED=2, _MARGIN=margin):
+    with patch.multiple(streaming, _SAMPLE=16, _SAMPLE_REACHED=2, _MARGIN=margin):
         top = StreamingTopK(k)
         for number, part in enumerate(scores.split(block)):
             top.update(part, number * block)
@@ -110,7 +111,7 @@ def test_streaming_holds_few_scores(order: str) -> None:
 )
 def test_few_above(scores: list[float], bound: float, dtype: torch.dtype) -> None:
     expected = [slot for slot, score in enumerate(scores) if score > bound]
-    found = select.few_above(torch.tensor(scores, dtype=dtype), bound)
+    found = streaming.few_above(torch.tensor(scores, dtype=dtype), bound)
     if found is None:
         assert 3 * 8 * len([s for s in scores if not s <= bound]) > len(scores) - 24
     else:
@@ -124,7 +125,7 @@ def test_few_above_finds_a_single_score_anywhere(size: int) -> None:
             scores = torch.full((size,), 0.0)
             scores[:1] = others
             scores[slot] = 2.0
-            found = select.few_above(scores, 1.0)
+            found = streaming.few_above(scores, 1.0)
             assert found is None or found.tolist() == [slot]
             assert found is not None or size < 64
 
@@ -135,7 +136,7 @@ def test_sampled_threshold_is_near(k: int, width: int) -> None:
     """Reached by at least k scores and by not many more, columns of several sizes included."""
     scores = torch.rand(10_000) * (1 + torch.arange(10_000) % width)
     pieces = [scores[:1000], scores[1000:1001], scores[1001:]]
-    reached = int((scores >= select.sampled_threshold(pieces, k)).sum())
+    reached = int((scores >= streaming.sampled_threshold(pieces, k)).sum())
     assert k <= reached <= 1.4 * k + 30
 
 

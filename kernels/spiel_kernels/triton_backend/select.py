@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..outer_plan import dense_block_rows
 from ..outer_products import outer_block
-from ..select import StreamingTopK
+from ..streaming import StreamingTopK
 
 # Rows in the sample, at least, and entries, as far as that allows. Rows are drawn evenly from all of them sorted by the
 # norm of their column of a: with row and column norms spread over several decades and k between 0.25% and 3% of the

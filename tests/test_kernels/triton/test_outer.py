@@ -9,8 +9,9 @@ from torch import Tensor
 
 from spiel_kernels import outer_cost
 from spiel_kernels.dispatch import use_backend
+from spiel_kernels.gather import gather_planned
 from spiel_kernels.outer_plan import TILE_SHAPES, plan_outer
-from spiel_kernels.outer_products import gather_by_plan, gather_planned
+from spiel_kernels.outer_products import gather_by_plan
 from spiel_kernels.triton_backend import outer
 
 from ..oracle import draw_indices
