@@ -8,7 +8,7 @@ import pytest
 import torch
 from benchmarks_under_test import cost_model, floors, gather_rates, op_cases, op_registry, timing
 
-from spiel_kernels import outer_cost
+from spiel_kernels import outer_plan
 
 CPU = torch.device("cpu")
 RATES = floors.Floors(1e10, {"float32": 1e11, "bfloat16": 1e11})
@@ -61,15 +61,15 @@ def test_the_fit_finds_the_constants_of_the_rule() -> None:
 
 
 def test_rates_of_a_gpu_are_found_from_its_gathers() -> None:
-    truth = outer_cost.CostModel(tile_efficiency=0.3, cache_bandwidth=2e12, memory_bandwidth=1e12, launch=4e-6)
+    truth = outer_plan.CostModel(tile_efficiency=0.3, cache_bandwidth=2e12, memory_bandwidth=1e12, launch=4e-6)
     entries = []
     for density, n in ((0.001, 4096), (0.01, 4096), (0.03, 2048)):
         k, tiles = int(density * n * n), int(density * 20 * n * n / 4096)
-        problem = outer_cost.Problem(k, n, n, 2048, torch.bfloat16)
+        problem = outer_plan.Problem(k, n, n, 2048, torch.bfloat16)
         seconds = {
-            "dense": outer_cost.dense_seconds(problem, truth),
-            "entries": outer_cost.entries_seconds(problem, truth),
-            "compact": outer_cost.compact_seconds(problem, (64, 64), tiles, truth),
+            "dense": outer_plan.dense_seconds(problem, truth),
+            "entries": outer_plan.entries_seconds(problem, truth),
+            "compact": outer_plan.compact_seconds(problem, (64, 64), tiles, truth),
         }
         common = {"k": k, "rows": n, "cols": n, "tokens": 2048, "dtype": "bfloat16", "tile_shape": [64, 64]}
         entries += [

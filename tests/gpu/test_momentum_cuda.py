@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from spiel_kernels import outer_top, sm3_accumulate_, top_outer_positions
+from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
 from spiel_kernels.dispatch import use_backend
 from spiel_kernels.momentum import top_outer_positions_dense
 
@@ -37,7 +37,7 @@ def test_growth_equals_the_dense_formula(rows: int, cols: int, share: float, kin
 
 
 def test_growth_by_exact_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outer_top, "_listable", lambda scores, m: -1)
+    monkeypatch.setattr(momentum, "_listable", lambda scores, m: -1)
     row, col = accumulator(500, "spread"), accumulator(300, "bf16")
     excluded = torch.randperm(150_000)[:1500].sort().values.int().cuda()
     got = top_outer_positions(row, col, excluded, 300)

@@ -13,7 +13,7 @@ from helpers import OpRecorder, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiel_kernels import momentum, outer_top, sm3_accumulate_, top_outer_positions
+from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
 from spiel_kernels.momentum import top_outer_positions_dense
 
 from .oracle import draw_indices, property_test
@@ -149,7 +149,7 @@ def test_growth_equals_sorting_everything(row: list[float], col: list[float], da
 def search(thresholds: int, rounds: int, spare: int, listable: int | None) -> Iterator[None]:
     """Another way to the same positions: thresholds per round, surplus that ends the search, what may be listed."""
     limits = {} if listable is None else {"_listable": lambda scores, m: listable}
-    with patch.multiple(outer_top, _CPU_SEARCH=(thresholds, rounds), _SPARE=spare, **limits):
+    with patch.multiple(momentum, _CPU_SEARCH=(thresholds, rounds), _SPARE=spare, **limits):
         yield
 
 
@@ -280,7 +280,7 @@ def test_positions_beyond_int32() -> None:
     for cols in (3, 2**20 + 1, 2**25 - 39):
         rows = torch.tensor([0, 1, 2**50 // cols - 1])
         for col in (0, 1, cols // 2, cols - 1):
-            got = outer_top.split_positions(rows * cols + col, cols)
+            got = momentum.split_positions(rows * cols + col, cols)
             assert torch.equal(got[0], rows) and (got[1] == col).all()
 
 

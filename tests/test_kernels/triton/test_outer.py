@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close
 from torch import Tensor
 
-from spiel_kernels import outer_cost
+from spiel_kernels import outer_plan
 from spiel_kernels.dispatch import use_backend
 from spiel_kernels.gather import gather_planned
 from spiel_kernels.outer_plan import TILE_SHAPES, plan_outer
@@ -88,9 +88,9 @@ def test_float64_runs_in_pytorch(method: str, device: str) -> None:
 
 def test_tokens_are_split_and_tiles_grouped(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Launches of two tiles each, the last one short, over three runs of tokens."""
-    monkeypatch.setattr(outer_cost, "TOKENS_PER_SPLIT", 64)
+    monkeypatch.setattr(outer_plan, "TOKENS_PER_SPLIT", 64)
     monkeypatch.setattr(outer, "_WORKSPACE_BYTES", 2 * 3 * 4 * 64 * 64)
-    monkeypatch.setattr(outer_cost, "BUSY_PROGRAMS", 15)
+    monkeypatch.setattr(outer_plan, "BUSY_PROGRAMS", 15)
     rows, cols, n = 190, 128, 170
     a, b = torch.randn(n, rows, device=device), torch.randn(n, cols, device=device)
     # Blocks of two tiles, one tile and two tiles.
