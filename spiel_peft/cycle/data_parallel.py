@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..delta import AdapterRun, SparseDelta
 from ..sharding import refuse_fsdp1, sharding_group
-from .joined import JoinHooks
 from .ranks import Ranks
 
 _handles: list[Any] = []
@@ -33,14 +32,12 @@ class _Wrapped:
         deltas: those whose gradients it averages.
         forwards: its forward passes with gradients so far.
         stepped: how many there were when a delta was last stepped.
-        join_hooks: what it does inside `torch.distributed.algorithms.Join`.
     """
 
-    def __init__(self, deltas: Iterable[SparseDelta], join_hooks: JoinHooks) -> None:
+    def __init__(self, deltas: Iterable[SparseDelta]) -> None:
         self.deltas = weakref.WeakSet(deltas)
         self.forwards = 0
         self.stepped: weakref.WeakKeyDictionary[SparseDelta, int] = weakref.WeakKeyDictionary()
-        self.join_hooks = join_hooks
 
     def is_in_use(self, delta: SparseDelta) -> bool:
         return delta in self.deltas and self.forwards > self.stepped.get(delta, 0)
@@ -80,19 +77,12 @@ def is_chosen(delta: SparseDelta) -> bool:
     return delta.run in _CHOSEN
 
 
-def someone_has_left(delta: SparseDelta) -> bool:
-    """Whether a rank has run out of data inside a `Join` context, so that it takes no more steps for now."""
-    return any(state.join_hooks.someone_has_left() for _, state in _in_use(delta))
-
-
-def note_step(optimizers: Iterable[torch.optim.Optimizer], deltas: Iterable[SparseDelta]) -> None:
+def note_step(deltas: Iterable[SparseDelta]) -> None:
     """The forward passes so far belong to steps that are over."""
-    steppers = [weakref.ref(optimizer) for optimizer in optimizers]
     for delta in deltas:
         for state in _WRAPPED.values():
             if delta in state.deltas:
                 state.stepped[delta] = state.forwards
-                state.join_hooks.optimizers[delta] = steppers
 
 
 def set_data_parallel_group(model: nn.Module, group: Any | Literal["auto"]) -> None:
@@ -147,10 +137,18 @@ def _watch(wrapper: DistributedDataParallel, wrapped: nn.Module) -> bool:
     ]
     if not deltas:
         return False
-    hooks = JoinHooks(wrapper, deltas)
-    _WRAPPED[wrapper] = _Wrapped(deltas, hooks)
-    wrapper.join_hook = hooks  # type: ignore[method-assign]
+    _WRAPPED[wrapper] = _Wrapped(deltas)
+    wrapper.join_hook = _refuse_to_join  # type: ignore[method-assign]
     return True
+
+
+def _refuse_to_join(**kwargs: Any) -> Any:
+    """Stands in for a wrapper's `join_hook`, which `torch.distributed.algorithms.Join` calls as its context is made."""
+    raise RuntimeError(
+        "SpIEL deltas cannot be trained inside torch.distributed.algorithms.Join: a rank that has run out of batches "
+        "takes no steps, so it cannot agree with the others on theirs. Give every rank as many batches: "
+        "drop_last=True, or even_batches=True of accelerate's dataloaders"
+    )
 
 
 @torch.compiler.disable

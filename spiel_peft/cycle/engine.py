@@ -23,7 +23,7 @@ from ..training_state import StepGradient
 from . import data_parallel, nested_steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
 from .collector import drop_step
-from .data_parallel import note_step, ranks_of, someone_has_left
+from .data_parallel import note_step, ranks_of
 from .exchange import Exchange
 from .growth_registry import GrowthCriterion, get_growth_criterion
 from .moments import permute, reseed_states
@@ -104,18 +104,13 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     with torch.no_grad():
         for (_, ranks), held_together in parties.items():
             _after_step_of_run(optimizers, held_together, ranks)
-    note_step(optimizers, [delta for delta, _ in held])
+    note_step([delta for delta, _ in held])
 
 
 def _after_step_of_run(
     optimizers: list[torch.optim.Optimizer], held: list[tuple[SparseDelta, dict[str, Any]]], ranks: Ranks | None
 ) -> None:
     deltas = [delta for delta, _ in held]
-    pauses = ranks is not None and any(someone_has_left(delta) for delta in deltas)
-    if pauses:
-        ranks = None
-        for delta in deltas:
-            delta.state.window = None
     outcome = _outcome(optimizers, deltas, ranks)
     if outcome == WITHOUT_GRADIENT:
         return
@@ -124,8 +119,7 @@ def _after_step_of_run(
             drop_step(delta)
             delta.state.unheld_steps = 0
         return
-    if not pauses:
-        commit_windows(deltas, ranks)
+    commit_windows(deltas, ranks)
     for delta, group in held:
         _count_step(optimizers, delta, group)
     run = held[0][0].run
@@ -136,7 +130,7 @@ def _after_step_of_run(
         if closes_at(delta.state.step, config.regrow_every, config.accumulation_steps)
     ]
     criterion = get_growth_criterion(config.growth)
-    if due and criterion.propose is not None and not pauses:
+    if due and criterion.propose is not None:
         _close(optimizers, run, criterion, due, ranks)
 
 

@@ -1,31 +1,23 @@
-"""Whether an optimizer's state can follow the indices, told before it takes its first step with them.
+"""Refuses optimizers whose state cannot follow the indices.
 
-Optimizers make their state in their first step, so there is nothing to look at when one is attached. What torch,
-transformers, bitsandbytes and torchao keep is known; of any other class a second optimizer with the same settings
-steps a small parameter of its own, and what it keeps for that is looked at.
+Optimizers make their state in their first step, so most of it can be looked at only after that: at the first close,
+before the close changes anything.
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
 import weakref
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..delta import SparseDelta
 from .growth_registry import get_growth_criterion
 from .nested_steps import inner_optimizers
 from .state_layout import buffers_of
 
-_KNOWN_PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao", "spiel_peft")
 _CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-# First small, as preconditioners take cubic time. Then more than optimizers take for too small to be quantized, and a
-# multiple of their block sizes.
-_REHEARSAL_SIZES = (64, 8192)
-_REHEARSAL_STEPS = 2
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
@@ -54,8 +46,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta])
         )
     for delta in moving:
         buffers_of(optimizer, delta.values)
-    if type(optimizer).__module__.partition(".")[0] not in _KNOWN_PACKAGES:
-        _rehearse(optimizer, moving[0].values)
     _CHECKED.add(optimizer)
 
 
@@ -95,45 +85,3 @@ def _check_for_entries_elsewhere(optimizer: torch.optim.Optimizer, parameter: Te
                 f"{type(optimizer).__name__} keeps state {name!r} for all parameters together, with a tensor for each "
                 "of them. SpIEL cannot permute that with the indices; use another optimizer, or growth='none'"
             )
-
-
-def _rehearse(optimizer: torch.optim.Optimizer, like: Tensor) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return  # its step may communicate, and not all ranks come here together
-    settings = _settings_of(optimizer, like)
-    if settings is None:
-        return
-    for size in _REHEARSAL_SIZES:
-        probe = nn.Parameter(torch.zeros(size, dtype=like.dtype, device=like.device))
-        devices = [like.device] if like.device.type == "cuda" else []
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
-            warnings.simplefilter("ignore")
-            try:
-                twin = type(optimizer)([probe], **settings)
-                for sign in [1.0, -1.0] * (_REHEARSAL_STEPS // 2):
-                    probe.grad = torch.linspace(-sign, sign, size, dtype=like.dtype, device=like.device)
-                    twin.step()
-            except Exception:
-                return  # it wants to be called otherwise: its state is looked at before the first close
-        buffers_of(twin, probe)
-        _check_for_entries_elsewhere(twin, probe)
-
-
-def _settings_of(optimizer: torch.optim.Optimizer, like: Tensor) -> dict[str, Any] | None:
-    """Arguments that make another optimizer of the same kind; None if they cannot be found out."""
-    group = next(g for g in optimizer.param_groups if any(p is like for p in g["params"]))
-    parameters = list(inspect.signature(type(optimizer).__init__).parameters.values())[2:]
-    settings: dict[str, Any] = {}
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            return None
-        if parameter.kind is parameter.VAR_KEYWORD:
-            # Passed on to a base class, or ignored. What nobody takes fails, and so tells nothing.
-            settings |= {name: value for name, value in group.items() if name not in ("params", *settings)}
-        elif parameter.name in group:
-            settings[parameter.name] = group[parameter.name]
-        elif hasattr(optimizer, parameter.name):
-            settings[parameter.name] = getattr(optimizer, parameter.name)
-        else:
-            return None
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in settings.items()}

@@ -35,10 +35,10 @@ class Sliced(Keeping):
 
 
 class Preconditioned(Keeping):
-    """A matrix per parameter; a small one, as tests rehearse with thousands of entries."""
+    """A small matrix per parameter."""
 
     def kept(self, parameter: Tensor) -> Tensor:
-        return torch.zeros(8, parameter.numel() // 8)
+        return torch.zeros(2, parameter.numel() // 4)
 
 
 class Listed(Keeping):
@@ -53,14 +53,6 @@ class Coded(Keeping):
 
     def kept(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"codes": torch.zeros(parameter.shape, dtype=torch.int8), "scales": torch.ones(parameter.numel() // 4)}
-
-
-class Reluctant(Sliced):
-    """Cannot be made from its groups' settings alone."""
-
-    def __init__(self, params: Iterable[Any], model: nn.Module, lr: float = 0.01) -> None:
-        super().__init__(params, lr)
-        self.owner = [model]
 
 
 class InBackward(torch.optim.Optimizer):
