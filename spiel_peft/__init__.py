@@ -38,7 +38,7 @@ from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELPar
 from .merge_report import MergeLoss, MergeReport
 from .model import SpIELModel
 from .optim import SM3, SpIELOptimizer
-from .registration import register
+from .registration import register_classes as _register_classes
 
 __version__ = "0.1.0"
 
@@ -90,6 +90,16 @@ __all__ = [
     "sparse_patches",
     "validate_adapter",
 ]
+
+
+def register() -> None:
+    """Make peft_type "SPIEL" known to PEFT. Safe to call any number of times and from several threads.
+
+    Raises:
+        RuntimeError: another package has registered its own "SPIEL" or the prefix "spiel_".
+    """
+    _register_classes(SpIELConfig, SpIELModel)
+
 
 register()
 _engine.install()

@@ -104,7 +104,7 @@ def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tupl
     fits = delta is not None and indices is not None and delta.k == indices.numel()
     problem = check_indices_and_values(entries, delta.numel if fits else None)
     if problem is None and fits:
-        problem = check_training_state(entries, delta)
+        problem = check_training_state(entries, delta.settings)
     return problem
 
 

@@ -244,6 +244,12 @@ class SparseDelta(nn.Module):
             self.untouched = False
             self.is_stepped = False
 
+    @property
+    def settings(self) -> RunSettings:
+        """What the training state depends on."""
+        c = self.run.config
+        return RunSettings(self.k, (self.rows, self.cols), c.growth, c.regrow_every, c.accumulation_steps)
+
     def problems_with(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         """What keeps this delta from being loaded from `state_dict`, where its keys start with `prefix`."""
         names = ("indices", "values", *STATE_KEYS)
@@ -256,13 +262,13 @@ class SparseDelta(nn.Module):
         ]
         if wrong_sizes:
             return wrong_sizes
-        problem = check_indices_and_values(incoming, self.numel) or check_training_state(incoming, self)
+        problem = check_indices_and_values(incoming, self.numel) or check_training_state(incoming, self.settings)
         return [f"{prefix}{problem[0]} {problem[1]}"] if problem is not None else []
 
     def training_tensors(self) -> dict[str, Tensor]:
         """Training state as it is saved, with the settings it depends on; empty before the first step."""
         tensors = self.state.tensors()
-        return {**tensors, **RunSettings.of(self).tensors()} if tensors else {}
+        return {**tensors, **self.settings.tensors()} if tensors else {}
 
 
 def undo_cast(values: Tensor, dtype: torch.dtype, candidates: list[Tensor]) -> Tensor:

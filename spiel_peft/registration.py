@@ -32,24 +32,19 @@ def spiel_type() -> PeftType:
     return member
 
 
-def register() -> None:
-    """Register SpIEL with PEFT. Safe to call any number of times and from several threads.
+def register_classes(config_cls: type, model_cls: type) -> None:
+    """Register the config and model of SpIEL with PEFT. Safe to call any number of times and from several threads.
 
     Raises:
         RuntimeError: another package has registered its own "SPIEL" or the prefix "spiel_".
     """
-    # Outside the lock: these imports take Python's import locks, and a thread that holds one of those may be
-    # waiting for ours.
-    from .config import SpIELConfig
-    from .model import SpIELModel
-
     with _LOCK:
         peft_type = spiel_type()
-        if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is SpIELConfig:
+        if PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type) is config_cls:
             return
-        _forget_reloaded(peft_type, SpIELConfig)
+        _forget_reloaded(peft_type, config_cls)
         _require_free(peft_type)
-        register_peft_method(name=_TYPE.lower(), config_cls=SpIELConfig, model_cls=SpIELModel, prefix=_PREFIX)
+        register_peft_method(name=_TYPE.lower(), config_cls=config_cls, model_cls=model_cls, prefix=_PREFIX)
 
 
 def _forget_reloaded(peft_type: PeftType, config_cls: type) -> None:

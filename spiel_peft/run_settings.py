@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .training_state import GROWTH, SETTINGS
 
-if TYPE_CHECKING:
-    from .delta import SparseDelta
-
-# What each difference means to somebody who set out to resume.
+# What each difference means to a user who resumes.
 _REMEDIES = {
     "num_deltas": "another budget; set r, density or num_deltas as the checkpoint has it",
     "weight_shape": "another model; resume on the model that the checkpoint was made with",
@@ -33,7 +29,7 @@ class RunSettings:
         weight_shape: the adapted weight, seen as a matrix ``(rows, cols)``.
         growth: name of the growth criterion.
         regrow_every, accumulation_steps: as in the config, optimizer steps; with other ones a resumed run goes on by
-            the new schedule, so somebody should be told.
+            the new schedule, which is told to the user.
     """
 
     num_deltas: int
@@ -42,10 +38,11 @@ class RunSettings:
     regrow_every: int
     accumulation_steps: int
 
-    @classmethod
-    def of(cls, delta: SparseDelta) -> RunSettings:
-        config = delta.run.config
-        return cls(delta.k, (delta.rows, delta.cols), config.growth, config.regrow_every, config.accumulation_steps)
+    @property
+    def numel(self) -> int:
+        """Entries of the adapted weight."""
+        rows, cols = self.weight_shape
+        return rows * cols
 
     def tensors(self) -> dict[str, Tensor]:
         """Five int64 numbers, and the criterion's name as UTF-8 bytes: what an adapter file can hold."""
@@ -53,8 +50,8 @@ class RunSettings:
         return {SETTINGS: torch.tensor(numbers), GROWTH: torch.tensor(list(self.growth.encode()), dtype=torch.uint8)}
 
 
-def check_settings(tensors: Mapping[str, Tensor], delta: SparseDelta) -> tuple[str, str] | None:
-    """Name the tensor that says another run was saved than `delta` can resume, and how it differs; None if it fits.
+def check_settings(tensors: Mapping[str, Tensor], own: RunSettings) -> tuple[str, str] | None:
+    """Name the tensor that says another run was saved than `own` can resume, and how it differs; None if it fits.
 
     Both tensors are optional, but only together.
     """
@@ -72,7 +69,7 @@ def check_settings(tensors: Mapping[str, Tensor], delta: SparseDelta) -> tuple[s
     if min(k, rows, cols, *cycle) < 1:
         return SETTINGS, f"has a number out of range ({numbers.tolist()})"
     name = bytes(growth.tolist()).decode(errors="replace")
-    return _difference(RunSettings(k, (rows, cols), name, *cycle), RunSettings.of(delta))
+    return _difference(RunSettings(k, (rows, cols), name, *cycle), own)
 
 
 def _difference(saved: RunSettings, own: RunSettings) -> tuple[str, str] | None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spiel_kernels import check_index_set
 
-from .run_settings import check_settings
+from .run_settings import RunSettings, check_settings
 from .training_state import CANDIDATE_SQUARES, CANDIDATE_SUMS, CANDIDATES, COL, MAX_LR, PROGRESS, ROW, STATE_KEYS
-
-if TYPE_CHECKING:
-    from .delta import SparseDelta
 
 # The name of a bad tensor and a phrase that continues it.
 Problem = tuple[str, str]
@@ -52,17 +48,22 @@ def _check_values(values: Tensor, indices: Tensor) -> Problem | None:
     return None
 
 
-def check_training_state(tensors: Mapping[str, Tensor], delta: SparseDelta) -> Problem | None:
-    """Say what is wrong with the training state saved for a delta, or None; the state as a whole is optional."""
+def check_training_state(tensors: Mapping[str, Tensor], own: RunSettings) -> Problem | None:
+    """Say what is wrong with the training state saved for a delta, or None; the state as a whole is optional.
+
+    Args:
+        tensors: by name; those of `STATE_KEYS` are looked at.
+        own: settings of the delta that is to take the state.
+    """
     if not any(name in tensors for name in STATE_KEYS):
         return None
     problem = _check_progress(tensors.get(PROGRESS), windowed=CANDIDATES in tensors)
     if problem is not None:
         return PROGRESS, problem
     return (
-        check_settings(tensors, delta)
-        or _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], delta)
-        or _check_accumulators(tensors.get(ROW), tensors.get(COL), delta)
+        check_settings(tensors, own)
+        or _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], own)
+        or _check_accumulators(tensors.get(ROW), tensors.get(COL), own)
         or _check_float(MAX_LR, tensors.get(MAX_LR), 1)
     )
 
@@ -79,7 +80,7 @@ def _check_progress(progress: Tensor | None, windowed: bool) -> str | None:
     return None
 
 
-def _check_window(window: list[Tensor | None], delta: SparseDelta) -> Problem | None:
+def _check_window(window: list[Tensor | None], own: RunSettings) -> Problem | None:
     names = (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)
     if all(tensor is None for tensor in window):
         return None
@@ -87,20 +88,21 @@ def _check_window(window: list[Tensor | None], delta: SparseDelta) -> Problem | 
         if tensor is None:
             return name, "is missing, while the rest of its window is there"
     positions, sums, squares = window
-    problem = check_index_set(positions, delta.numel)
+    problem = check_index_set(positions, own.numel)
     # Several ranks together may open a window with a shortlist.
-    if problem is None and positions.numel() > 2 * delta.k:
-        problem = f"holds {positions.numel()} positions, more than the {delta.k} deltas allow"
+    if problem is None and positions.numel() > 2 * own.num_deltas:
+        problem = f"holds {positions.numel()} positions, more than the {own.num_deltas} deltas allow"
     if problem is not None:
         return CANDIDATES, problem
     size = positions.numel()
     return _check_float(CANDIDATE_SUMS, sums, size) or _check_float(CANDIDATE_SQUARES, squares, size)
 
 
-def _check_accumulators(row: Tensor | None, col: Tensor | None, delta: SparseDelta) -> Problem | None:
+def _check_accumulators(row: Tensor | None, col: Tensor | None, own: RunSettings) -> Problem | None:
     if (row is None) != (col is None):
         return (ROW if row is None else COL), "is missing, while the other accumulator is there"
-    return _check_float(ROW, row, delta.rows) or _check_float(COL, col, delta.cols)
+    rows, cols = own.weight_shape
+    return _check_float(ROW, row, rows) or _check_float(COL, col, cols)
 
 
 def _check_float(name: str, tensor: Tensor | None, size: int) -> Problem | None:

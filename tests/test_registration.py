@@ -154,8 +154,8 @@ def test_every_table_of_peft_is_the_same_object() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     before = [dict(mapping) for mapping in MAPPINGS], list(PeftType)
-    registration.register()
-    registration.register()
+    spiel_peft.register()
+    spiel_peft.register()
     assert ([dict(mapping) for mapping in MAPPINGS], list(PeftType)) == before
 
 
@@ -167,7 +167,7 @@ def test_threads_register_once(mappings: None) -> None:
     def work() -> None:
         barrier.wait()
         try:
-            registration.register()
+            spiel_peft.register()
         except Exception as error:
             errors.append(error)
 
@@ -203,8 +203,8 @@ def test_first_registration_from_many_threads_and_after_a_reload() -> None:
         assert [m.name for m in PeftType].count("SPIEL") == 1
 
         import spiel_peft.registration
-        importlib.reload(spiel_peft.registration).register()
-        importlib.reload(spiel_peft)
+        importlib.reload(spiel_peft.registration)
+        importlib.reload(spiel_peft).register()
         assert CONFIGS["SPIEL"] is spiel_peft.SpIELConfig
 
         old = spiel_peft.SpIELConfig
@@ -223,7 +223,7 @@ def test_first_registration_from_many_threads_and_after_a_reload() -> None:
 def test_another_spiel_is_not_overwritten(mappings: None) -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING["SPIEL"] = peft.LoraConfig
     with pytest.raises(RuntimeError, match=r"'SPIEL'.*peft\.tuners\.lora\.config\.LoraConfig.*Uninstall"):
-        registration.register()
+        spiel_peft.register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING["SPIEL"] is peft.LoraConfig
 
 
@@ -231,7 +231,7 @@ def test_another_spiel_model_is_not_overwritten(mappings: None) -> None:
     del PEFT_TYPE_TO_CONFIG_MAPPING["SPIEL"]
     PEFT_TYPE_TO_TUNER_MAPPING["SPIEL"] = peft.LoraModel
     with pytest.raises(RuntimeError, match="'SPIEL'.*LoraModel"):
-        registration.register()
+        spiel_peft.register()
     assert "SPIEL" not in PEFT_TYPE_TO_CONFIG_MAPPING
 
 
@@ -240,7 +240,7 @@ def test_another_owner_of_the_prefix_is_named(mappings: None) -> None:
         del mapping["SPIEL"]
     PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] = "spiel_"
     with pytest.raises(RuntimeError, match="prefix 'spiel_'.*'LORA'"):
-        registration.register()
+        spiel_peft.register()
     assert "SPIEL" not in PEFT_TYPE_TO_CONFIG_MAPPING
 
 

@@ -209,7 +209,7 @@ def _problem_with(entry: dict[str, Any], delta: SparseDelta) -> str | None:
         tensors = _tensors_of(entry)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         return f"is damaged ({error})"
-    problem = check_training_state(tensors, delta) if PROGRESS in tensors else (PROGRESS, "is missing")
+    problem = check_training_state(tensors, delta.settings) if PROGRESS in tensors else (PROGRESS, "is missing")
     if problem is not None:
         return f"{problem[1]} ({problem[0]})"
     step, closes = tensors[PROGRESS].tolist()[:2]

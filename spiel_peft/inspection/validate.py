@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -24,6 +23,7 @@ from ..checkpoint import MARKER, split_file_key
 from ..config import SpIELConfig
 from ..convert.base import Base, BaseTensors, open_base
 from ..files.adapter_file import PREFIX, read_config, read_tensors
+from ..run_settings import RunSettings
 from ..targets import names_module
 from ..tensor_checks import check_indices_and_values, check_training_state
 from ..training_state import STATE_KEYS
@@ -152,14 +152,9 @@ def _delta_problems(
         yield "indices", f"must have dtype {index_dtype(size)} for a weight of {size} entries"
     if shape is not None and config is not None:
         rows = rows_of(shape, config.names_parameter(module))
-        view = SimpleNamespace(
-            k=entries["indices"].numel(),
-            rows=rows,
-            cols=size // rows,
-            numel=size,
-            run=SimpleNamespace(config=config),
-        )
-        problem = check_training_state(entries, view)  # type: ignore[arg-type]
+        k, c = entries["indices"].numel(), config
+        own = RunSettings(k, (rows, size // rows), c.growth, c.regrow_every, c.accumulation_steps)
+        problem = check_training_state(entries, own)
         if problem is not None:
             yield problem
 
