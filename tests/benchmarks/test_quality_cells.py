@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -393,3 +394,17 @@ def test_scores_do_not_depend_on_how_rows_are_batched() -> None:
     uneven = [{key: value[: 4 + i] for key, value in row.items()} for i, row in enumerate(rows)]
     one = tasks.next_token_scores(model, uneven, batch_size=1)["loss"]
     assert tasks.next_token_scores(model, uneven, batch_size=6)["loss"] == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_smollm2_is_read_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Dequantized once into the cache, it can be trained, and it knows English."""
+    monkeypatch.setenv("SPIEL_BENCHMARK_CACHE", str(tmp_path))
+    task = tasks.SmolSpanish()
+    model = task.model()
+    assert (tmp_path / "smollm2" / "model.safetensors").is_file() and not list(tmp_path.glob("*.part"))
+    ids = task.encode(["The sun rises in the east and sets in the west."])[None]
+    assert float(model(input_ids=ids, labels=ids).loss) < 3.0
+    budget = methods.lora_values(model, task, 16)
+    setup = methods.set_up(model, task, {"kind": "lora"}, 16, 10, 1e-3, 0)
+    assert setup.values == budget == 4_884_480
