@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from _args import _Parser, positive_float, positive_int
 from _data import (
@@ -39,7 +39,6 @@ from _data import (
 from _model import find_model, held_out_loss, load_base, load_tokenizer
 from _report import field, heading
 from _script import run_script
-from finetune import ProgressBar
 from spiel_peft import (
     KeepActive,
     LanguageCycler,
@@ -144,8 +143,6 @@ def train(
     )
     callbacks = [SpIELCallback(), *more]
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, data_collator=collator, callbacks=callbacks)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressBar())
     return float(trainer.train().training_loss)
 
 
