@@ -7,16 +7,13 @@ on two CPU cores. Further options go to the first command:
     python examples/demo.py --growth momentum --max-steps 100
 """
 
-from __future__ import annotations
-
 import json
 import shlex
+import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from spiel_peft.finetune.demo import demo_model, demo_pairs
-from spiel_peft_cli.main import main as spiel_peft
 
 QUESTIONS = ("Who are you?",)
 
@@ -28,7 +25,7 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def commands(folder: Path, more: Sequence[str]) -> list[list[str]]:
+def commands(folder: Path, more: list[str]) -> list[list[str]]:
     """The arguments of the commands; of an option that is given twice the last one counts."""
     train = ["train", "--model", demo_model().path, "--data", f"{folder}/pairs.jsonl", "--output-dir", str(folder)]
     train += ["--max-steps", "50", "--max-length", "128", "--regrow-every", "10", "--eval-every", "25", "--overwrite"]
@@ -37,7 +34,12 @@ def commands(folder: Path, more: Sequence[str]) -> list[list[str]]:
     return [[*train, "--merge", *more], plot]
 
 
-def main(argv: Sequence[str] | None = None, folder: Path = Path("outputs/demo")) -> int:
+def spiel_peft(command: list[str]) -> int:
+    """Run the command line; its exit code."""
+    return subprocess.call([Path(sys.executable).with_name("spiel-peft"), *command])
+
+
+def main(argv: list[str] | None = None, folder: Path = Path("outputs/demo")) -> int:
     """Run the commands; the exit code of the last one that ran."""
     write_pairs(folder / "pairs.jsonl")
     for command in commands(folder, sys.argv[1:] if argv is None else argv):
