@@ -1,4 +1,4 @@
-# make demo    fine-tune SmolLM2-135M-Instruct with SpIEL and plot what happened (about 5 minutes)
+# make demo    fine-tune SmolLM2-135M-Instruct with SpIEL and plot what happened (under 5 minutes)
 # make test    lint, formatting, tests
 # Both make their environment in .venv first; later calls reuse it until the pins change.
 
@@ -41,7 +41,7 @@ $(VENV)/.torchao-installed: $(VENV)/.test-installed
 # Passive waiting: where other programs want the cores too, OpenMP's spinning threads cost far more
 # (measured: 10 times the time per step and more) than they save where none do.
 demo: $(VENV)/.demo-installed
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/finetune.py --output-dir outputs/demo $(DEMO_ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 # One thread per test process: two processes with two threads each would fight over two cores.
 # Not "python -m pytest", which puts the checkout on the import path, where other packages would take

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from .demo_task import load_task, packed_batches, token_stream
+from .demo_task import load_task, packed_batches
 
 _STREAM = "token_stream.pt"
 _INIT_STD = 0.02
@@ -91,9 +91,9 @@ class BaseSpec:
 def keep_smollm2(folder: Path) -> BaseSpec:
     """Dequantize SmolLM2 and tokenize the demo's text once, for all processes of a benchmark."""
     with contextlib.redirect_stderr(io.StringIO()):
-        task = load_task(max_held_out=1)
+        task = load_task()
         task.model.save_pretrained(folder)
-    torch.save(token_stream(task), folder / _STREAM)
+    torch.save(task.stream, folder / _STREAM)
     return BaseSpec(checkpoint=str(folder))
 
 

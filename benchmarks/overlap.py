@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spiel_peft.cycle.candidates import best_slots, shortlist, unite
 
-from .demo_task import load_task, packed_batches, token_stream
+from .demo_task import load_task, packed_batches
 from .environment import add_output_argument, save
 
 NAME = "overlap_smollm2"
@@ -111,8 +111,8 @@ def measure(gradients: dict[str, list[Tensor]], ranks: int, density: float) -> d
 
 
 def run(args: argparse.Namespace) -> None:
-    task = load_task(max_held_out=1)
-    batches = packed_batches(token_stream(task), args.batch_size, args.tokens)
+    task = load_task()
+    batches = packed_batches(task.stream, args.batch_size, args.tokens)
     needed = max(args.ranks) * (_WINDOW + 1) * args.windows
     if needed > len(batches):
         raise SystemExit(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .demo_task import load_task, packed_batches, token_stream
+from .demo_task import load_task, packed_batches
 from .environment import add_output_argument, save
 from .index_sets import PROFILE, Profile, bin_edges, block_share, draw_positions, profile_of
 
@@ -88,8 +88,8 @@ def measure(model: Any, batches: list[Tensor], density: float) -> dict[str, Any]
 
 
 def run(args: argparse.Namespace) -> None:
-    task = load_task(max_held_out=1)
-    batches = packed_batches(token_stream(task), args.batch_size, args.tokens)[: args.batches]
+    task = load_task()
+    batches = packed_batches(task.stream, args.batch_size, args.tokens)[: args.batches]
     modules = measure(task.model, batches, args.density)
     for kind, entry in modules.items():
         print(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spiel_peft.compose.overlap import Overlap, OverlapReport
     from spiel_peft.inspection.facts import AdapterFacts
 
-KINDS = ("density", "histogram", "matrix", "churn")
+KINDS = ("density", "histogram", "matrix", "churn", "loss")
 
 
 @command("spiel-peft info adapter other_adapter --base base")
@@ -96,11 +96,11 @@ def plot(
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option("--log", help="trainer_state.json for the churn. By default looked for beside the adapter."),
+        typer.Option("--log", help="trainer_state.json for churn and loss. By default looked for beside the adapter."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> int:
-    """Draw an adapter: density by layer and module, sizes of deltas, a map of one matrix, index churn if logged."""
+    """Draw an adapter: density by layer and module, sizes of deltas, a map of one matrix; churn and loss if logged."""
     for name in kind or ():
         if name not in KINDS:
             raise typer.BadParameter(f"--kind must be one of {', '.join(KINDS)}, got {name!r}")
@@ -126,7 +126,7 @@ def _figures(
     output: Output, plots: Any, facts: AdapterFacts, kind: list[str] | None, module: str | None, log: Path | None
 ) -> dict[str, Any]:
     """What draws each picture asked for. Those that were not asked for by name are left out where they cannot be."""
-    from spiel_peft.inspection.logs import find_log, read_closes
+    from spiel_peft.inspection.logs import find_log, read_closes, read_losses
 
     figures: dict[str, Any] = {}
     wanted = dict.fromkeys(kind or KINDS)
@@ -140,12 +140,16 @@ def _figures(
             output.warn("matrix is left out: the weights' shapes are not known, name the base model with --base")
         else:
             figures["matrix"] = lambda: plots.matrix_figure(chosen, facts.adapter.deltas[chosen.module])
-    if "churn" in wanted:
+    if wanted.keys() & {"churn", "loss"}:
         if not kind and log is None and find_log(facts.folder) is None:
-            output.warn(f"churn is left out: no log of closes in or beside {facts.folder}")
-        else:
-            closes = read_closes(log or facts.folder)
+            output.warn(f"churn and loss are left out: no log of closes in or beside {facts.folder}")
+            return figures
+        closes = read_closes(log or facts.folder)
+        if "churn" in wanted:
             figures["churn"] = lambda: plots.churn_figure(closes)
+        if "loss" in wanted:
+            losses = read_losses(log or facts.folder)
+            figures["loss"] = lambda: plots.loss_figure(losses, closes)
     return figures
 
 

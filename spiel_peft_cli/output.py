@@ -92,7 +92,7 @@ class Output:
         added = [name for name in quiet if name not in os.environ]
         os.environ.update({name: quiet[name] for name in added})
         handler = _LogLines(self)
-        loggers = [logging.getLogger(name) for name in ("spiel_peft", "spiel_kernels")]
+        loggers = [logging.getLogger(name) for name in ("spiel_peft", "spiel_kernels", "trl")]
         for logger in loggers:
             logger.addHandler(handler)
         bitsandbytes = logging.getLogger("bitsandbytes")

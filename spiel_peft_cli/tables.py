@@ -141,6 +141,8 @@ def show_run(console: Console, result: RunResult) -> None:
     share = result.deltas / result.weights if result.weights else 0.0
     resumed = f", resumed from {result.resumed_from}" if result.resumed_from is not None else ""
     console.print(f"{result.deltas:,} deltas, {share:.2%} of the base; {result.steps} steps{resumed}", markup=False)
+    if result.blank or result.duplicates:
+        console.print(f"left out of the data: {result.blank} blank, {result.duplicates} repeated", markup=False)
     if result.train_loss is None:
         console.print("the run was complete already, nothing was trained", markup=False)
     else:
@@ -148,4 +150,9 @@ def show_run(console: Console, result: RunResult) -> None:
     if result.eval_loss is not None:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} before, "
         console.print(f"held-out loss {before}{result.eval_loss:.4f} after, on {result.held_out} examples")
-    console.print(f"{result.closes} closes of the cycle; wrote {result.adapter}", markup=False)
+    for answer in result.answers:
+        console.print(f"\nquestion  {answer.question}", markup=False)
+        console.print(f"before    {' '.join(answer.before.split())}", markup=False)
+        console.print(f"after     {' '.join(answer.after.split())}", markup=False)
+    merged = f" and {result.merged}" if result.merged is not None else ""
+    console.print(f"\n{result.closes} closes of the cycle; wrote {result.adapter}{merged}", markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ def train(
         Path,
         typer.Option(
             "--data",
-            help='.jsonl of {"question", "answer"}, {"prompt", "completion"}, {"messages"} or {"text"}, or .txt.',
+            help='.jsonl of {"question", "answer"}, {"prompt", "completion"} and {"messages"}, or {"text"}; or .txt.',
             show_default=False,
         ),
     ],
@@ -84,8 +85,19 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output-dir.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over an earlier run.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="YAML file of further arguments of TRL's SFTConfig, such as weight_decay: 0.01."),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option("--ask", help="Question to answer with and without the adapter; may be given several times."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Save the base model with the deltas added in OUTPUT_DIR/merged, too.")
+    ] = False,
 ) -> int:
-    """Fine-tune a causal language model on a file of pairs, chats or texts, with Hugging Face's Trainer.
+    """Fine-tune a causal language model on a file of pairs, chats or texts, with TRL's SFTTrainer.
 
     Answers are learnt, and plain texts as a whole. The adapter is saved in OUTPUT_DIR/adapter.
     """
@@ -96,7 +108,7 @@ def train(
     from spiel_peft.config import SpIELConfig
     from spiel_peft.finetune.run import RunSettings, finetune
 
-    config: SpIELConfig = SpIELConfig(
+    spiel_config: SpIELConfig = SpIELConfig(
         task_type="CAUSAL_LM",
         r=r,
         density=density,
@@ -112,7 +124,7 @@ def train(
         model=model,
         data=data,
         output_dir=output_dir,
-        config=config,
+        config=spiel_config,
         eval_data=eval_data,
         held_out=held_out,
         max_length=max_length,
@@ -130,10 +142,14 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         overwrite=overwrite,
+        arguments=config,
+        questions=ask or (),
+        merge=merge,
     )
-    with writing(output_dir), _no_bars_of_others(), output.progress("Training") as progress:
+    with writing(output_dir), _quiet_libraries(), output.progress("Training") as progress:
         result = finetune(settings, progress)
-    output.result(vars(result), lambda console: tables.show_run(console, result))
+    data = {**vars(result), "answers": [vars(answers) for answers in result.answers]}
+    output.result(data, lambda console: tables.show_run(console, result))
     return OK
 
 
@@ -148,13 +164,20 @@ def _check(max_steps: int | None, epochs: float | None, learning_rate: float, re
 
 
 @contextmanager
-def _no_bars_of_others() -> Iterator[None]:
+def _quiet_libraries() -> Iterator[None]:
+    """Without the bars that libraries draw, and without a warning of PEFT's on GGUF files, which have no config."""
+    import datasets
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, datasets_shown = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # The command restores the filters of warnings when it ends.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
     try:
         yield
     finally:
         if shown:
             logging.enable_progress_bar()
+        if datasets_shown:
+            datasets.enable_progress_bars()

@@ -65,7 +65,7 @@ def test_settings_table_has_the_real_fields_and_defaults() -> None:
 def test_names_and_files_it_mentions_exist() -> None:
     for name in ("SpIELConfig", "SpIELCallback", "SpIELOptimizer", "SM3", "register_growth_criterion"):
         assert name in README and hasattr(spiel_peft, name)
-    for path in ("constraints.txt", "examples/finetune.py", "benchmarks/results"):
+    for path in ("constraints.txt", "docs/command-line.md", "benchmarks/results"):
         assert path in README and (ROOT / path).exists()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", code_blocks("bash")[0], flags=re.MULTILINE):

@@ -1,1 +1,1 @@
-"""Fine-tuning a causal language model on a file of texts or chats: what `spiel-peft train` and the examples run."""
+"""Fine-tuning a causal language model on a file of pairs, chats or texts: what `spiel-peft train` runs."""

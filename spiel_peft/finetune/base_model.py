@@ -54,7 +54,7 @@ def model_in_folder(path: Path, name: str) -> ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer; an unreadable or unknown model is found out here, before its weights load."""
+    """The model's tokenizer. Raises InputError for a model that is unknown or cannot be read; no weights are loaded."""
     try:
         AutoConfig.from_pretrained(source.path, **source.kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)

@@ -1,26 +1,24 @@
-"""Text to fine-tune on: reading, splitting, and tokens with labels on what is to be learnt only."""
+"""Data to fine-tune on: reads and splits files of pairs, chats or texts, and makes the rows that TRL trains on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-IGNORED_LABEL = -100  # what PyTorch's and transformers' cross entropy leaves out
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, str]
-Tokens = dict[str, list[int]]
+# A row of TRL's: {"text": ...}, or {"prompt": ..., "completion": ...}, both of them strings or lists of messages.
+Row = dict[str, Any]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message is one line that says what and where."""
+    """An option or a file cannot be used; the message is one line that names it."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,29 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The distinct examples of one source, and what was left out of it."""
+    """The distinct examples of one source, all of them answers or all of them texts, and what was left out of it."""
 
     source: str
     examples: list[Example]
     blank: int
     duplicates: int
 
+    @property
+    def kind(self) -> str:
+        """What the examples are, for errors."""
+        return _kind(self.examples[0])
+
+
+def _kind(example: Example) -> str:
+    return "question-answer pairs" if example.prompt else "texts"
+
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def read_examples(path: Path) -> Corpus:
+def read_corpus(path: Path) -> Corpus:
     """The distinct examples of a file: text whose paragraphs are divided by blank lines (``.txt``), or jsonl."""
-    examples = read_texts(path) if path.suffix == ".txt" else read_jsonl(path, texts=True)
-    return distinct(str(path), examples)
+    return distinct(str(path), read_texts(path) if path.suffix == ".txt" else read_jsonl(path))
 
 
 def distinct(source: str, examples: Sequence[Example]) -> Corpus:
@@ -86,28 +92,33 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InputError(f"--data {path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def read_jsonl(path: Path, texts: bool = False) -> list[Example]:
-    """All examples of a jsonl file with one object per line, in any mixture of three forms.
+def read_jsonl(path: Path) -> list[Example]:
+    """All examples of a jsonl file with one object per line: texts, or pairs and chats in any mixture.
 
-    ``{"question": ..., "answer": ...}``, ``{"prompt": ..., "completion": ...}``, or
-    ``{"messages": [{"role": ..., "content": ...}, ...]}``, which gives one example per assistant turn.
-
-    Args:
-        texts: take ``{"text": ...}`` too, all of which is learnt.
+    A text is ``{"text": ...}``. A pair is ``{"question": ..., "answer": ...}`` or ``{"prompt": ..., "completion":
+    ...}``.
+    A chat is ``{"messages": [{"role": ..., "content": ...}, ...]}``; it gives one example per assistant turn.
     """
     lines = _read(path).splitlines()
     examples: list[Example] = []
     for number, line in enumerate(lines, start=1):
-        examples.extend(_parse_line(line, f"{path}:{number}", texts))
+        where = f"{path}:{number}"
+        for example in _parse_line(line, where):
+            if examples and _kind(example) != _kind(examples[0]):
+                # Texts are packed into blocks, answers are not, and TRL does either for a whole data set.
+                raise InputError(
+                    f"{where}: {_kind(example)} after {_kind(examples[0])}; put them in a file and a run of their own"
+                )
+            examples.append(example)
     if not examples:
         raise InputError(f"{path}: no question-answer pairs in {len(lines)} lines")
     return examples
 
 
-def _parse_line(line: bytes, where: str, texts: bool) -> Iterator[Example]:
+def _parse_line(line: bytes, where: str) -> Iterator[Example]:
     """The examples in one line of a jsonl file; ``where`` is its file and number, for errors."""
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
@@ -125,14 +136,13 @@ def _parse_line(line: bytes, where: str, texts: bool) -> Iterator[Example]:
             prompt = (("user", _text(record[question], question, where)),)
             yield Example(prompt, _text(record[answer], answer, where))
             return
-    if texts and "text" in record:
+    if "text" in record:
         yield Example((), _text(record["text"], "text", where))
-        return
-    if "messages" not in record:
-        expected = '"question" and "answer", "prompt" and "completion", or "messages"'
-        expected += ', or "text"' if texts else ""
+    elif "messages" in record:
+        yield from _parse_messages(record["messages"], where)
+    else:
+        expected = '"question" and "answer", "prompt" and "completion", "messages", or "text"'
         raise InputError(f"{where}: expected {expected}; found {', '.join(map(repr, record)) or 'nothing'}")
-    yield from _parse_messages(record["messages"], where)
 
 
 def _parse_messages(messages: Any, where: str) -> Iterator[Example]:
@@ -187,90 +197,38 @@ def split_examples(examples: Sequence[Example], held_out: float) -> tuple[list[E
     return kept, out
 
 
-# -- tokens ----------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
-def render(example: Example, tokenizer: Any) -> tuple[str, str]:
-    """(prompt, completion) as text, from the tokenizer's chat template where it has one."""
-    eos = tokenizer.eos_token or ""
-    if not tokenizer.chat_template:
-        lines = [f"{role.capitalize()}: {content}\n" for role, content in example.prompt]
-        return "".join(lines) + "Assistant:", f" {example.answer}{eos}"
-    messages = example.messages
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    messages.append({"role": "assistant", "content": example.answer})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(prompt):  # a template that writes history differently from a new turn
-        return prompt, example.answer + eos
-    # The line break that many templates put after the end-of-turn token is nothing to learn.
-    return prompt, whole[len(prompt) :].rstrip("\n")
-
-
-def encode_prompt(prompt: str, tokenizer: Any) -> list[int]:
-    """Token ids of a rendered prompt; a template writes its special tokens itself, plain text does not."""
+def as_row(example: Example, tokenizer: Any) -> Row:
+    """The example as TRL takes it: a text, or a prompt with its completion in the form that the tokenizer has."""
+    if not example.prompt:
+        return {"text": example.answer}
     if tokenizer.chat_template:
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    ids = list(tokenizer(prompt)["input_ids"])
+        return {"prompt": example.messages, "completion": [{"role": "assistant", "content": example.answer}]}
+    return {"prompt": plain_prompt(example.messages), "completion": f" {example.answer}"}
+
+
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """The turns of a conversation as lines, for models without a chat template."""
+    return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
+    """The tokens from which an answer is generated."""
+    if tokenizer.chat_template:
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    ids = list(tokenizer(plain_prompt(messages))["input_ids"])
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def encode(example: Example, tokenizer: Any, max_length: int) -> Tokens | None:
-    """``input_ids`` and ``labels``, the prompt's labels ignored; None if the prompt leaves no room.
+def rows_that_fit(corpus: Sequence[Example], tokenizer: Any, max_length: int, side: str) -> list[Row]:
+    """The examples as rows, without those whose prompt alone fills ``max_length`` tokens.
 
-    Prompt and answer are tokenized apart, so that the border is exact and the prompt's tokens are
-    those that generation will start from. What is too long loses the end of its answer.
+    Raises:
+        InputError: none is left.
     """
-    prompt, completion = render(example, tokenizer)
-    prompt_ids = encode_prompt(prompt, tokenizer)
-    answer_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    answer_ids = answer_ids[: max(0, max_length - len(prompt_ids))]
-    if not answer_ids or not prompt_ids:
-        return None
-    return {"input_ids": prompt_ids + answer_ids, "labels": [IGNORED_LABEL] * len(prompt_ids) + answer_ids}
-
-
-def encode_text(text: str, tokenizer: Any, max_length: int) -> list[Tokens]:
-    """Plain text in blocks of ``max_length`` tokens, all of which are learnt; a last token alone is left out."""
-    ids = list(tokenizer(text)["input_ids"])
-    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    blocks = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return [{"input_ids": block, "labels": list(block)} for block in blocks if len(block) > 1]
-
-
-def encode_all(examples: Iterable[Example], tokenizer: Any, max_length: int, side: str) -> list[Tokens]:
-    """The encoded examples, without those whose prompt alone fills ``max_length``."""
-    encoded: list[Tokens] = []
-    for example in examples:
-        if not example.prompt:
-            encoded += encode_text(example.answer, tokenizer, max_length)
-        elif (tokens := encode(example, tokenizer, max_length)) is not None:
-            encoded.append(tokens)
-    if not encoded:
+    fitting = [e for e in corpus if not e.prompt or len(prompt_ids(e.messages, tokenizer)) < max_length]
+    if not fitting:
         raise InputError(f"every {side} prompt is longer than --max-length {max_length}: raise it")
-    return encoded
-
-
-@dataclass(frozen=True)
-class AnswerCollator:
-    """Pads a batch on the right to its longest example; padding is neither attended to nor learnt."""
-
-    pad_token_id: int
-
-    def __call__(self, batch: Sequence[Tokens]) -> dict[str, torch.Tensor]:
-        """``input_ids``, ``attention_mask`` and ``labels``, each of shape (batch, longest)."""
-        longest = max(len(tokens["input_ids"]) for tokens in batch)
-
-        def padded(rows: Iterable[list[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
-
-        return {
-            "input_ids": padded((t["input_ids"] for t in batch), self.pad_token_id),
-            "attention_mask": padded(([1] * len(t["input_ids"]) for t in batch), 0),
-            "labels": padded((t["labels"] for t in batch), IGNORED_LABEL),
-        }
-
-
-def answer_tokens(encoded: Iterable[Tokens]) -> int:
-    """How many labels are learnt from (or measured on)."""
-    return sum(label != IGNORED_LABEL for tokens in encoded for label in tokens["labels"])
+    return [as_row(example, tokenizer) for example in fitting]

@@ -1,33 +1,32 @@
-"""One fine-tuning run by Hugging Face's Trainer: from a base model and a file of data to an adapter's folder."""
+"""One fine-tuning run by TRL's SFTTrainer: from a base model and a file of data to an adapter's folder."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
+
+try:
+    from datasets import Dataset
+    from trl import SFTTrainer
+except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] not in ("trl", "datasets"):
+        raise
+    raise ImportError("training needs TRL: pip install 'spiel-peft[train]'") from error
 
 from ..callback import SpIELCallback
 from ..config import SpIELConfig
 from ..files.atomic import whole_folder
+from .arguments import read_arguments, training_arguments
 from .base_model import find_model, load_base, load_tokenizer
-from .data import AnswerCollator, InputError, Tokens, encode_all, read_examples, split_examples
-from .run_folder import ADAPTER, STATE, checkpoints_in, find_checkpoint, remove_unfinished, steps_of
+from .data import Corpus, InputError, prompt_ids, read_corpus, rows_that_fit, split_examples
+from .run_folder import ADAPTER, MERGED, STATE, checkpoints_in, find_checkpoint, remove_unfinished, steps_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -48,6 +47,9 @@ class RunSettings:
         save_every, eval_every: steps between checkpoints and evaluations; 0: only at the end.
         resume: go on from the last checkpoint in `output_dir`.
         overwrite: begin anew although `output_dir` holds a run.
+        arguments: YAML file of further fields of TRL's `SFTConfig`.
+        questions: answered by the base model and by the tuned one when the run is over.
+        merge: save the base model with the deltas added, too.
     """
 
     model: str
@@ -71,6 +73,18 @@ class RunSettings:
     gradient_checkpointing: bool = False
     resume: bool = False
     overwrite: bool = False
+    arguments: Path | None = None
+    questions: Sequence[str] = ()
+    merge: bool = False
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The most likely answers to a question: the base model's, and that with the adapter."""
+
+    question: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -83,10 +97,13 @@ class RunResult:
         weights: parameters of the base model.
         steps: optimizer steps, those before a resumption included.
         resumed_from: the checkpoint that it went on from, if any.
-        examples, held_out: how many were trained and evaluated on.
+        examples, held_out: how many answers or texts were trained and evaluated on.
+        blank, duplicates: how many of the data were left out.
         train_loss: mean of the steps made now; None if the run was complete already.
         eval_loss_before, eval_loss: on the evaluation data, nats per learnt token averaged over batches; None without.
         closes: closes of the cycle logged over the whole run.
+        answers: to the questions of the settings.
+        merged: folder of the merged checkpoint, if it was asked for.
     """
 
     adapter: Path
@@ -96,10 +113,14 @@ class RunResult:
     resumed_from: Path | None
     examples: int
     held_out: int
+    blank: int
+    duplicates: int
     train_loss: float | None
     eval_loss_before: float | None
     eval_loss: float | None
-    closes: int = field(default=0)
+    closes: int
+    answers: list[Answers] = field(default_factory=list)
+    merged: Path | None = None
 
 
 def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResult:
@@ -114,144 +135,160 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
 
     Raises:
         InputError: names the option or file. FileExistsError: `output_dir` holds a run.
-        ValueError, OSError, ImportError: what PEFT, transformers and bitsandbytes say of model and settings.
+        ValueError, OSError, ImportError: what PEFT, TRL, transformers and bitsandbytes say of model and settings.
     """
     checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite)
     source = find_model(settings.model)
-    if source.gguf_file and settings.load_in_4bit:
-        raise InputError(f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model")
-    train, held_out = _examples(settings)
+    _refuse_4bit(settings, source)
+    more = read_arguments(settings.arguments) if settings.arguments is not None else {}
+    corpus, held_out = _read(settings)
+    evaluated = bool(held_out.examples)
+    arguments = training_arguments(settings, texts=corpus.kind == "texts", evaluated=evaluated, more=more)
     tokenizer = load_tokenizer(source)
-    train_tokens = encode_all(train, tokenizer, settings.max_length, "training")
-    eval_tokens = encode_all(held_out, tokenizer, settings.max_length, "held-out") if held_out else []
+    rows = rows_that_fit(corpus.examples, tokenizer, settings.max_length, "training")
+    eval_rows = rows_that_fit(held_out.examples, tokenizer, settings.max_length, "held-out") if evaluated else []
     set_seed(settings.seed)
     base = load_base(source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
-    complete = checkpoint is not None and steps_of(checkpoint) >= _planned_steps(settings, len(train_tokens))
-    if complete:
-        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-    else:
-        model = get_peft_model(base, settings.config)
-    trainer = _trainer(model, settings, train_tokens, eval_tokens, AnswerCollator(tokenizer.pad_token_id), progress)
     try:
-        before = _eval_loss(trainer) if eval_tokens and checkpoint is None else None
+        trainer = AdapterTrainer(
+            model=base,
+            args=arguments,
+            train_dataset=Dataset.from_list(rows),
+            eval_dataset=Dataset.from_list(eval_rows) if evaluated else None,
+            processing_class=tokenizer,
+            peft_config=settings.config,
+            callbacks=[SpIELCallback(), *([_Report(progress)] if progress is not None else [])],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
         for old in checkpoints_in(settings.output_dir) if settings.overwrite else ():
             shutil.rmtree(old)  # else a resumption could go on from the earlier run
-        train_loss = _train(trainer, checkpoint, complete)
-        after = _last_eval_loss(trainer) if eval_tokens else None
-        _save(trainer, model, tokenizer, settings.output_dir)
+        train_loss = _train(trainer, checkpoint)
+        before, after = _eval_losses(trainer) if evaluated else (None, None)
+        model: Any = trainer.model
+        trainable, total = model.get_nb_trainable_parameters()
+        answers = [_answers(model, tokenizer, question) for question in settings.questions]
+        merged = _save(trainer, settings)
     except BaseException:
         remove_unfinished(settings.output_dir)
         raise
-    trainable, total = model.get_nb_trainable_parameters()
     return RunResult(
         adapter=settings.output_dir / ADAPTER,
         deltas=trainable,
         weights=total - trainable,
         steps=trainer.state.global_step,
         resumed_from=checkpoint,
-        examples=len(train_tokens),
-        held_out=len(eval_tokens),
+        examples=len(rows),
+        held_out=len(eval_rows),
+        blank=corpus.blank,
+        duplicates=corpus.duplicates,
         train_loss=train_loss,
         eval_loss_before=before,
         eval_loss=after,
         closes=sum("spiel/churn" in entry for entry in trainer.state.log_history),
+        answers=answers,
+        merged=merged,
     )
 
 
-def _train(trainer: Trainer, checkpoint: Path | None, complete: bool) -> float | None:
-    """Train, and return the mean loss; of a run that is complete only take its log."""
-    if complete:
+class AdapterTrainer(SFTTrainer):
+    """TRL's SFTTrainer without its model card: a card in the output folder could replace a README that is there.
+
+    The adapter's folder gets the card that PEFT writes.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write nothing."""
+
+
+def _refuse_4bit(settings: RunSettings, source: Any) -> None:
+    if settings.load_in_4bit and source.gguf_file:
+        raise InputError(f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model")
+    if settings.load_in_4bit and settings.merge:
+        raise InputError(
+            "--merge with --load-in-4bit would round most deltas away; leave --merge out, and merge the adapter into "
+            "the unquantized base with spiel-peft merge"
+        )
+
+
+def _read(settings: RunSettings) -> tuple[Corpus, Corpus]:
+    """What to train on and what to evaluate on; the latter may be empty."""
+    corpus = read_corpus(settings.data)
+    if settings.eval_data is not None:
+        held_out = read_corpus(settings.eval_data)
+        if held_out.kind != corpus.kind:
+            raise InputError(
+                f"--eval-data {settings.eval_data} holds {held_out.kind}, but --data {settings.data} holds "
+                f"{corpus.kind}; give a file of {corpus.kind}"
+            )
+        return corpus, held_out
+    if not settings.held_out:
+        return corpus, replace(corpus, examples=[])
+    train, held_out_examples = split_examples(corpus.examples, settings.held_out)
+    return replace(corpus, examples=train), replace(corpus, examples=held_out_examples)
+
+
+def _train(trainer: SFTTrainer, checkpoint: Path | None) -> float | None:
+    """Train, and return the mean loss; of a run that is complete only load the result and its log."""
+    if checkpoint is not None and steps_of(checkpoint) >= _planned_steps(trainer):
         # Told to go on from there, the Trainer would make one step more.
+        model: Any = trainer.model
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
         return None
     return float(trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss)
 
 
-def _save(trainer: Trainer, model: Any, tokenizer: Any, folder: Path) -> None:
-    with whole_folder(folder / ADAPTER, overwrite=True) as work:
+def _planned_steps(trainer: SFTTrainer) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    arguments = trainer.args
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    steps = max(1, math.ceil(len(trainer.get_train_dataloader()) / arguments.gradient_accumulation_steps))
+    return math.ceil(arguments.num_train_epochs * steps)
+
+
+def _eval_losses(trainer: SFTTrainer) -> tuple[float | None, float]:
+    """The loss before the first step, if it was logged, and after the last one, which is measured if it was not."""
+    losses = {entry["step"]: float(entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry}
+    last = trainer.state.global_step
+    return losses.get(0), losses[last] if last in losses else float(trainer.evaluate()["eval_loss"])
+
+
+@torch.no_grad()
+def _answers(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 48) -> Answers:
+    model.eval()
+    ids = torch.tensor([prompt_ids([{"role": "user", "content": question}], tokenizer)], device=model.device)
+
+    def answer() -> str:
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+    after = answer()
+    with model.disable_adapter():
+        return Answers(question, answer(), after)
+
+
+def _save(trainer: SFTTrainer, settings: RunSettings) -> Path | None:
+    """Save the adapter and the log, and the merged checkpoint if asked for; its folder."""
+    model: Any = trainer.model
+    with whole_folder(settings.output_dir / ADAPTER, overwrite=True) as work:
         # The vocabulary is never resized here, so PEFT need not look into the base model for that.
         model.save_pretrained(str(work), save_embedding_layers=False)
-        tokenizer.save_pretrained(str(work))
+        trainer.processing_class.save_pretrained(str(work))
     trainer.save_state()
-
-
-def _planned_steps(settings: RunSettings, examples: int) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them in a single process."""
-    batches = math.ceil(examples / settings.batch_size)
-    return settings.max_steps or math.ceil(settings.epochs * max(1, math.ceil(batches / settings.grad_accum)))
-
-
-def _examples(settings: RunSettings) -> tuple[list[Any], list[Any]]:
-    """Examples to train on and to evaluate on."""
-    train = read_examples(settings.data).examples
-    if settings.eval_data is not None:
-        return train, read_examples(settings.eval_data).examples
-    return split_examples(train, settings.held_out) if settings.held_out else (train, [])
-
-
-def _trainer(
-    model: Any,
-    settings: RunSettings,
-    train: list[Tokens],
-    held_out: list[Tokens],
-    collator: AnswerCollator,
-    progress: Progress | None,
-) -> Trainer:
-    on_gpu = torch.cuda.is_available()
-    checkpointing: dict[str, Any] = {}
-    if settings.gradient_checkpointing:
-        # Reentrant checkpoints need an input with a gradient, which a frozen embedding does not give.
-        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=os.fspath(settings.output_dir),
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=0.0,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
-        max_steps=settings.max_steps or -1,
-        num_train_epochs=settings.epochs,
-        bf16=settings.bf16,
-        use_cpu=not on_gpu,  # without which the Trainer refuses bf16 on a CPU
-        seed=settings.seed,
-        logging_steps=1,
-        disable_tqdm=True,
-        eval_strategy="steps" if settings.eval_every and held_out else "no",
-        eval_steps=settings.eval_every or None,
-        save_strategy="steps" if settings.save_every else "no",
-        save_steps=settings.save_every or 500,
-        save_total_limit=2,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        prediction_loss_only=True,
-        **checkpointing,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,  # type: ignore[arg-type]
-        eval_dataset=held_out or None,  # type: ignore[arg-type]
-        data_collator=collator,
-        callbacks=[SpIELCallback(), *([_Report(progress)] if progress is not None else [])],
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
-
-
-def _eval_loss(trainer: Trainer) -> float:
-    return float(trainer.evaluate()["eval_loss"])
-
-
-def _last_eval_loss(trainer: Trainer) -> float:
-    """The loss after the last step, which the Trainer may have measured already."""
-    for entry in reversed(trainer.state.log_history):
-        if entry["step"] == trainer.state.global_step and "eval_loss" in entry:
-            return float(entry["eval_loss"])
-    return _eval_loss(trainer)
+    if not settings.merge:
+        return None
+    with whole_folder(settings.output_dir / MERGED, overwrite=True) as work:
+        model.merge_and_unload().save_pretrained(str(work))
+        trainer.processing_class.save_pretrained(str(work))
+    return settings.output_dir / MERGED
 
 
 class _Report(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The folder of a run: the Trainer's checkpoints, and the adapter beside them."""
+"""The folder of a run: the Trainer's checkpoints, and the adapter and the merged checkpoint beside them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from .data import InputError
 
 ADAPTER = "adapter"
+MERGED = "merged"
 # The Trainer writes it last into a checkpoint.
 STATE = "trainer_state.json"
 

@@ -1,4 +1,4 @@
-"""The closes of a training run, from the logs that trainers leave beside an adapter."""
+"""The closes and losses of a training run, from the logs that trainers leave beside an adapter."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 TRAINER_STATE = "trainer_state.json"
-# What examples/finetune.py writes.
-_SUMMARY = "summary.json"
 _FIELDS = ("rate", "replaced", "kept", "churn", "mean_abs_delta")
 
 
@@ -35,6 +33,14 @@ class Close:
     mean_abs_delta: float
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Losses by optimizer step: of the batches trained on, and of the evaluations."""
+
+    train: dict[int, float]
+    held_out: dict[int, float]
+
+
 def find_log(folder: str | os.PathLike[str]) -> Path | None:
     """The log of the run that an adapter comes from: in its folder, in a trainer's checkpoint there, or one level up.
 
@@ -42,10 +48,9 @@ def find_log(folder: str | os.PathLike[str]) -> Path | None:
     """
     folder = Path(folder)
     for place in (folder, folder.resolve().parent):
-        found = [path for name in (TRAINER_STATE, _SUMMARY) if _is_log(path := place / name)]
-        found += [path for path in reversed(_checkpoints(place)) if _is_log(path)]
-        if found:
-            return found[0]
+        for path in (place / TRAINER_STATE, *reversed(_checkpoints(place))):
+            if _is_log(path):
+                return path
     return None
 
 
@@ -67,7 +72,7 @@ def _is_log(path: Path) -> bool:
 
 
 def read_closes(log: str | os.PathLike[str]) -> list[Close]:
-    """The closes in a ``trainer_state.json`` (or a ``summary.json`` of the example), in the order of their steps.
+    """The closes in a ``trainer_state.json``, in the order of their steps.
 
     Args:
         log: the file, or a folder with one.
@@ -75,6 +80,27 @@ def read_closes(log: str | os.PathLike[str]) -> list[Close]:
     Raises:
         FileNotFoundError: there is none. ValueError: it cannot be read, or holds no close.
     """
+    path = _path(log)
+    closes = _closes(_load(path))
+    if not closes:
+        raise ValueError(f"{path} logs no close of a cycle; give SpIELCallback() to the Trainer to have them logged")
+    return closes
+
+
+def read_losses(log: str | os.PathLike[str]) -> Losses:
+    """The losses in a ``trainer_state.json``; arguments and errors as of `read_closes`."""
+    path = _path(log)
+    entries = _history(_load(path))
+    try:
+        found = [{int(e["step"]): float(e[key]) for e in entries if key in e} for key in ("loss", "eval_loss")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} logs a loss without a step or a number: {error}") from error
+    if not found[0]:
+        raise ValueError(f"{path} logs no training loss; set logging_steps of the Trainer to have it logged")
+    return Losses(*found)
+
+
+def _path(log: str | os.PathLike[str]) -> Path:
     path = Path(log)
     if path.is_dir():
         found = find_log(path)
@@ -86,10 +112,7 @@ def read_closes(log: str | os.PathLike[str]) -> list[Close]:
         path = found
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    closes = _closes(_load(path))
-    if not closes:
-        raise ValueError(f"{path} logs no close of a cycle; give SpIELCallback() to the Trainer to have them logged")
-    return closes
+    return path
 
 
 def _load(path: Path) -> Any:
@@ -99,15 +122,14 @@ def _load(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
+def _history(content: Any) -> list[dict[str, Any]]:
+    history = content.get("log_history") if isinstance(content, dict) else None
+    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+
+
 def _closes(content: Any) -> list[Close]:
-    if not isinstance(content, dict):
-        return []
-    history = content.get("log_history")
-    if isinstance(history, list):
-        entries = [e for e in history if isinstance(e, dict) and "spiel/churn" in e]
-        rows = [{key.removeprefix("spiel/"): value for key, value in e.items()} for e in entries]
-    else:
-        rows = [row for row in content.get("cycle") or [] if isinstance(row, dict)]
+    entries = [entry for entry in _history(content) if "spiel/churn" in entry]
+    rows = [{key.removeprefix("spiel/"): value for key, value in entry.items()} for entry in entries]
     try:
         closes = [Close(int(row["step"]), *(_number(row, name) for name in _FIELDS)) for row in rows]
     except (KeyError, TypeError, ValueError):

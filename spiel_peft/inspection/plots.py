@@ -1,4 +1,4 @@
-"""Pictures of an adapter: where its deltas are, how large they are, one matrix as a map, how its indices moved."""
+"""Pictures of an adapter: where its deltas are, their sizes, one matrix as a map; closes and losses of its run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..files.adapter_file import StoredDelta
 from .facts import AdapterFacts, ModuleFacts
-from .logs import Close
+from .logs import Close, Losses
 
 DPI = 130
 # Cells of the map along each side, at most.
@@ -147,6 +147,29 @@ def churn_figure(closes: Sequence[Close]) -> Figure:
     right.set_ylabel("mean |delta|")
     lines = [*ax.get_lines(), *right.get_lines()]
     figure.legend(lines, [line.get_label() for line in lines], fontsize=9, loc="outside lower center", ncols=3)
+    return figure
+
+
+def loss_figure(losses: Losses, closes: Sequence[Close]) -> Figure:
+    """Training and held-out loss by step, with the closes marked."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
+    for number, close in enumerate(closes):
+        label = None if number else "close: deltas move"
+        ax.axvline(close.step, color="0.75", linestyle="--", linewidth=1, zorder=0, label=label)
+    steps, values = list(losses.train), np.array(list(losses.train.values()))
+    window = max(1, len(steps) // 6)
+    smooth = [float(values[max(0, end - window) : end].mean()) for end in range(1, len(steps) + 1)]
+    ax.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=1, label="training batch")
+    ax.plot(steps, smooth, color="tab:blue", alpha=0.8, label=f"training, mean of {window}")
+    if losses.held_out:
+        ax.plot(list(losses.held_out), list(losses.held_out.values()), "o-", color="tab:red", label="held out")
+    for step, loss in losses.held_out.items():
+        ax.annotate(f"{loss:.2f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="tab:red")
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", title=f"Loss over {steps[-1]} steps")
+    # The running mean sets the scale: a single bad batch may leave the picture.
+    ax.set_ylim(0, 1.25 * max([*smooth, *losses.held_out.values()]))
+    ax.legend(loc="lower left", ncols=2, fontsize=9)
     return figure
 
 

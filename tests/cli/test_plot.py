@@ -12,9 +12,17 @@ from trainer_helpers import regression, trainer
 
 from spiel_peft import SpIELCallback
 from spiel_peft.files.adapter_file import StoredDelta
-from spiel_peft.inspection import adapter_facts, read_closes
+from spiel_peft.inspection import Close, adapter_facts, read_closes
 from spiel_peft.inspection.facts import ModuleFacts
-from spiel_peft.inspection.plots import churn_figure, density_figure, histogram_figure, matrix_figure, place_of
+from spiel_peft.inspection.logs import Losses
+from spiel_peft.inspection.plots import (
+    churn_figure,
+    density_figure,
+    histogram_figure,
+    loss_figure,
+    matrix_figure,
+    place_of,
+)
 
 from .helpers import Shell
 
@@ -24,10 +32,10 @@ def is_png(path: Path) -> bool:
 
 
 def test_all_pictures_of_a_logged_run(shell: Shell, folders: Path) -> None:
-    log = {"log_history": [{"loss": 1.0, "step": 1}, *closes()]}
+    log = {"log_history": [{"loss": 1.0, "step": 1}, {"eval_loss": 2.0, "step": 1}, *closes()]}
     (folders / "adapter" / "trainer_state.json").write_text(json.dumps(log))
     data = shell.json("plot", "adapter", "--out", "new/plots", "--base", "base")
-    assert data == {"files": [f"new/plots/{name}.png" for name in ("density", "histogram", "matrix", "churn")]}
+    assert data == {"files": [f"new/plots/{name}.png" for name in ("density", "histogram", "matrix", "churn", "loss")]}
     assert all(is_png(Path(file)) for file in data["files"])
     assert sorted(Path("new/plots").iterdir()) == sorted(Path(file) for file in data["files"])
 
@@ -46,7 +54,7 @@ def closes() -> list[dict[str, float]]:
 def test_what_cannot_be_drawn_is_left_out_unless_asked_for(shell: Shell) -> None:
     data = shell.json("plot", "language", "--out", "plots")
     assert [Path(file).stem for file in data["files"]] == ["density", "histogram"]
-    assert "matrix is left out" in data["warnings"][0] and "churn is left out" in data["warnings"][1]
+    assert "matrix is left out" in data["warnings"][0] and "churn and loss are left out" in data["warnings"][1]
     assert "--base" in shell.fails("plot", "language", "--out", "more", "--kind", "matrix", code=3)
     assert "has no log of closes" in shell.fails("plot", "language", "--out", "more", "--kind", "churn", code=3)
     assert not Path("more").exists()
@@ -79,6 +87,24 @@ def test_a_damaged_log_is_named(shell: Shell, folders: Path) -> None:
     assert "log.json cannot be read" in shell.fails("plot", "language", *churn, "log.json", code=3)
     (folders / "log.json").write_text('{"log_history": [{"step": 1, "loss": 2.0}]}')
     assert "logs no close" in shell.fails("plot", "language", *churn, "log.json", code=3)
+
+
+def test_a_log_without_losses_is_named(shell: Shell, folders: Path) -> None:
+    (folders / "log.json").write_text(json.dumps({"log_history": closes()}))
+    loss = ["--kind", "loss", "--out", "plots", "--log", "log.json"]
+    assert "log.json logs no training loss" in shell.fails("plot", "language", *loss, code=3)
+    (folders / "log.json").write_text(json.dumps({"log_history": [{"loss": "a", "step": 1}, *closes()]}))
+    assert "log.json logs a loss without a step or a number" in shell.fails("plot", "language", *loss, code=3)
+
+
+def test_the_loss_curve_has_every_loss_and_close() -> None:
+    losses = Losses({1: 3.0, 2: 2.0, 3: 1.0}, {0: 3.5, 3: 1.5})
+    (ax,) = loss_figure(losses, [Close(2, 1.0, 3, 0, 1.0, 1e-3)]).axes
+    close, batches, _, held_out = ax.get_lines()
+    assert close.get_xdata() == [2, 2]
+    assert list(batches.get_xdata()) == [1, 2, 3] and list(batches.get_ydata()) == [3, 2, 1]
+    assert list(held_out.get_xdata()) == [0, 3] and list(held_out.get_ydata()) == [3.5, 1.5]
+    assert [text.get_text() for text in ax.texts] == ["3.50", "1.50"]
 
 
 def test_unknown_kind_is_wrong_usage(shell: Shell) -> None:

@@ -13,10 +13,10 @@ from peft import PeftModel
 from transformers import AutoTokenizer
 
 from spiel_peft.files.adapter_file import read_adapter
-from spiel_peft.finetune.data import encode_all, read_examples
+from spiel_peft.finetune import run
 from spiel_peft.inspection import read_closes, validate_adapter
 
-from .helpers import COLOURS, Shell, tokenizer
+from .helpers import COLOURS, Shell
 
 RUN = ["train", "--model", "base", "--data", "train.jsonl"]
 SHORT = ["--r", "2", "--lr", "1e-2", "--regrow-every", "4", "--accumulation-steps", "2", "--warmup-steps", "2"]
@@ -115,7 +115,7 @@ def test_other_ways_to_run(options: list[str], shell: Shell) -> None:
         }
     if "--eval-every" in options:
         history = json.loads(Path("run/trainer_state.json").read_text())["log_history"]
-        assert [entry["step"] for entry in history if "eval_loss" in entry] == [2, 3]
+        assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 2, 3]
     if "--save-every" in options:
         assert not list(Path("run").glob("checkpoint-*"))
 
@@ -133,12 +133,80 @@ def test_plain_texts(shell: Shell, folders: Path) -> None:
     assert results[0]["examples"] + results[0]["held_out"] == len(COLOURS)
 
 
-def test_long_texts_are_split_and_learnt_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "long.txt"
-    path.write_text(" ".join(["the sky is blue ."] * 5))  # 25 words and an end
-    tokens = encode_all(read_examples(path).examples, tokenizer(), 10, "training")
-    assert [len(t["input_ids"]) for t in tokens] == [10, 10, 6]
-    assert all(t["labels"] == t["input_ids"] for t in tokens)
+def test_long_texts_are_split_and_learnt_as_a_whole(shell: Shell, folders: Path) -> None:
+    (folders / "long.txt").write_text(" ".join(["the sky is blue ."] * 5))  # 25 words and an end: 10, 10 and 6
+    run = ["train", "--model", "base", "--data", "long.txt", "--max-length", "10", "--batch-size", "1"]
+    data = shell.json(*run, *SHORT, "--held-out", "0", "--output-dir", "run")
+    assert (data["examples"], data["steps"]) == (1, 3)
+    log = json.loads(Path("run/trainer_state.json").read_text())["log_history"]
+    assert [entry["num_tokens"] for entry in log if "num_tokens" in entry][-1] == 26
+
+
+def test_texts_and_answers_do_not_go_together(shell: Shell, folders: Path) -> None:
+    (folders / "mixed.jsonl").write_text('{"question": "a ?", "answer": "b"}\n\n{"text": "c"}\n')
+    (folders / "texts.txt").write_text("the sky is blue .")
+    run = [*RUN, "--output-dir", "run"]
+    assert "mixed.jsonl:3: texts after question-answer pairs" in shell.fails(*run, "--data", "mixed.jsonl", code=3)
+    message = shell.fails(*run, "--eval-data", "texts.txt", code=3)
+    assert "--eval-data texts.txt holds texts" in message and "give a file of question-answer pairs" in message
+
+
+def test_further_arguments_of_trl(shell: Shell, folders: Path) -> None:
+    (folders / "more.yaml").write_text("weight_decay: 1e-1\nlr_scheduler_type: constant\n")
+    shell(*RUN, *SHORT, "--max-steps", "4", "--output-dir", "run", "--config", "more.yaml")
+    log = json.loads(Path("run/trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in log if "learning_rate" in entry] == [0.01] * 4
+    arguments = torch.load("run/checkpoint-4/training_args.bin", weights_only=False)
+    assert arguments.weight_decay == 0.1
+
+
+BAD_CONFIGS = {
+    "an option's": ("learning_rate: 0.1", "learning_rate is set by --learning-rate; remove it from the file"),
+    "unknown": ("wieght_decay: 0.1", "no field 'wieght_decay'; did you mean weight_decay?"),
+    "no number": ("weight_decay: much", "weight_decay must be a number, got 'much'"),
+    "a list": ("- weight_decay", "expected lines of 'field: value', got list"),
+    "no YAML": ("a: b: c", "not YAML"),
+    "refused by TRL": ("optim: best", "best"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_wrong_config_names_the_field(text: str, message: str, shell: Shell, folders: Path) -> None:
+    (folders / "more.yaml").write_text(text)
+    before = contents(folders)
+    said = shell.fails(*RUN, "--output-dir", "run", "--config", "more.yaml", code=3)
+    assert "--config more.yaml" in said and message in said
+    assert contents(folders) == before
+
+
+def test_questions_are_answered_with_and_without_the_adapter(shell: Shell, folders: Path) -> None:
+    run = [*RUN, "--r", "8", "--lr", "1e-2", "--max-steps", "40", "--batch-size", "8", "--output-dir", "run", "--merge"]
+    question = "what colour is the sky sky ?"
+    data = shell.json(*run, "--accumulation-steps", "2", "--ask", question, "--ask", "what is it ?")
+    (first, second) = data["answers"]
+    assert first["question"] == question and second["question"] == "what is it ?"
+    assert first["after"].startswith("it is ") and not first["before"].startswith("it is ")
+    # The merged checkpoint says what the model with the adapter does, bit for bit.
+    ids = torch.tensor([[3, 4, 5, 6, 20, 8]])
+    merged = loaded(folders / "run" / "merged")
+    model = PeftModel.from_pretrained(loaded(folders / "base"), "run/adapter")
+    assert data["merged"] == "run/merged" and torch.equal(merged(ids).logits, model(ids).logits)
+    assert AutoTokenizer.from_pretrained("run/merged").eos_token == "<end>"
+    text = shell(*run, "--overwrite", "--max-steps", "2", "--ask", question)
+    assert f"question  {question}" in text and "before    " in text and "run/merged" in text
+    message = shell.fails(*run, "--overwrite", "--load-in-4bit", code=3)
+    assert "--merge with --load-in-4bit" in message
+
+
+def test_without_trl_the_extra_is_named(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    import spiel_peft.finetune
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(sys.modules, "spiel_peft.finetune.run", raising=False)
+    monkeypatch.delattr(spiel_peft.finetune, "run", raising=False)
+    assert "pip install 'spiel-peft[train]'" in shell.fails(*RUN, "--output-dir", "run", code=5)
 
 
 BAD = {
@@ -155,14 +223,32 @@ BAD = {
     "rate": (["--lr", "-1"], 2, "--learning-rate must be a number above 0"),
     "resume and overwrite": (["--resume", "--overwrite"], 2, "give one of them"),
     "output is a file": (["--output-dir", "train.jsonl"], 3, "it is a file"),
+    "data is a folder": (["--data", "base"], 3, "base: Is a directory"),
+    "no pairs": (["--data", "empty.jsonl"], 3, "empty.jsonl: no question-answer pairs"),
+    "model is a text file": (["--model", "bad.jsonl"], 3, "not a .gguf"),
+    "folder without model": (["--model", "."], 3, "has no config.json"),
+    "unknown hub id": (["--model", "no-such-owner/no-such-model"], 3, "no-such-owner/no-such-model"),
+    "prompts too long": (["--max-length", "3"], 3, "every training prompt is longer than --max-length 3: raise it"),
+    "no config": (["--config", "nowhere.yaml"], 3, "--config nowhere.yaml: No such file"),
+    "output under a file": (["--output-dir", "train.jsonl/x"], 3, "train.jsonl/x"),
+    "4bit of a GGUF file": (["--model", "m.gguf", "--load-in-4bit"], 3, "--load-in-4bit cannot quantize a GGUF file"),
     "missing option": (["--batch-size", "none"], 2, "--batch-size"),
 }
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD)
-def test_bad_input_changes_nothing(arguments: list[str], code: int, message: str, shell: Shell, folders: Path) -> None:
+ONLY_THE_MODEL_TELLS = ("no such modules", "output under a file")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_changes_nothing(name: str, shell: Shell, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, code, message = BAD[name]
+    if name not in ONLY_THE_MODEL_TELLS:
+        monkeypatch.setattr(run, "load_base", lambda *a, **k: pytest.fail("the model was loaded"))
     (folders / "bad.jsonl").write_text('{"text": "a"}\n{\n')
     (folders / "empty.txt").write_text("\n\n")
+    (folders / "empty.jsonl").touch()
+    if "m.gguf" in arguments:
+        (folders / "m.gguf").touch()
     before = contents(folders)
     assert message in shell.fails(*RUN, "--output-dir", "run", *arguments, code=code)
     assert contents(folders) == before

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import zero_shot
+from spiel_peft.finetune.data import InputError
 
 WORDS = {
     "source": ["what", "is", "next", "to"],
@@ -62,9 +63,8 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("way", ["separate", "on-top", "ready"])
 def test_each_way_trains_measures_and_saves_the_sums(way: str, folder: Path, tmp_path: Path) -> None:
     steps = ["--language-steps", "6", "--task-steps", "8", "--learning-rate", "2e-2", "--r", "4"]
-    assert zero_shot.main(arguments(folder, tmp_path, "--task-training", way, *steps)) == 0
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert set(results) == {"one", "two"}
+    results = zero_shot.main(arguments(folder, tmp_path, "--task-training", way, *steps))
+    assert set(results) == {"one", "two"} and results == json.loads((tmp_path / "results.json").read_text())
     for losses in results.values():
         assert losses["both"] < losses["base"] and losses["task"] < losses["base"]
     adapters = {path.name for path in tmp_path.iterdir() if (path / "adapter_config.json").is_file()}
@@ -73,15 +73,15 @@ def test_each_way_trains_measures_and_saves_the_sums(way: str, folder: Path, tmp
     # One file holds the sum, for any PEFT script.
     base = AutoModelForCausalLM.from_pretrained(folder / "model")
     model = PeftModel.from_pretrained(base, tmp_path / "one_task")
-    tokenizer = zero_shot.load_tokenizer(zero_shot.find_model(str(folder / "model")))
-    data = zero_shot.read_language("one", tokenizer, zero_shot.parse_args(arguments(folder, tmp_path)))
-    loss = zero_shot.held_out_loss(model, data.held_out, zero_shot.AnswerCollator(0), 8)
-    assert loss == pytest.approx(results["one"]["both"], rel=1e-4)
+    run = zero_shot.Run(zero_shot.parse_args(arguments(folder, tmp_path)))
+    run.model = model
+    rows = run.rows(run.pairs["one"][1])
+    assert run.trainer(rows, 1).evaluate(rows)["eval_loss"] == pytest.approx(results["one"]["both"], rel=1e-4)
 
 
-def test_wrong_input_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert zero_shot.main([*arguments(folder, tmp_path)[:-1], "klingon"]) == 2
-    assert "klingon.jsonl: No such file" in capsys.readouterr().err
+def test_wrong_input_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="klingon.jsonl: No such file"):
+        zero_shot.main([*arguments(folder, tmp_path)[:-1], "klingon"])
     with pytest.raises(SystemExit):
         zero_shot.main(["--languages", "english", "italian"])
     assert "--languages must be distinct, and other than --source" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+"""The demo: fine-tune SmolLM2-135M-Instruct on question-answer pairs, with two commands that you can give yourself.
+
+It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them. Needs about four minutes
+on two CPU cores. Further options go to the first command:
+
+    python examples/demo.py --growth momentum --max-steps 100
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from spiel_peft.finetune.demo import demo_model, demo_pairs
+
+QUESTIONS = ("Who are you?",)
+
+
+def write_pairs(path: Path) -> None:
+    """The pairs as a file that `spiel-peft train` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": pair.question, "answer": pair.answer} for pair in demo_pairs().examples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def commands(folder: Path, more: list[str]) -> list[list[str]]:
+    """The arguments of the commands; of an option that is given twice the last one counts."""
+    train = ["train", "--model", demo_model().path, "--data", f"{folder}/pairs.jsonl", "--output-dir", str(folder)]
+    train += ["--max-steps", "50", "--max-length", "128", "--regrow-every", "10", "--eval-every", "25", "--overwrite"]
+    train += [part for question in QUESTIONS for part in ("--ask", question)]
+    plot = ["plot", f"{folder}/adapter", "--base", f"{folder}/merged", "--out", f"{folder}/plots", "--overwrite"]
+    return [[*train, "--merge", *more], plot]
+
+
+def spiel_peft(command: list[str]) -> int:
+    """Run the command line; its exit code."""
+    return subprocess.call([Path(sys.executable).with_name("spiel-peft"), *command])
+
+
+def main(argv: list[str] | None = None, folder: Path = Path("outputs/demo")) -> int:
+    """Run the commands; the exit code of the last one that ran."""
+    write_pairs(folder / "pairs.jsonl")
+    for command in commands(folder, sys.argv[1:] if argv is None else argv):
+        print(f"\n$ {shlex.join(['spiel-peft', *command])}", flush=True)
+        code = spiel_peft(command)
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,129 @@
+"""Arguments of TRL's SFTTrainer: those that options set, and those that a file of `--config` adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from trl import SFTConfig
+
+from .data import InputError
+
+if TYPE_CHECKING:
+    from .run import RunSettings
+
+# Fields that a file of --config must not set, since an option or the kind of data does.
+TAKEN = {
+    "output_dir": "--output-dir",
+    "learning_rate": "--learning-rate",
+    "warmup_steps": "--warmup-steps",
+    "per_device_train_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--grad-accum",
+    "max_steps": "--max-steps",
+    "num_train_epochs": "--epochs",
+    "max_length": "--max-length",
+    "bf16": "--bf16",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "seed": "--seed",
+    "eval_on_start": "--held-out",
+    "prediction_loss_only": "the command itself",
+    "use_cpu": "the command itself",
+    "eval_strategy": "--eval-every",
+    "eval_steps": "--eval-every",
+    "save_strategy": "--save-every",
+    "save_steps": "--save-every",
+    "packing": "the kind of --data (texts are packed)",
+    "model_init_kwargs": "--model, --bf16 and --load-in-4bit",
+}
+
+
+def read_arguments(path: Path) -> dict[str, Any]:
+    """Further fields of `SFTConfig` from a YAML file. Raises InputError, which names the field."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"--config {path}: expected lines of 'field: value', got {type(found).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
+    for name in found:
+        if name in TAKEN:
+            raise InputError(f"--config {path}: {name} is set by {TAKEN[name]}; remove it from the file")
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"--config {path}: SFTConfig of TRL has no field {name!r}{hint}")
+    return {name: _number(value, fields[name], path) for name, value in found.items()}
+
+
+def _number(value: Any, field: dataclasses.Field[Any], path: Path) -> Any:
+    """The value, as a float where the field is one: YAML reads 1e-4, without a point, as a string."""
+    if not isinstance(field.default, float) or not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"--config {path}: {field.name} must be a number, got {value!r}") from None
+
+
+def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, more: Mapping[str, Any]) -> SFTConfig:
+    """The arguments of a run.
+
+    bf16, gradient checkpointing, learning rate and length are always given: TRL's defaults are not transformers'.
+
+    Args:
+        texts: the data are plain texts.
+        evaluated: there are held-out data.
+        more: what `read_arguments` read.
+    """
+    on_gpu = torch.cuda.is_available()
+    arguments: dict[str, Any] = {
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "per_device_eval_batch_size": 2 * settings.batch_size,
+        # Reentrant checkpoints need an input with a gradient, which a frozen embedding does not give.
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "dataloader_pin_memory": on_gpu,
+        "packing_strategy": "wrapped",
+    }
+    arguments.update(more)
+    try:
+        return SFTConfig(
+            output_dir=os.fspath(settings.output_dir),
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            max_steps=settings.max_steps or -1,
+            num_train_epochs=settings.epochs,
+            max_length=settings.max_length,
+            bf16=settings.bf16,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            use_cpu=not on_gpu,  # without which the Trainer refuses bf16 on a CPU
+            seed=settings.seed,
+            # The loss before the first step belongs to the log; a resumed run has it already.
+            eval_on_start=evaluated and not settings.resume,
+            eval_strategy="steps" if settings.eval_every and evaluated else "no",
+            eval_steps=settings.eval_every or None,
+            save_strategy="steps" if settings.save_every else "no",
+            save_steps=settings.save_every or 500,
+            packing=texts,
+            prediction_loss_only=True,
+            **arguments,
+        )
+    except (TypeError, ValueError) as error:
+        if not more:
+            raise
+        raise InputError(f"--config {settings.arguments}: {' '.join(str(error).split())}") from error
