@@ -232,8 +232,13 @@ def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
         return base.flatten().scatter_add(0, wide, values.to(base.dtype)).view_as(base)
 
     nbytes = case.numel * (0.5 + 1 / 64 + case.torch_dtype.itemsize) + case.k * (_INDEX + _VALUE)
+
+    def run() -> Tensor:
+        with adapted_in_workspace(layer, [(indices, values)], case.torch_dtype) as weight:
+            return weight  # read before the buffer is lent again
+
     return Prepared(
-        lambda: adapted_in_workspace(layer, [(indices, values)], case.torch_dtype),
+        run,
         dense,
         nbytes,
         error=_largest_difference,

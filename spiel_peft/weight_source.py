@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class WeightSource:
         fold: writes deltas into the parameter.
         stays: deltas may stay in the parameter after an operation that records a gradient.
         check: raises what `read` raises, without reading; needed with `fold`.
-        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, valid
-            until the next call; gives None where it cannot.
+        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, for
+            the length of a block; gives None where it cannot.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class WeightSource:
         dtype: torch.dtype,
         fold: WeightFold | None = None,
         stays: bool = False,
-        in_workspace: Callable[[Pairs, torch.dtype], Tensor | None] | None = None,
+        in_workspace: Callable[[Pairs, torch.dtype], AbstractContextManager[Tensor | None]] | None = None,
         check: Callable[[], None] | None = None,
     ) -> None:
         self.read = read
@@ -80,10 +80,10 @@ class WeightSource:
         The operation must not keep the tensor.
         """
         if self.in_workspace is not None:
-            weight = self.in_workspace(pairs, compute_dtype)
-            if weight is not None:
-                yield weight
-                return
+            with self.in_workspace(pairs, compute_dtype) as weight:
+                if weight is not None:
+                    yield weight
+                    return
         if self.fold is None or self.check is None or self.parameter is None or not can_fold(self.parameter):
             yield apply_deltas(self._read_unchanged(), pairs, self.dtype).to(compute_dtype)
             return

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -252,11 +253,14 @@ class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
         stepped = any(delta.is_stepped and delta.values.requires_grad for delta in self._deltas_in_use())
         return stepped and can_stay_folded(parameter)
 
-    def _in_workspace(self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor | None:
+    @contextmanager
+    def _in_workspace(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
+    ) -> Iterator[Tensor | None]:
         self._check_unmerged()
         base = self.get_base_layer()
-        with onloaded(base):
-            return adapted_in_workspace(base, pairs, compute_dtype)
+        with onloaded(base), adapted_in_workspace(base, pairs, compute_dtype) as weight:
+            yield weight
 
     def _check_unmerged(self) -> None:
         if self.merged_adapters:
