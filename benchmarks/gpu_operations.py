@@ -68,7 +68,7 @@ def gather(context: Context) -> None:
 
 def growth(context: Context) -> None:
     """Candidate selection, momentum growth, SM3's accumulators, folding."""
-    names = ("select", "momentum growth", "sm3 step", "refold", "fold")
+    names = ("select", "momentum growth", "sm3 step", "fold", "copy fold")
     cases = [
         Case(op, *shape, density, _tokens(context), "bfloat16")
         for op, density, shape in itertools.product(names, _BUDGET_DENSITIES, _shapes(context))

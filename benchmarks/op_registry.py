@@ -42,15 +42,16 @@ def _share_missing(ours: Tensor, dense: Tensor) -> float:
 
 
 def _fold(bench: Bench, case: Case) -> Prepared:
-    """In and out again: what a transient fold adds to a product."""
-    from spiel_kernels import fold_, unfold_
+    """Into the weight and out again: what a transient fold adds to a product."""
+    from spiel_peft.folding import WeightFold
 
     indices, weight = bench.index_set(case), bench.randn(case.rows, case.cols, dtype=case.torch_dtype)
     values = bench.randn(case.k) * 1e-3
     wide = indices.to(torch.int64)
+    fold = WeightFold()
 
     def run() -> None:
-        unfold_(weight, indices, fold_(weight, indices, values))
+        fold.run(weight, [(indices, values)], lambda adapted: None)
 
     def dense() -> Tensor:
         return weight.flatten().scatter_add(0, wide, values.to(weight.dtype))
@@ -59,24 +60,20 @@ def _fold(bench: Bench, case: Case) -> Prepared:
     return Prepared(run, dense, case.k * ((_INDEX + _VALUE + 3 * entry) + (_INDEX + 2 * entry)))
 
 
-def _refold(bench: Bench, case: Case) -> Prepared:
-    """New values over kept originals: what a resident fold costs per optimizer step."""
-    from spiel_kernels import fold_, refold_
+def _copy_fold(bench: Bench, case: Case) -> Prepared:
+    """A copy with the deltas in memory that is there: how a weight is adapted that is not written to."""
+    from spiel_kernels import copy_fold
 
     indices, weight = bench.index_set(case), bench.randn(case.rows, case.cols, dtype=case.torch_dtype)
     values = bench.randn(case.k) * 1e-3
     wide = indices.to(torch.int64)
-    base = weight.clone()
-    originals = fold_(weight, indices, values)
-
-    def run() -> Tensor:
-        refold_(weight, indices, values, originals)
-        return weight
+    out = torch.empty_like(weight)
 
     def dense() -> Tensor:
-        return base.flatten().scatter_add(0, wide, values.to(base.dtype)).view_as(base)
+        return weight.flatten().scatter_add(0, wide, values.to(weight.dtype)).view_as(weight)
 
-    return Prepared(run, dense, case.k * (_INDEX + _VALUE + 2 * weight.element_size()), error=_largest_difference)
+    nbytes = 2 * weight.nbytes + case.k * (_INDEX + _VALUE + 2 * weight.element_size())
+    return Prepared(lambda: copy_fold(weight, [(indices, values)], out), dense, nbytes, error=_largest_difference)
 
 
 def _gather(method: str) -> Callable[[Bench, Case], Prepared]:
@@ -232,8 +229,13 @@ def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
         return base.flatten().scatter_add(0, wide, values.to(base.dtype)).view_as(base)
 
     nbytes = case.numel * (0.5 + 1 / 64 + case.torch_dtype.itemsize) + case.k * (_INDEX + _VALUE)
+
+    def run() -> Tensor:
+        with adapted_in_workspace(layer, [(indices, values)], case.torch_dtype) as weight:
+            return weight  # read before the buffer is lent again
+
     return Prepared(
-        lambda: adapted_in_workspace(layer, [(indices, values)], case.torch_dtype),
+        run,
         dense,
         nbytes,
         error=_largest_difference,
@@ -265,7 +267,7 @@ def _fold_int8(bench: Bench, case: Case) -> Prepared:
 
 OPERATIONS: dict[str, Callable[[Bench, Case], Prepared]] = {
     "fold": _fold,
-    "refold": _refold,
+    "copy fold": _copy_fold,
     "gather": _gather("auto"),
     "gather sampled": _gather("sampled"),
     "gather dense": _gather("dense"),

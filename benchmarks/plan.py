@@ -143,20 +143,19 @@ class Plan:
         return self.model.base_bytes(per_weight) / self.gpus + gathered
 
     def workspace(self) -> float:
-        """NF4: the largest matrix, dequantized to bfloat16; all layers share it (DESIGN, section 4)."""
+        """The largest matrix with deltas in bfloat16, dequantized or copied; all layers share it (DESIGN, sections 3
+        and 4). LoRA adapts no copy: only NF4 needs memory to be dequantized to."""
         rows, cols = self.model.largest
-        return rows * cols * BFLOAT16 if self.base == "NF4" else 0.0
+        return rows * cols * BFLOAT16 if self.base == "NF4" or self.method.index else 0.0
 
     def values(self) -> float:
         """Values and gradients in float32, indices; DDP's gradient buckets are as large as the gradients (unless
-        gradient_as_bucket_view is set); the originals of the entries that are folded into a plain base weight between
-        steps (DESIGN, section 3: not into sharded ones)."""
+        gradient_as_bucket_view is set)."""
         per_value = 2 * FLOAT32 + self.method.index
         if self.sharded and self.method.sharded:
             return self.trained * per_value / self.gpus
         buckets = 0 if self.sharded else FLOAT32
-        originals = BFLOAT16 if self.method.index and self.base == "bf16" and not self.sharded else 0
-        return self.trained * (per_value + buckets + originals)
+        return self.trained * (per_value + buckets)
 
     def optimizer(self) -> float:
         state = self.trained * self.method.state

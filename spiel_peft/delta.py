@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from spiel_kernels import index_dtype
 
 from .ram_efficient import prepares_sharding
-from .resident import unfold_deltas
 from .run_settings import RunSettings
 from .tensor_checks import check_indices_and_values, check_training_state
 from .training_state import STATE_KEYS, TrainingState
@@ -103,13 +102,10 @@ class SparseDelta(nn.Module):
         self.indices_assigned = False
         self.reindexed = False  # indices were loaded, and the optimizer's state may still be that of others
         self.collector: Collector | None = None
-        # An optimizer whose hooks we hear has stepped this very object, so it will again.
-        self.is_stepped = False
         LIVE_DELTAS.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.is_stepped = False
         LIVE_DELTAS.add(self)
 
     @property
@@ -172,7 +168,6 @@ class SparseDelta(nn.Module):
         if prepares_sharding():
             return self
         before = self.values.data
-        unfold_deltas([self])
         super()._apply(fn, recurse)
         device = self.values.device
         if device.type != "meta":
@@ -193,7 +188,6 @@ class SparseDelta(nn.Module):
 
     def _check_assigned(self, name: str, tensor: Tensor) -> None:
         """Judge a tensor that transformers' `load_adapter` assigns: one by one, indices first, past PEFT's loaders."""
-        unfold_deltas([self])
         if name == "indices":
             self.indices_assigned = True
             # Its values come next.
@@ -233,7 +227,6 @@ class SparseDelta(nn.Module):
         if problems:
             error_msgs.extend(problems)
             return
-        unfold_deltas([self])
         before = None if self.untouched or self.indices.is_meta else self.indices.clone()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -242,7 +235,6 @@ class SparseDelta(nn.Module):
             self.reindexed |= before is not None and not torch.equal(before, self.indices.to(before.device))
             self.state = TrainingState.from_tensors(training, self.indices.device)
             self.untouched = False
-            self.is_stepped = False
 
     @property
     def settings(self) -> RunSettings:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from spiel_kernels import apply_deltas
 
 from .delta import SparseDelta
-from .resident import Pairs
+from .folding import Pairs
 from .weight_gradients import DenseGradient, EmbeddingGradient, WeightGradient
 from .weight_ops import ConvOp, LinearOp
 from .weight_source import WeightSource
@@ -87,16 +87,14 @@ class _Adapted(torch.autograd.Function):
         bias: Tensor | None,
         *flat: Tensor,
     ) -> Tensor:
-        # weight is here for its gradient alone, should somebody train it too; flat: all indices, then all values
+        # weight is here for its gradient alone, in case it is trained too; flat: all indices, then all values
         half = len(flat) // 2
         trains = any(ctx.needs_input_grad[6 + half :]) or ctx.needs_input_grad[4]
         ctx.op, ctx.source, ctx.deltas = op, source, deltas
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
         pairs = pairs_of(flat)
         with no_autocast(x):
-            with source.weight(deltas, pairs, x.dtype) as weight:
-                out = op.forward(x, weight, bias)
-                shape = weight.shape
+            out, shape = source.use(pairs, x.dtype, lambda adapted: (op.forward(x, adapted, bias), adapted.shape))
         # After the product, which has brought x into the caches.
         k = sum(indices.numel() for indices, _ in pairs)
         ctx.save_for_backward(op.activation(x, shape, k) if trains else None, *flat)
@@ -111,8 +109,9 @@ class _Adapted(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         with no_autocast(grad_out):
             if needs[3]:
-                with ctx.source.weight(ctx.deltas, pairs, ctx.compute_dtype, in_backward=True) as weight:
-                    grad_x = ctx.op.grad_input(grad_out, weight, ctx.x_shape)
+                grad_x = ctx.source.use(
+                    pairs, ctx.compute_dtype, lambda adapted: ctx.op.grad_input(grad_out, adapted, ctx.x_shape)
+                )
             if needs[5]:
                 grad_bias = ctx.op.grad_bias(grad_out)
             gradient = ctx.op.gradient(grad_out, x) if x is not None else None
@@ -153,7 +152,7 @@ class _AdaptedEmbedding(torch.autograd.Function):
         by_frequency: bool,
         *flat: Tensor,
     ) -> Tensor:
-        full = source.read()
+        full = source.unchanged()
         ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), full.shape
         ctx.save_for_backward(ids, *flat)
         return look_up(full, pairs_of(flat), ids, source.dtype)

@@ -50,7 +50,7 @@ class ModelMerging:
             self._check_before_merge(adapter_names, safe_merge)
         else:
             for layer in self._spiel_layers():
-                layer.unfold()
+                layer.undo_interrupted()
                 if layer.merged:
                     layer.unmerge()
         layers = self._spiel_layers()

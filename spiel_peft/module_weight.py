@@ -2,81 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_map
+
+from spiel_kernels import apply_deltas, deltas_between
 
 from .delta import SparseDelta
-from .functional import delta_gradients, pairs_of, tensors_of
-from .weight_gradients import DenseGradient
+from .folding import Pairs
+from .functional import folded_weight, pairs_of, tensors_of
 from .weight_source import WeightSource
 
 
-class _AliasedWeight(torch.autograd.Function):
-    """The base weight's own memory, with the deltas folded into it: what `_FoldedWeight` gives, without the copy."""
+class ModuleWeight(NamedTuple):
+    """A parameter of a module, and the deltas that a pass adds to it.
 
-    @staticmethod
-    def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
-        ctx.source, ctx.deltas = source, deltas
-        ctx.save_for_backward(*flat)
-        with source.weight(deltas, pairs_of(flat), source.dtype) as weight:
-            return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        held = ctx.source.fold.deltas
-        if len(held) != len(ctx.deltas) or any(a is not b for a, b in zip(held, ctx.deltas, strict=True)):
-            raise RuntimeError(
-                f"{ctx.deltas[0].module_name}: the deltas were taken out of the weight (by an evaluation, a state dict "
-                "or another adapter) before the backward pass of a tensor that left its module otherwise than as an "
-                "output; finish the backward pass first"
-            )
-        return (None, None, *delta_gradients(ctx, DenseGradient(grad_out), pairs_of(ctx.saved_tensors)))
-
-
-class _Refolding(torch.autograd.Function):
-    """Identity; its backward pass, which runs before that of what made the tensor, folds as the forward pass did."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, source: WeightSource, deltas: list[SparseDelta], *flat: Tensor) -> Tensor:
-        ctx.source, ctx.deltas = source, deltas
-        ctx.save_for_backward(*flat)
-        return out.view_as(out)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        flat = ctx.saved_tensors
-        with ctx.source.weight(ctx.deltas, pairs_of(flat), ctx.source.dtype, in_backward=True):
-            return (grad_out, None, None, *[None] * len(flat))
-
-
-@torch.compiler.disable
-def aliased_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
-    """The adapted weight in the base weight's memory, for a source whose deltas may stay there.
-
-    Operations may keep it for their backward pass if their results go through `refolding`.
+    Attributes:
+        name: of the parameter in its module.
+        source: how it is read.
+        deltas: in use.
     """
-    return _AliasedWeight.apply(source, deltas, *tensors_of(deltas))
+
+    name: str
+    source: WeightSource
+    deltas: list[SparseDelta]
+
+    def pairs(self) -> Pairs:
+        return pairs_of([tensor.detach() for tensor in tensors_of(self.deltas)])
 
 
-@torch.compiler.disable
-def refolding(out: Any, source: WeightSource, deltas: list[SparseDelta]) -> Any:
-    """`out` itself; if it is a tensor with a gradient, the deltas are in the weight again before its backward pass."""
-    if not isinstance(out, Tensor) or not out.requires_grad:
-        return out
-    flat = [tensor.detach() for tensor in tensors_of(deltas)]
-    return _Refolding.apply(out, source, deltas, *flat)
+def call_without_recording(weights: Sequence[ModuleWeight], call: Callable[[dict[str, Tensor]], Any]) -> Any:
+    """Run a module's forward pass that records no gradient, with all its adapted weights made as for an operation.
+
+    Args:
+        weights: to adapt.
+        call: runs the pass with the adapted weights, which it gets by name.
+    """
+
+    def run(remaining: Sequence[ModuleWeight], adapted: dict[str, Tensor]) -> Any:
+        if not remaining:
+            return call(adapted)
+        first, rest = remaining[0], remaining[1:]
+
+        def operation(weight: Tensor) -> Any:
+            return _without_views(run(rest, {**adapted, first.name: weight}), weight)
+
+        return first.source.use(first.pairs(), first.source.dtype, operation)
+
+    # By name, so that threads with models on the same storages take their locks in one order.
+    return run(sorted(weights, key=lambda weight: weight.name), {})
+
+
+def _without_views(out: Any, weight: Tensor) -> Any:
+    """`out` with a copy in place of every tensor that shares memory with the weight, which is another one soon."""
+    address = weight.untyped_storage().data_ptr()
+
+    def copied(leaf: Any) -> Any:
+        shares = isinstance(leaf, Tensor) and _address(leaf) == address
+        return leaf.clone() if shares else leaf
+
+    return tree_map(copied, out)
+
+
+def call_recording(weights: Sequence[ModuleWeight], call: Callable[[dict[str, Tensor]], Any]) -> Any:
+    """Run a module's forward pass that records gradients, with copies of its adapted weights that do not outlive it.
+
+    Where autograd keeps a weight for the backward pass, it keeps how to make it again instead of the copy.
+
+    Args:
+        weights, call: as in `call_without_recording`.
+    """
+    adapted = {weight.name: folded_weight(weight.source, weight.deltas) for weight in weights}
+    if _hooks_on_saved_tensors():
+        # Activation checkpointing keeps no copy either, and offloading decides itself where copies go.
+        return call(adapted)
+    with _saved_as_recipes([(adapted[weight.name], weight) for weight in weights]):
+        return call(adapted)
+
+
+def _hooks_on_saved_tensors() -> bool:
+    """Whether hooks on saved tensors are at work already: only the innermost ones are called."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
+
+
+class _Recipe(NamedTuple):
+    """A view of an adapted weight, to be made again when the backward pass needs it."""
+
+    source: WeightSource
+    pairs: Pairs
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def make(self) -> Tensor:
+        base = self.source.unchanged().detach()
+        if not base.is_contiguous():
+            return apply_deltas(base, self.pairs).as_strided(self.size, self.stride, self.offset)
+        # The part of the weight in which the view lies: one expert of many, for example.
+        reach = sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True)) + 1
+        end = self.offset + (reach if self.size.numel() else 0)
+        part = apply_deltas(base.view(-1)[self.offset : end], deltas_between(self.pairs, self.offset, end))
+        return part.as_strided(self.size, self.stride, 0)
 
 
 @contextmanager
-def weight_in_place(source: WeightSource, deltas: list[SparseDelta]) -> Iterator[Tensor]:
-    """The adapted weight for the length of a pass without gradients, in the base weight's memory if it can be."""
-    flat = [tensor.detach() for tensor in tensors_of(deltas)]
-    with source.weight(deltas, pairs_of(flat), source.dtype) as weight:
-        yield weight
+def _saved_as_recipes(copies: Sequence[tuple[Tensor, ModuleWeight]]) -> Iterator[None]:
+    known = {_address(copy): (copy._version, weight.source, weight.pairs()) for copy, weight in copies}
+
+    def pack(tensor: Tensor) -> Tensor | _Recipe:
+        found = known.get(_address(tensor))
+        if found is None or tensor._version != found[0] or tensor.dtype != found[1].dtype:
+            return tensor
+        return _Recipe(*found[1:], tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def unpack(packed: Tensor | _Recipe) -> Tensor:
+        return packed.make() if isinstance(packed, _Recipe) else packed
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where the memory of a tensor begins; None for kinds of tensors that have none."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return tensor.untyped_storage().data_ptr() if plain else None

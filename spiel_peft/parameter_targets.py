@@ -200,7 +200,7 @@ def remove_empty_hosts(model: nn.Module) -> None:
             continue
         for part in host.parts():
             if not part.spiel_delta:
-                part.unfold()
+                part.undo_interrupted()
                 del host._modules[part.parameter_name]
         if not host.parts():
             parent, _, child = name.rpartition(".")

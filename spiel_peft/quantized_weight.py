@@ -1,9 +1,10 @@
-"""The adapted weight of a bitsandbytes layer, in a workspace that all layers share."""
+"""The adapted weight of a bitsandbytes layer, in memory that all layers share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from spiel_kernels.quantized_layout import NestedScales, Packed4bit
 from spiel_kernels.workspace import workspace
 
 
-@torch.no_grad()
+@contextmanager
 def adapted_in_workspace(
     base: nn.Module, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
-) -> Tensor | None:
-    """Dequantize the weight of a layer and add deltas to it, without a matrix of its own.
+) -> Iterator[Tensor | None]:
+    """Dequantize the weight of a layer and add deltas to it, for the length of a block, in a shared workspace.
 
     The entries are those of PEFT's dequantized weight with `apply_deltas`, rounded once, to `compute_dtype`. The
     layer's bytes and scales are only read.
@@ -29,12 +30,23 @@ def adapted_in_workspace(
         deltas: pairs of ``indices`` (``[k]``, sorted, unique) and ``values`` (``[k]``), on the layer's device.
         compute_dtype: floating dtype of the result.
 
-    Returns:
-        ``[out_features, in_features]`` in the shared workspace, valid until the next request of this thread (CPU) or
-        stream (CUDA), see `spiel_kernels.workspace`. None for a layer that is not a bitsandbytes ``Linear4bit`` or
+    Yields:
+        ``[out_features, in_features]``, valid until the block ends, in which the operation that reads it has to be
+        issued (see `spiel_kernels.workspace`). None for a layer that is not a bitsandbytes ``Linear4bit`` or
         ``Linear8bitLt``, that is not quantized yet or is offloaded, and for layouts that only bitsandbytes can read.
     """
-    # Layers of bitsandbytes exist only where somebody has imported it.
+    packed = _packed_weight(base)
+    if packed is None:
+        yield None
+        return
+    with workspace(packed.shape, compute_dtype, packed.codes.device) as out:
+        with torch.no_grad():
+            packed.write_adapted(deltas, out)
+        yield out
+
+
+def _packed_weight(base: nn.Module) -> _Packed4bit | _Packed8bit | None:
+    # Layers of bitsandbytes exist only where it has been imported.
     modules = sys.modules.get("bitsandbytes.nn")
     weight = getattr(base, "weight", None)
     if modules is None or not isinstance(weight, Tensor) or weight.device.type not in ("cpu", "cuda"):
@@ -42,9 +54,12 @@ def adapted_in_workspace(
     if isinstance(base, modules.Linear4bit):
         # Bytes that FSDP2 has gathered are a plain parameter; the layer knows the state too.
         state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
-        return _adapted_4bit(weight.data, state, deltas, compute_dtype) if _readable_4bit(weight, state) else None
+        return _Packed4bit(weight.data, state) if _readable_4bit(weight, state) else None
     if isinstance(base, modules.Linear8bitLt):
-        return _adapted_8bit(base, weight, deltas, compute_dtype)
+        # The scales move from the parameter to the layer's state at its first forward pass.
+        scales = base.state.SCB if base.state.SCB is not None else getattr(weight, "SCB", None)
+        readable = weight.dtype == torch.int8 and weight.dim() == 2 and scales is not None
+        return _Packed8bit(weight.data, scales) if readable and scales.dtype == torch.float32 else None
     return None
 
 
@@ -62,18 +77,34 @@ def _readable_4bit(weight: Tensor, state: Any) -> bool:
     )
 
 
-def _adapted_4bit(
-    packed: Tensor, state: Any, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
-) -> Tensor:
-    rows, cols = state.shape
-    out = workspace(rows, cols, compute_dtype, packed.device)
-    if not runs_triton(out, packed):
-        return fold_row_blocks(_dequantized_by_bitsandbytes(packed, state), deltas, out)
-    nested = None
-    if state.state2 is not None:
-        nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-    weight = Packed4bit(packed, state.absmax, (rows, cols), state.dtype, state.quant_type, state.blocksize, nested)
-    return dequantize_fold_4bit(weight, deltas, out)
+class _Packed4bit:
+    """The bytes of a `Linear4bit` and their quantization state."""
+
+    def __init__(self, codes: Tensor, state: Any) -> None:
+        self.codes, self.state = codes, state
+        self.shape: tuple[int, int] = tuple(state.shape)
+
+    def write_adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> None:
+        codes, state = self.codes, self.state
+        if not runs_triton(out, codes):
+            fold_row_blocks(_dequantized_by_bitsandbytes(codes, state), deltas, out)
+            return
+        nested = None
+        if state.state2 is not None:
+            nested = NestedScales(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
+        weight = Packed4bit(codes, state.absmax, self.shape, state.dtype, state.quant_type, state.blocksize, nested)
+        dequantize_fold_4bit(weight, deltas, out)
+
+
+class _Packed8bit:
+    """The rows of a `Linear8bitLt` and their scales."""
+
+    def __init__(self, codes: Tensor, scales: Tensor) -> None:
+        self.codes, self.scales = codes, scales
+        self.shape: tuple[int, int] = tuple(codes.shape)
+
+    def write_adapted(self, deltas: Sequence[tuple[Tensor, Tensor]], out: Tensor) -> None:
+        dequantize_fold_8bit(self.codes, self.scales.to(self.codes.device).view(-1), deltas, out)
 
 
 def _dequantized_by_bitsandbytes(packed: Tensor, state: Any) -> Iterator[tuple[int, Tensor]]:
@@ -99,14 +130,3 @@ def _dequantized_by_bitsandbytes(packed: Tensor, state: Any) -> Iterator[tuple[i
             dtype=state.dtype,
         )
         yield first, functional.dequantize_4bit(flat[begin // 2 : end // 2, None], part)
-
-
-def _adapted_8bit(
-    base: nn.Module, weight: Tensor, deltas: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
-) -> Tensor | None:
-    # The scales move from the parameter to the layer's state at its first forward pass.
-    scales = base.state.SCB if base.state.SCB is not None else getattr(weight, "SCB", None)
-    if weight.dtype != torch.int8 or weight.dim() != 2 or scales is None or scales.dtype != torch.float32:
-        return None
-    out = workspace(*weight.shape, compute_dtype, weight.device)
-    return dequantize_fold_8bit(weight.data, scales.to(weight.device).view(-1), deltas, out)

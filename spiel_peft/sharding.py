@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .delta import SparseDelta
-from .resident import unfold_deltas
 
 # How FSDP2 calls the modules it is in charge of.
 MANAGED = "_is_fsdp_managed_module"
@@ -49,12 +48,9 @@ def note_sharded(delta: SparseDelta, layer: nn.Module) -> None:
         ValueError: the base weight is split within a layer too, or not over all processes, or the deltas themselves
             were to be sharded.
     """
-    unfold_deltas([delta])
     _refuse_own_unit(delta)
     mesh = _mesh_of(layer)
     _GROUPS[delta] = _group_of(mesh, delta.module_name)
-    # Whatever stays in a gathered weight is gone when that is freed.
-    delta.is_stepped = False
     device_type = mesh.device_type if mesh is not None else None
     if device_type not in (None, "cpu", delta.values.device.type) and not delta.values.is_meta:
         delta.to(torch.device(device_type, torch.get_device_module(device_type).current_device()))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from spiel_kernels import apply_deltas
+from spiel_kernels import apply_deltas, copy_fold
+from spiel_kernels.workspace import workspace
 
-from .delta import SparseDelta
-from .resident import Pairs, WeightFold, can_fold
+from .folding import Pairs, WeightFold, can_fold
+
+T = TypeVar("T")
 
 WEIGHT_CHANGED = (
     "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward pass; finish "
@@ -26,11 +29,9 @@ class WeightSource:
         read: returns the weight, plain or dequantized; raises if it has been merged in the meantime.
         parameter: the plain parameter behind it, or None for a weight that is quantized or offloaded.
         dtype: dtype to which the adapted weight is rounded.
-        fold: writes deltas into the parameter.
-        stays: deltas may stay in the parameter after an operation that records a gradient.
-        check: raises what `read` raises, without reading; needed with `fold`.
-        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, valid
-            until the next call; gives None where it cannot.
+        fold: writes deltas into the parameter; None for a parameter that must not be written to.
+        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, for
+            the length of a block; gives None where it cannot.
     """
 
     def __init__(
@@ -39,17 +40,13 @@ class WeightSource:
         parameter: Tensor | None,
         dtype: torch.dtype,
         fold: WeightFold | None = None,
-        stays: bool = False,
-        in_workspace: Callable[[Pairs, torch.dtype], Tensor | None] | None = None,
-        check: Callable[[], None] | None = None,
+        in_workspace: Callable[[Pairs, torch.dtype], AbstractContextManager[Tensor | None]] | None = None,
     ) -> None:
         self.read = read
         self.parameter = parameter
         self.dtype = dtype
         self.fold = fold
-        self.stays = stays
         self.in_workspace = in_workspace
-        self.check = check
         self.version = self._current_version()
 
     def _current_version(self) -> int:
@@ -57,41 +54,35 @@ class WeightSource:
         tracked = self.parameter is not None and not self.parameter.is_inference()
         return self.parameter._version if tracked else 0
 
-    def _check_version(self) -> None:
+    def unchanged(self) -> Tensor:
+        """The base weight; raises a RuntimeError if it is not that of the forward pass any more."""
+        if self.fold is not None:
+            self.fold.undo_interrupted()
         if self._current_version() != self.version:
             raise RuntimeError(WEIGHT_CHANGED)
-
-    def _read_unchanged(self) -> Tensor:
-        self._check_version()
         return self.read()
 
     def adapted(self, pairs: Pairs) -> Tensor:
         """The adapted weight as a tensor of its own."""
-        if self.fold is not None:
-            self.fold.unfold()
-        return apply_deltas(self._read_unchanged(), pairs, self.dtype)
+        return apply_deltas(self.unchanged(), pairs, self.dtype)
 
-    @contextmanager
-    def weight(
-        self, deltas: Sequence[SparseDelta], pairs: Pairs, compute_dtype: torch.dtype, in_backward: bool = False
-    ) -> Iterator[Tensor]:
-        """The adapted weight for the length of one operation: in place where that can be done, else a copy.
+    def use(self, pairs: Pairs, compute_dtype: torch.dtype, operation: Callable[[Tensor], T]) -> T:
+        """Run an operation on the adapted weight: in place, in shared memory, or else in memory of its own.
 
-        The operation must not keep the tensor.
+        Args:
+            pairs: ``indices`` ``[k]`` and ``values`` ``[k]`` of each delta, not tracked by autograd.
+            compute_dtype: to which the adapted weight is cast for the operation.
+            operation: gets the weight and must not keep it, nor a view of it.
         """
         if self.in_workspace is not None:
-            weight = self.in_workspace(pairs, compute_dtype)
-            if weight is not None:
-                yield weight
-                return
-        if self.fold is None or self.check is None or self.parameter is None or not can_fold(self.parameter):
-            yield apply_deltas(self._read_unchanged(), pairs, self.dtype).to(compute_dtype)
-            return
-        self._check_version()
-        self.check()
-        if self.stays:
-            self.fold.fold(self.parameter, deltas, pairs, as_in_forward=in_backward)
-            yield self.parameter.data.to(compute_dtype)
-        else:
-            with self.fold.transient(self.parameter, deltas, pairs) as folded:
-                yield folded.to(compute_dtype)
+            with self.in_workspace(pairs, compute_dtype) as weight:
+                if weight is not None:
+                    return operation(weight)
+        base = self.unchanged()
+        if self.fold is not None and compute_dtype == self.dtype and can_fold(self.parameter):
+            return self.fold.run(self.parameter.data, pairs, operation)
+        if self.in_workspace is None and base.is_contiguous() and not base.is_meta:
+            with workspace(base.shape, compute_dtype, base.device) as out:
+                return operation(copy_fold(base.detach(), pairs, out))
+        # Dequantized already, or laid out in a way that the operation may depend on.
+        return operation(apply_deltas(base, pairs, self.dtype).to(compute_dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -201,3 +202,33 @@ def test_weight_that_cannot_be_read_as_a_matrix_is_refused(make: Callable[[], nn
 def test_values_of_a_quantized_layer_are_float32() -> None:
     for make in (linear_8bit, linear_4bit, lambda: linear_4bit(compute=torch.bfloat16)):
         assert values_of(adapt(make())).dtype == torch.float32
+
+
+@pytest.mark.parametrize("make", [linear_8bit, linear_4bit], ids=["8bit", "4bit"])
+def test_two_threads_in_quantized_layers_get_their_own_weights(make: Callable[[], nn.Module]) -> None:
+    """Each layer's weight lies in a shared buffer until its product has been issued."""
+    models = [adapt(make(), 300), adapt(make(), 300)]
+    inputs = [torch.randn(3, COLS, requires_grad=True) for _ in models]
+    expected = []
+    for model, x in zip(models, inputs, strict=True):
+        out = model(x)
+        expected.append((out.detach(), *torch.autograd.grad(out.square().sum(), [x, values_of(model)])))
+    wrong: list[str] = []
+
+    def work(number: int) -> None:
+        model, x = models[number], inputs[number]
+        for _ in range(60):
+            out = model(x)
+            got = (out.detach(), *torch.autograd.grad(out.square().sum(), [x, values_of(model)]))
+            wrong.extend(
+                name
+                for name, a, b in zip(("out", "input", "values"), got, expected[number], strict=True)
+                if not torch.equal(a, b)
+            )
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -49,13 +49,20 @@ def by_peft(layer: nn.Module, deltas: list[Delta], dtype: torch.dtype) -> Tensor
     return apply_deltas(weight, deltas, dtype) if deltas else weight.to(dtype)
 
 
+def adapted_copy(layer: nn.Module, deltas: list[Delta], dtype: torch.dtype) -> Tensor:
+    with adapted_in_workspace(layer, deltas, dtype) as weight:
+        return weight.clone()
+
+
 def check(layer: nn.Module, deltas: list[Delta], dtype: torch.dtype) -> None:
     held = everything_held(layer)
-    got = adapted_in_workspace(layer, deltas, dtype)
-    assert got is not None
-    assert_holds_the_same(everything_held(layer), held)
-    assert_same_bits(got, by_peft(layer, deltas, dtype))
-    assert got.untyped_storage().data_ptr() == workspace(1, 1, dtype, "cpu").untyped_storage().data_ptr()
+    with adapted_in_workspace(layer, deltas, dtype) as got:
+        assert got is not None
+        assert_holds_the_same(everything_held(layer), held)
+        assert_same_bits(got, by_peft(layer, deltas, dtype))
+        lent = got.untyped_storage().data_ptr()
+    with workspace((1, 1), dtype, "cpu") as next_one:
+        assert next_one.untyped_storage().data_ptr() == lent
 
 
 # One packed byte looks transposed to bitsandbytes.
@@ -91,11 +98,11 @@ def test_8bit(shape: tuple[int, int], compute_dtype: torch.dtype) -> None:
 def test_8bit_before_and_after_the_first_forward() -> None:
     layer, deltas = linear_8bit(), draw_deltas(64 * 128, 500)
     assert layer.weight.SCB is not None and layer.state.SCB is None
-    before = adapted_in_workspace(layer, deltas, torch.float32).clone()
+    before = adapted_copy(layer, deltas, torch.float32)
     layer(torch.randn(2, 128))
     assert layer.weight.SCB is None and layer.state.SCB is not None
     check(layer, deltas, torch.float32)
-    assert_same_bits(adapted_in_workspace(layer, deltas, torch.float32), before)
+    assert_same_bits(adapted_copy(layer, deltas, torch.float32), before)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -105,7 +112,7 @@ def test_positions_of_64_bits_and_strided_deltas(name: str) -> None:
     indices, values = draw_deltas(numel, 700)[0]
     strided = torch.stack([indices, indices], 1).long()[:, 0], torch.stack([values, values], 1)[:, 0]
     assert not strided[0].is_contiguous()
-    got = adapted_in_workspace(layer, [strided], torch.float32)
+    got = adapted_copy(layer, [strided], torch.float32)
     assert_same_bits(got, by_peft(layer, [(indices, values)], torch.float32))
 
 
@@ -114,7 +121,7 @@ def test_4bit_bytes_stored_as_another_dtype(storage: torch.dtype) -> None:
     layer = layer_4bit((64, 128), torch.bfloat16, quant_storage=storage)
     assert layer.weight.dtype == storage
     deltas, held = draw_deltas(64 * 128, 700), layer.weight.data.clone()
-    got = adapted_in_workspace(layer, deltas, torch.bfloat16)
+    got = adapted_copy(layer, deltas, torch.bfloat16)
     assert_same_bits(got, by_peft(layer, deltas, torch.bfloat16))
     assert_same_bits(layer.weight.data, held)  # as floats, some bytes are NaN
 
@@ -132,26 +139,29 @@ def test_4bit_block_sizes(blocksize: int) -> None:
 def test_no_graph_is_kept(name: str) -> None:
     layer = QUANTIZED[name]()
     values = nn.Parameter(torch.randn(2))
-    got = adapted_in_workspace(layer, [(torch.tensor([3, 8]), values)], torch.float32)
-    assert not got.requires_grad and not workspace(1, 1, torch.float32, "cpu").requires_grad
+    with adapted_in_workspace(layer, [(torch.tensor([3, 8]), values)], torch.float32) as got:
+        assert not got.requires_grad
+    with workspace((1, 1), torch.float32, "cpu") as next_one:
+        assert not next_one.requires_grad
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_works_in_inference_mode_and_after_it(name: str) -> None:
     layer, deltas = QUANTIZED[name](), draw_deltas(500, 100)
     with torch.inference_mode():
-        inside = adapted_in_workspace(layer, deltas, torch.float32).clone()
-    assert_same_bits(adapted_in_workspace(layer, deltas, torch.float32), inside)
+        inside = adapted_copy(layer, deltas, torch.float32)
+    assert_same_bits(adapted_copy(layer, deltas, torch.float32), inside)
 
 
 @pytest.mark.parametrize("name", ["nf4-double", "fp4", "8bit"])
 def test_nothing_as_large_as_the_weight_is_made_besides_the_workspace(name: str) -> None:
     layer, deltas = QUANTIZED[name](), draw_deltas(64 * 128, 80)
-    adapted_in_workspace(layer, deltas, torch.bfloat16)
+    with adapted_in_workspace(layer, deltas, torch.bfloat16):
+        pass
     held = workspace_nbytes()
     assert held == 64 * 128 * 2
-    with OpRecorder() as recorder:
-        adapted_in_workspace(layer, deltas, torch.bfloat16)
+    with OpRecorder() as recorder, adapted_in_workspace(layer, deltas, torch.bfloat16):
+        pass
     assert recorder.largest <= 1024  # CPU_BLOCK_ELEMENTS in whole rows, or one row's worth more
     assert workspace_nbytes() == held
 
@@ -186,5 +196,6 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_layers_are_left_alone(name: str) -> None:
-    assert adapted_in_workspace(OTHERS[name](), draw_deltas(16, 3), torch.float32) is None
+    with adapted_in_workspace(OTHERS[name](), draw_deltas(16, 3), torch.float32) as got:
+        assert got is None
     assert workspace_nbytes() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from spiel_kernels import apply_deltas
 from spiel_peft import (
     SpIELConfig,
     SpIELOptimizer,
@@ -31,6 +33,7 @@ from spiel_peft import (
     export_shira,
     export_sparse_patch,
     merge_adapter_into_checkpoint,
+    module_weight,
 )
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
@@ -206,42 +209,63 @@ def test_budget_counts_every_expert() -> None:
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 1000
 
 
-def test_deltas_live_in_the_weights_between_steps_without_a_copy() -> None:
-    model = adapt(build("mixtral-grouped"), target_modules=[], growth="none", total_steps=20)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+EXPERT, EXPERTS_OF_A_LAYER = 48 * 16, 4 * 48 * 16
 
-    def step() -> OpRecorder:
-        with OpRecorder() as ops:
-            model(input_ids=batch(), labels=batch()).loss.backward()
-        return ops
 
-    first = step()
-    copied = [op for op in first.ops if op.name in ("_to_copy", "clone") and 4 * 48 * 16 in op.out_numels]
-    assert copied
-    optimizer.step()
-    optimizer.zero_grad()
-    before = originals(model)
-    second = step()
-    assert all(part._fold.active for part in parts(model))
-    assert not [op for op in second.ops if op.name in ("_to_copy", "clone") and 4 * 48 * 16 in op.out_numels]
-    # Whoever looks gets the originals.
+def held_copies(numel: int) -> int:
+    """Tensors of a size that are alive and no parameters."""
+    gc.collect()
+    return sum(type(thing) is Tensor and thing.numel() == numel for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_no_copy_of_the_weights_outlives_the_forward_pass(implementation: str) -> None:
+    model = adapt(mixtral(implementation), target_modules=[], growth="none")
+    before, held = originals(model), held_copies(EXPERTS_OF_A_LAYER)
+    with OpRecorder() as forward:
+        loss = model(input_ids=batch(), labels=batch()).loss
+    assert any(EXPERTS_OF_A_LAYER in op.out_numels for op in forward.ops)
+    assert held_copies(EXPERTS_OF_A_LAYER) == held and held_copies(EXPERT) == 0
     for key, value in originals(model).items():
         assert_same_bits(value, before[key], key)
-    assert not any(part._fold.active for part in parts(model))
+    loss.backward()
+    assert held_copies(EXPERTS_OF_A_LAYER) == held
+    for key, value in originals(model).items():
+        assert_same_bits(value, before[key], key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_made_again_in_backward_give_the_gradients_of_kept_copies(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients() -> list[Tensor]:
+        model = adapt(build(name), growth="none")
+        model.enable_input_require_grads()
+        model(input_ids=batch(), labels=batch()).loss.backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    again = gradients()
+    monkeypatch.setattr(module_weight, "_hooks_on_saved_tensors", lambda: True)
+    kept = gradients()
+    assert len(again) == len(kept) > 0
+    for one, other in zip(again, kept, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_without_gradients_nothing_is_copied() -> None:
+    model = adapt(build("mixtral-grouped"), target_modules=[], growth="none")
+    with torch.no_grad(), OpRecorder() as ops:
+        model(input_ids=batch())
+    assert not [op.name for op in ops.ops if EXPERTS_OF_A_LAYER in op.out_numels]
 
 
 @pytest.mark.parametrize("disturb", ["disable", "state dict", "evaluate", "nothing"])
-def test_backward_folds_again_what_was_taken_out_after_the_forward_pass(disturb: str) -> None:
+def test_what_happens_after_the_forward_pass_does_not_change_the_backward_pass(disturb: str) -> None:
     model = adapt(build(), growth="none", total_steps=20)
     train(model, steps=2)
     reference = copy.deepcopy(model)
     reference(input_ids=batch(), labels=batch()).loss.backward()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    model(input_ids=batch(), labels=batch()).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
     loss = model(input_ids=batch(), labels=batch()).loss
-    assert all(part._fold.active for part in parts(model))
     if disturb == "disable":
         with model.disable_adapter():
             logits(model)
@@ -249,25 +273,67 @@ def test_backward_folds_again_what_was_taken_out_after_the_forward_pass(disturb:
         model.state_dict()
     elif disturb == "evaluate":
         model.eval()
-    assert any(part._fold.active for part in parts(model)) == (disturb == "nothing")
     loss.backward()
     for got, expected in zip(parts(model), parts(reference), strict=True):
-        assert_close(got.spiel_delta["default"].values.grad, expected.spiel_delta["default"].values.grad, 1e-5)
+        assert_same_bits(got.spiel_delta["default"].values.grad, expected.spiel_delta["default"].values.grad)
 
 
-def test_a_tensor_that_leaves_a_module_by_the_back_door_is_not_differentiated_wrongly() -> None:
-    model = Leaky()
-    model = get_peft_model(model, SpIELConfig(density=0.5, target_parameters=["block.mix"], init_weights=False))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+def test_backward_after_a_write_to_a_parameter_is_refused() -> None:
+    model = adapt(build(), growth="none")
+    loss = model(input_ids=batch(), labels=batch()).loss
+    with torch.no_grad():
+        parts(model)[0].get_base_layer().weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="base weight was changed"):
+        loss.backward()
+
+
+def test_a_tensor_that_leaves_a_module_by_the_back_door_keeps_its_deltas() -> None:
+    model = get_peft_model(Leaky(), SpIELConfig(density=0.5, target_parameters=["block.mix"], init_weights=False))
+    (part,) = parts(model)
+    delta = part.spiel_delta["default"]
     x = torch.randn(3, 6)
-    model(x).sum().backward()
-    optimizer.step()
-    model(x)
-    model.model.block.base_layer.kept.sum().backward()
     model(x)
     model.eval()
-    with pytest.raises(RuntimeError, match=r"block\.mix: the deltas were taken out"):
-        model.model.block.base_layer.kept.sum().backward()
+    base = model.model.block.base_layer
+    dense = apply_deltas(part.weight.detach(), [(delta.indices, delta.values.detach())]).requires_grad_()
+    assert_same_bits(base.part.detach(), dense[2:].detach())
+    assert_same_bits(base.kept.detach(), (x @ dense).detach())
+    (base.kept.square().sum() + base.part.sin().sum()).backward()
+    ((x @ dense).square().sum() + dense[2:].sin().sum()).backward()
+    assert_close(delta.values.grad, dense.grad.flatten()[delta.indices.long()], 1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_an_output_that_is_a_view_of_the_weight_keeps_its_deltas(grad: bool) -> None:
+    """Learned queries, for example, which a module only hands out."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Handed()
+
+        def forward(self, n: int) -> dict[str, Tensor]:
+            return self.block(n)
+
+    class Handed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, n: int) -> dict[str, Tensor]:
+            return {"queries": self.queries.expand(n, -1, -1)}
+
+    config = SpIELConfig(density=0.5, target_parameters=["block.queries"], init_weights=False)
+    model = get_peft_model(Queries(), config)
+    (part,) = parts(model)
+    delta = part.spiel_delta["default"]
+    expected = apply_deltas(part.weight.detach(), [(delta.indices, delta.values.detach())])
+    with torch.set_grad_enabled(grad):
+        out = model(3)["queries"]
+    assert_same_bits(out.detach().contiguous(), expected.expand(3, -1, -1).contiguous())
+    if grad:
+        out.sum().backward()
+        assert_same_bits(delta.values.grad, torch.full_like(delta.values, 3.0))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -413,7 +479,7 @@ class Mixed(nn.Module):
 
 
 class Leaky(nn.Module):
-    """Keeps a result that is not among its outputs."""
+    """Keeps a result, and a part of its parameter, that are not among its outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -421,6 +487,7 @@ class Leaky(nn.Module):
         self.block.forward = self._leak
 
     def _leak(self, x: Tensor) -> Tensor:
+        self.block.base_layer.part = self.block.base_layer.mix[2:]
         self.block.base_layer.kept = x @ self.block.base_layer.mix
         return self.block.base_layer.kept.sin()
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,70 +79,45 @@ def apply_deltas(weight: Tensor, deltas: Deltas, out_dtype: torch.dtype | None =
     return write_entries(out, positions, sums.to(out.dtype))
 
 
-def _fake_fold(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    return weight.new_empty(indices.shape)
-
-
-@operation("fold_(Tensor(a!) weight, Tensor indices, Tensor values) -> Tensor", _fake_fold)
-def fold_(weight: Tensor, indices: Tensor, values: Tensor) -> Tensor:
-    """Add a delta to `weight` in place: no copy of the weight is made.
+def copy_fold(weight: Tensor, deltas: Deltas, out: Tensor) -> Tensor:
+    """Write a weight plus deltas to `out`: what `apply_deltas` gives, cast to the dtype of `out`.
 
     Args:
-        weight: ``[*shape]``, floating, any strides; changed at the given positions, to what `apply_deltas` gives.
-        indices: ``[k]`` unique flat positions; values: ``[k]``.
+        weight: ``[*shape]``, floating; not changed.
+        deltas: pairs of ``indices`` ``[k]`` and ``values`` ``[k]``; several pairs add up, in the order given. One pair
+            is the fast case.
+        out: ``[*shape]``, floating, contiguous; overwritten.
 
     Returns:
-        The entries as they were, ``[k]`` in the weight's dtype, for `refold_` and `unfold_`.
+        `out`.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
-    if _fits_triton(weight, indices, values):
-        from .triton_backend import fold
-
-        return fold.fold_(weight, indices, values)
-    positions = indices.to(torch.int64)
-    originals = read_entries(weight, positions)
-    write_entries(weight, positions, sum_entries(originals, positions, [(indices, values)]).to(weight.dtype))
-    return originals
+    _copy_fold(weight, [indices for indices, _ in deltas], [values for _, values in deltas], out)
+    return out
 
 
-def _fake_in_place(*args: Tensor) -> None:
-    return None
+def _copy_fold_fake(weight: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> None:
+    if out.shape != weight.shape or not out.is_contiguous():
+        raise ValueError(
+            f"out must be contiguous and have the weight's shape {tuple(weight.shape)}, got {tuple(out.shape)} with "
+            f"strides {out.stride()}"
+        )
 
 
-@operation(
-    "refold_(Tensor(a!) weight, Tensor indices, Tensor values, Tensor originals) -> ()",
-    _fake_in_place,
-)
-def refold_(weight: Tensor, indices: Tensor, values: Tensor, originals: Tensor) -> None:
-    """Write other values of a delta that is in the weight already; always from the originals, so nothing drifts.
+@operation("copy_fold(Tensor weight, Tensor[] indices, Tensor[] values, Tensor(a!) out) -> ()", _copy_fold_fake)
+def _copy_fold(weight: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], out: Tensor) -> None:
+    _copy_fold_fake(weight, indices, values, out)
+    out.copy_(weight)
+    deltas = list(zip(indices, values, strict=True))
+    if len(deltas) == 1 and _fits_triton(weight, out, *deltas[0]):
+        from .triton_backend.fold import write_adapted
 
-    Args:
-        weight, indices: as given to `fold_`.
-        values: ``[k]``.
-        originals: ``[k]``, what `fold_` returned.
-    """
-    if _fits_triton(weight, indices, values, originals):
-        from .triton_backend import fold
-
-        fold.refold_(weight, indices, values, originals)
-        return
-    positions = indices.to(torch.int64)
-    write_entries(weight, positions, sum_entries(originals, positions, [(indices, values)]).to(weight.dtype))
-
-
-@operation("unfold_(Tensor(a!) weight, Tensor indices, Tensor originals) -> ()", _fake_in_place)
-def unfold_(weight: Tensor, indices: Tensor, originals: Tensor) -> None:
-    """Undo `fold_`, bit for bit.
-
-    Args:
-        weight, indices: as given to `fold_`.
-        originals: ``[k]``, what `fold_` returned.
-    """
-    if _fits_triton(weight, indices, originals):
-        from .triton_backend import fold
-
-        fold.unfold_(weight, indices, originals)
-        return
-    write_entries(weight, indices.to(torch.int64), originals)
+        write_adapted(weight, *deltas[0], out)
+    elif deltas:
+        positions, sums = adapted_entries(weight, deltas)
+        write_entries(out, positions, sums.to(weight.dtype).to(out.dtype))
 
 
 def _fits_triton(weight: Tensor, *others: Tensor) -> bool:
@@ -151,32 +125,18 @@ def _fits_triton(weight: Tensor, *others: Tensor) -> bool:
     return plain and all(o.dtype != torch.float64 for o in others) and runs_triton(weight, *others)
 
 
-@contextmanager
-def folded(weight: Tensor, deltas: Deltas) -> Iterator[None]:
-    """Add all deltas to `weight` in place for a while, then restore its bits: no copy of the weight is made.
-
-    The adapted entries are those of `apply_deltas`. Whoever reads the weight in between sees them, so keep it short.
+def deltas_between(deltas: Deltas, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
+    """The parts of deltas in the range of positions ``first <= p < end``, counted from its start.
 
     Args:
-        weight: ``[*shape]``, floating, writable, tracked by nobody (a parameter's ``.data``).
-        deltas: pairs of ``indices`` ``[k]`` and ``values`` ``[k]``.
+        deltas: pairs of sorted, contiguous ``indices`` ``[k]`` and ``values`` ``[k]``.
     """
-    if len(deltas) == 1:
-        indices, values = deltas[0]
-        originals = fold_(weight, indices, values)
-        try:
-            yield
-        finally:
-            unfold_(weight, indices, originals)
-        return
-    positions = union_positions(deltas)
-    originals = read_entries(weight, positions)
-    sums = sum_entries(originals, positions, deltas)
-    try:
-        write_entries(weight, positions, sums.to(weight.dtype))
-        yield
-    finally:
-        write_entries(weight, positions, originals)
+    parts = []
+    for indices, values in deltas:
+        bounds = torch.tensor([first, end], dtype=indices.dtype, device=indices.device)
+        begin, stop = torch.searchsorted(indices, bounds).tolist()
+        parts.append((indices[begin:stop] - first, values[begin:stop]))
+    return parts
 
 
 def read_entries(tensor: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
-from .fold import Deltas, adapted_entries, sum_entries, union_positions, write_entries
+from .fold import Deltas, adapted_entries, deltas_between, sum_entries, union_positions, write_entries
 from .quantized_layout import (
     NestedScales,
     Packed4bit,
@@ -225,19 +225,11 @@ def fold_row_blocks(blocks: Iterable[tuple[int, Tensor]], deltas: Deltas, out: T
         target.copy_(block)
         local = deltas
         if block.shape[0] != out.shape[0]:
-            local = [_between(pair, first * cols, first * cols + block.numel()) for pair in deltas]
+            local = deltas_between(deltas, first * cols, first * cols + block.numel())
         if local:
             positions, sums = adapted_entries(block, local)
             write_entries(target, positions, sums.to(out.dtype))
     return out
-
-
-def _between(pair: tuple[Tensor, Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
-    """The part of a delta in a range of positions, counted from its start."""
-    indices, values = pair
-    bounds = torch.tensor([low, high], dtype=indices.dtype, device=indices.device)
-    begin, end = torch.searchsorted(indices, bounds).tolist()
-    return indices[begin:end] - low, values[begin:end]
 
 
 def row_ranges(rows: int, cols: int, device: torch.device, multiple: int = 1) -> Iterator[tuple[int, int]]:

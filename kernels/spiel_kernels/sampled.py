@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -186,11 +187,11 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
     # which leaves nothing else in the caches, each takes several microseconds.
     as_they_are = [whole and x.dtype == dtype and is_turned(x) for x in (a, b)]
     width = sum(0 if as_it_is else x.shape[1] for x, as_it_is in zip((a, b), as_they_are, strict=True))
-    copies = workspace(width, chunk, dtype, a.device) if width else None
-    for start in range(0, tokens, chunk or 1):
-        count = min(chunk, tokens - start)
-        left, right = _transposed((a, b), as_they_are, copies, start, count)
-        right = right.T
-        for total in wanted:
-            torch.sparse.sampled_addmm(total, left, right, out=total)
+    with workspace((width, chunk), dtype, a.device) if width else nullcontext() as copies:
+        for start in range(0, tokens, chunk or 1):
+            count = min(chunk, tokens - start)
+            left, right = _transposed((a, b), as_they_are, copies, start, count)
+            right = right.T
+            for total in wanted:
+                torch.sparse.sampled_addmm(total, left, right, out=total)
     return [torch.zeros(0, dtype=dtype, device=a.device) if total is None else total.values() for total in sums]

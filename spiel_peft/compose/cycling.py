@@ -138,7 +138,7 @@ class LanguageCycler:
                 "the language cannot be switched while adapters are merged; call unmerge_adapter() first"
             )
         for layer in layers:
-            layer.unfold()
+            layer.undo_interrupted()
             # PEFT's `set_adapter` would also decide anew what is trained.
             layer._active_adapter = list(names)
         tuner.active_adapter = list(names)

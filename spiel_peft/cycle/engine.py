@@ -17,8 +17,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from spiel_kernels import replace_positions
 
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
-from ..resident import unfold_deltas
-from ..sharding import is_sharded
 from ..training_state import StepGradient
 from . import data_parallel, nested_steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
@@ -67,9 +65,8 @@ def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dic
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Take the deltas out of the base weights, and begin a run where a delta sees its first step."""
+    """Begin a run where a delta sees its first step."""
     deltas = [delta for delta, _ in held_deltas(optimizer)]
-    unfold_deltas(deltas)
     if not deltas or getattr(optimizer, "delegates_step", False):
         return None
     if is_rehearsal():
@@ -93,12 +90,10 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     if getattr(optimizer, "delegates_step", False) or is_rehearsal():
         return
     parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
-    held = held_deltas(optimizer)
-    # A closure runs forward passes inside the step.
-    unfold_deltas(delta for delta, _ in held)
     optimizers = nested_steps.end(optimizer)
     if not optimizers:
         return
+    held = held_deltas(optimizer)
     for delta, group in held:
         parties.setdefault((id(delta.run), ranks_of(delta)), []).append((delta, group))
     with torch.no_grad():
@@ -151,10 +146,8 @@ def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, gro
     state.total_steps = delta.run.total_steps or 0
     state.max_lr = max(state.max_lr, _learning_rate(group))
     state.unheld_steps = 0
-    # A sharded base weight is gathered for each pass: nothing may stay in it.
-    stepped = not state.finished and not is_sharded(delta)
-    if delta.untouched or delta.is_stepped != stepped:  # assigning to a module is slow, and this is every step
-        delta.untouched, delta.is_stepped = False, stepped
+    if delta.untouched:  # assigning to a module is slow, and this is every step
+        delta.untouched = False
 
 
 def _learning_rate(group: dict[str, Any]) -> float:

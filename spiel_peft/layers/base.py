@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,20 +25,19 @@ from ..base_weight import (
 )
 from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, new_indices
+from ..folding import WeightFold, WholeWeights
 from ..functional import adapted_forward, folded_weight
 from ..merge_report import MergeLoss
 from ..operators import adapted_operator, number_of
 from ..quantized_weight import adapted_in_workspace
-from ..resident import WeightFold, can_stay_folded
 from ..seeding import seeded_generator
 from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
 from ..weight_ops import ConvOp, LinearOp
 from ..weight_source import WEIGHT_CHANGED, WeightSource
 from .merging import MergingMixin
-from .unfolding import UnfoldingMixin
 
 
-class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
+class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
     """A frozen base layer and the sparse deltas of any number of adapters (SpIEL: Ansell et al., 2024, section 3).
 
     Args:
@@ -166,24 +166,23 @@ class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
             )
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        deltas = [] if self.merged or self.disable_adapters else self._active_deltas()
+        deltas = self.deltas_in_use()
         if not deltas:
-            if self._fold.active:
-                self.unfold()
             return self.base_layer(x, *args, **kwargs)
         base = self.get_base_layer()
         if not self._reproduces(base):
             return self._swapped_forward(base, deltas, x, *args, **kwargs)
         return run_with_hooks(base, partial(self._adapted_forward, deltas), x, *args, **kwargs)
 
-    def _deltas_in_use(self) -> list[SparseDelta]:
-        deltas = self._modules["spiel_delta"]._modules
-        return [deltas[name] for name in self.active_adapters if name in deltas]
-
-    def _active_deltas(self) -> list[SparseDelta]:
-        deltas = self._deltas_in_use()
+    def deltas_in_use(self) -> list[SparseDelta]:
+        """The deltas that a forward pass is to add; unmerges what is disabled."""
+        self.undo_interrupted()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.merged or self.disable_adapters:
+            return []
+        present = self._modules["spiel_delta"]._modules
+        deltas = [present[name] for name in self.active_adapters if name in present]
         if self.training and torch.is_grad_enabled():
             for delta in deltas:
                 delta.restore_dtype()
@@ -226,41 +225,40 @@ class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
         weight = folded_weight(self.weight_source(), deltas)
         return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
 
-    def weight_source(self, dtype: torch.dtype | None = None, records: bool | None = None) -> WeightSource:
+    def weight_source(self, dtype: torch.dtype | None = None) -> WeightSource:
         """How the adapted weight is made.
 
         Args:
             dtype: to which it is rounded if the base weight is quantized, its own dtype by default.
-            records: whether a gradient is recorded, so that deltas may stay in the weight; by default as it is now.
         """
-        read = self._read_unmerged
         if self.quantization_backend is not None:
+            read = self._read_unmerged
             return WeightSource(read, None, dtype or self._base_dtype(), in_workspace=self._in_workspace)
         base = self.get_base_layer()
         weight = base.weight
         if offload_hook(base) is not None:
             # Holding on to an offloaded weight would keep it on the device until the backward pass.
-            return WeightSource(read, None, weight.dtype)
-        records = torch.is_grad_enabled() if records is None else records
-        stays = records and self._may_stay_folded(weight)
-        return WeightSource(read, weight, weight.dtype, self._fold, stays, check=self._check_unmerged)
+            return WeightSource(self._read_unmerged, None, weight.dtype)
+        # FSDP2 frees a gathered weight, which the originals would outlive.
+        sharded = is_managed(self) or is_managed(base)
+        return WeightSource(self._read_plain, weight, weight.dtype, None if sharded else self._fold)
 
-    def _may_stay_folded(self, parameter: Tensor) -> bool:
-        """Whether a pass may leave its deltas in the base weight, for an optimizer step to take out."""
-        if not self.training or self.disable_adapters or self.shared_with or self.tied_to:
-            return False
-        stepped = any(delta.is_stepped and delta.values.requires_grad for delta in self._deltas_in_use())
-        return stepped and can_stay_folded(parameter)
-
-    def _in_workspace(self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype) -> Tensor | None:
+    @contextmanager
+    def _in_workspace(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
+    ) -> Iterator[Tensor | None]:
         self._check_unmerged()
         base = self.get_base_layer()
-        with onloaded(base):
-            return adapted_in_workspace(base, pairs, compute_dtype)
+        with onloaded(base), adapted_in_workspace(base, pairs, compute_dtype) as weight:
+            yield weight
 
     def _check_unmerged(self) -> None:
         if self.merged_adapters:
             raise RuntimeError(WEIGHT_CHANGED)
+
+    def _read_plain(self) -> Tensor:
+        self._check_unmerged()
+        return gathered(self.get_base_layer().weight, self.module_name)
 
     def _read_unmerged(self) -> Tensor:
         self._check_unmerged()
@@ -270,6 +268,30 @@ class SpIELLayer(UnfoldingMixin, MergingMixin, nn.Module, BaseTunerLayer):
     def _read_base_weight(self) -> Tensor:
         with onloaded(self.get_base_layer()):
             return self.get_base_weight()
+
+    # A weight that an interrupted operation has left adapted is put right before it is used.
+
+    def undo_interrupted(self) -> None:
+        self._fold.undo_interrupted()
+
+    def get_base_weight(self) -> Tensor:
+        """The base weight without deltas, dequantized if need be."""
+        self.undo_interrupted()
+        return super().get_base_weight()
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it is stored, without deltas."""
+        self.undo_interrupted()
+        return super().weight
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.undo_interrupted()
+        super().set_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.undo_interrupted()
+        super().delete_adapter(adapter_name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

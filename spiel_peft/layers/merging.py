@@ -45,7 +45,7 @@ class MergingMixin:
             return
         self._check_whole()
         before = list(self.merged_adapters)
-        self.unfold()
+        self.undo_interrupted()
         with writable(self):
             # The sum is always taken from the originals, so the order and number of merges leave no trace.
             self._restore_originals()
@@ -78,7 +78,7 @@ class MergingMixin:
 
     def _write_merged(self, adapter_names: list[str]) -> None:
         base = self.get_base_layer()
-        self.unfold()
+        self.undo_interrupted()
         if self.quantization_backend is not None:
             self._write_quantized(base, adapter_names)
         elif self.shared_with:

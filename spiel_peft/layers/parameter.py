@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ..base_weight import BaseInfo, offload_hook
-from ..delta import SparseDelta
-from ..functional import folded_weight
-from ..module_weight import aliased_weight, refolding, weight_in_place
+from ..folding import WholeWeights
+from ..module_weight import ModuleWeight, call_recording, call_without_recording
 from .base import SpIELLayer
-from .unfolding import UnfoldingModule
 
 
 class _BareWeight:
@@ -71,26 +67,17 @@ class SpIELParameter(SpIELLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"{self.module_name} is a parameter, which cannot be called; call the module it belongs to")
 
-    def deltas_in_use(self) -> list[SparseDelta]:
-        """The deltas that a forward pass is to add; unmerges what is disabled, as all layers do."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        deltas = [] if self.merged or self.disable_adapters else self._active_deltas()
-        if not deltas:
-            self.unfold()
-        return deltas
-
     def extra_repr(self) -> str:
         return f"{self.parameter_name!r}, {self.info.weight_shape}"
 
 
-class SpIELParameters(UnfoldingModule, nn.Module, BaseTunerLayer):
+class SpIELParameters(WholeWeights, nn.Module, BaseTunerLayer):
     """A module some of whose own parameters carry sparse deltas, each in a child of the parameter's name.
 
     While a gradient is recorded, autograd forms the dense gradient of every adapted parameter; the deltas take theirs
-    from it and it is freed. Between the optimizer steps of a run deltas live in the parameters themselves; before its
-    first step, and where they cannot (evaluation mode with gradients, frozen adapters), a pass holds a copy of each
-    adapted parameter until its backward pass. Without gradients, nothing is copied.
+    from it and it is freed. The module computes with a copy of each adapted parameter, which is freed when its forward
+    pass ends; the backward pass makes what it needs of them again. Without gradients nothing is copied on a CPU: the
+    deltas are in the parameters themselves for the length of the module's forward pass.
 
     Args:
         base_layer: the module that holds the parameters and computes with them in `forward`.
@@ -116,38 +103,17 @@ class SpIELParameters(UnfoldingModule, nn.Module, BaseTunerLayer):
             )
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (mixed batches) is not supported by SpIEL; use set_adapter")
-        used = [(part, deltas) for part in self.parts() if (deltas := part.deltas_in_use())]
+        used = {part: deltas for part in self.parts() if (deltas := part.deltas_in_use())}
         if not used:
             return self.base_layer(*args, **kwargs)
         if offload_hook(self.base_layer) is not None:
             raise RuntimeError(
-                f"{used[0][0].module_name}: a bare parameter cannot be adapted while device_map offloads it; keep its "
+                f"{next(iter(used)).module_name}: a bare parameter cannot be adapted while device_map offloads it; keep its "
                 "module on a device"
             )
-        if torch.is_grad_enabled():
-            return self._recorded_forward(used, args, kwargs)
-        with ExitStack() as stack:
-            weights = {
-                part.parameter_name: stack.enter_context(weight_in_place(part.weight_source(), deltas))
-                for part, deltas in used
-            }
-            return torch.func.functional_call(self.base_layer, weights, args, kwargs)
-
-    def _recorded_forward(
-        self, used: Sequence[tuple[SpIELParameter, list[SparseDelta]]], args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        weights, folds = {}, []
-        for part, deltas in used:
-            source = part.weight_source()
-            if source.stays:
-                weights[part.parameter_name] = aliased_weight(source, deltas)
-                folds.append((source, deltas))
-            else:
-                weights[part.parameter_name] = folded_weight(source, deltas)
-        out = torch.func.functional_call(self.base_layer, weights, args, kwargs)
-        for source, deltas in folds:
-            out = tree_map(lambda leaf, s=source, d=deltas: refolding(leaf, s, d), out)
-        return out
+        weights = [ModuleWeight(part.parameter_name, part.weight_source(), deltas) for part, deltas in used.items()]
+        call = call_recording if torch.is_grad_enabled() else call_without_recording
+        return call(weights, lambda adapted: torch.func.functional_call(self.base_layer, adapted, args, kwargs))
 
     # What PEFT asks of every layer with adapters: the parts are such layers themselves.
 
@@ -198,14 +164,14 @@ class SpIELParameters(UnfoldingModule, nn.Module, BaseTunerLayer):
                 part.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             elif part.merged:
                 part.unmerge()
-        self.unfold()
+        self.undo_interrupted()
         return self.base_layer
 
     # The base layer's parameters are read, moved and copied before the parts learn of it.
 
-    def unfold(self) -> None:
+    def undo_interrupted(self) -> None:
         for part in self.parts():
-            part.unfold()
+            part.undo_interrupted()
 
     def __repr__(self) -> str:
         return "spiel." + super().__repr__()

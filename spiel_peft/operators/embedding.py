@@ -32,8 +32,8 @@ def _embedding(
     padding_idx: int,
     by_frequency: bool,
 ) -> Tensor:
-    source = find_layer(number).weight_source(weight.dtype, False)
-    return look_up(source.read(), detached_pairs(indices, values), ids, source.dtype)
+    source = find_layer(number).weight_source(weight.dtype)
+    return look_up(source.unchanged(), detached_pairs(indices, values), ids, source.dtype)
 
 
 def _fake_embedding(ids: Tensor, weight: Tensor, *rest: Any) -> Tensor:

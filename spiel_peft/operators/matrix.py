@@ -39,7 +39,7 @@ def _decode(code: Sequence[int], weight_shape: Sequence[int]) -> LinearOp | Conv
 
 define(
     "adapted(Tensor x, Tensor weight, Tensor? bias, Tensor[] indices, Tensor[] values, Tensor number, int[] code, "
-    "int[] weight_shape, bool records) -> Tensor"
+    "int[] weight_shape) -> Tensor"
 )
 define(
     "adapted_grad_input(Tensor grad_out, Tensor x, Tensor weight, Tensor[] indices, Tensor[] values, Tensor number, "
@@ -60,12 +60,11 @@ def _adapted(
     number: Tensor,
     code: Sequence[int],
     weight_shape: Sequence[int],
-    records: bool,
 ) -> Tensor:
-    layer = find_layer(number)
-    source = layer.weight_source(x.dtype, records)
-    with no_autocast(x), source.weight(owners_of(layer, values), detached_pairs(indices, values), x.dtype) as adapted:
-        return _decode(code, weight_shape).forward(x, adapted, bias)
+    source, op = find_layer(number).weight_source(x.dtype), _decode(code, weight_shape)
+    with no_autocast(x):
+        pairs = detached_pairs(indices, values)
+        return source.use(pairs, x.dtype, lambda adapted: op.forward(x, adapted, bias))
 
 
 def _fake_adapted(
@@ -77,7 +76,6 @@ def _fake_adapted(
     number: Tensor,
     code: Sequence[int],
     weight_shape: Sequence[int],
-    records: bool,
 ) -> Tensor:
     return _decode(code, weight_shape).forward(x, x.new_empty(tuple(weight_shape)), bias)
 
@@ -92,11 +90,10 @@ def _grad_input(
     code: Sequence[int],
     weight_shape: Sequence[int],
 ) -> Tensor:
-    layer = find_layer(number)
-    source = layer.weight_source(x.dtype, True)
-    pairs = detached_pairs(indices, values)
-    with no_autocast(x), source.weight(owners_of(layer, values), pairs, x.dtype, in_backward=True) as adapted:
-        return _decode(code, weight_shape).grad_input(grad_out, adapted, x.shape).contiguous()
+    source, op = find_layer(number).weight_source(x.dtype), _decode(code, weight_shape)
+    with no_autocast(x):
+        pairs = detached_pairs(indices, values)
+        return source.use(pairs, x.dtype, lambda adapted: op.grad_input(grad_out, adapted, x.shape).contiguous())
 
 
 def _fake_grad_input(grad_out: Tensor, x: Tensor, *rest: Any) -> Tensor:
@@ -134,7 +131,7 @@ def _fake_grad_values(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, indices, values, number, code, weight_shape, _ = inputs
+    x, weight, bias, indices, values, number, code, weight_shape = inputs
     ctx.counts = len(indices)
     ctx.has_bias = bias is not None
     ctx.code, ctx.weight_shape = code, weight_shape
@@ -158,7 +155,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
             ops.adapted_grad_values(grad_out, x, indices, values, number, ctx.code, ctx.weight_shape, ctx.needed)
         )
         grads = [next(gathered) if need else None for need in ctx.needed]
-    return grad_x, None, grad_bias, [None] * ctx.counts, grads, None, None, None, None
+    return grad_x, None, grad_bias, [None] * ctx.counts, grads, None, None, None
 
 
 for _name, _function, _fake in (
@@ -191,7 +188,4 @@ def adapted_operator(
     """
     bias = bias.to(x.dtype) if bias is not None else None
     indices, values = [d.indices for d in deltas], [d.values for d in deltas]
-    records = torch.is_grad_enabled()
-    return torch.ops.spiel_peft.adapted(
-        x, weight, bias, indices, values, number, encode(op), list(weight_shape), records
-    )
+    return torch.ops.spiel_peft.adapted(x, weight, bias, indices, values, number, encode(op), list(weight_shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 from spiel_kernels.dispatch import new_library
 
 from ..delta import SparseDelta
-from ..resident import Pairs
+from ..folding import Pairs
 from ..weight_source import WeightSource
 
 NAMESPACE = "spiel_peft"
@@ -24,8 +24,8 @@ class AdaptedLayer(Protocol):
 
     spiel_delta: Any
 
-    def weight_source(self, compute_dtype: torch.dtype, records: bool) -> WeightSource:
-        """How the weight is read; `records`: a gradient is recorded, so deltas may stay in it."""
+    def weight_source(self, compute_dtype: torch.dtype) -> WeightSource:
+        """How the weight is read."""
 
 
 _layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

@@ -111,16 +111,19 @@ def test_peak_memory_is_the_workspace() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        dequantize_fold_4bit(weight, deltas, workspace(4096, 4096, torch.bfloat16, "cuda"))
+        with workspace((4096, 4096), torch.bfloat16, "cuda") as out:
+            dequantize_fold_4bit(weight, deltas, out)
     assert torch.cuda.max_memory_allocated() - before < 1 << 20
     assert workspace_nbytes("cuda") == 4096 * 4096 * 2
 
 
 def test_workspaces_of_streams_are_apart() -> None:
-    main = workspace(4, 4, torch.float32, "cuda")
-    assert workspace(4, 4, torch.float32, torch.device("cuda", 0)).data_ptr() == main.data_ptr()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        assert workspace(4, 4, torch.float32, "cuda").data_ptr() != main.data_ptr()
+    with workspace((4, 4), torch.float32, "cuda") as main:
+        address = main.data_ptr()
+    with workspace((4, 4), torch.float32, torch.device("cuda", 0)) as again:
+        assert again.data_ptr() == address
+    with torch.cuda.stream(torch.cuda.Stream()), workspace((4, 4), torch.float32, "cuda") as other:
+        assert other.data_ptr() != address
     assert workspace_nbytes("cuda") == 2 * 64
 
 
@@ -133,14 +136,13 @@ def test_backward_reads_the_right_weight_again() -> None:
         @staticmethod
         def forward(ctx, x: Tensor, number: int) -> Tensor:
             ctx.number = number
-            return x @ adapted(number)
+            with workspace((256, 256), torch.float32, "cuda") as out:
+                return x @ dequantize_fold_4bit(weights[number], deltas[number], out)
 
         @staticmethod
         def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-            return grad @ adapted(ctx.number).T, None
-
-    def adapted(number: int) -> Tensor:
-        return dequantize_fold_4bit(weights[number], deltas[number], workspace(256, 256, torch.float32, "cuda"))
+            with workspace((256, 256), torch.float32, "cuda") as out:
+                return grad @ dequantize_fold_4bit(weights[ctx.number], deltas[ctx.number], out).T, None
 
     x = torch.randn(8, 256, device="cuda", requires_grad=True)
     out, dense = x, torch.eye(256, device="cuda", dtype=torch.float64)
@@ -164,7 +166,8 @@ def test_4bit_layers_of_bitsandbytes(double: bool, quant_type: str, dtype: torch
     packed = layer.weight.data.clone()
     deltas = draw_deltas(704 * 333, 0.02)
     expected = apply_deltas(bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), deltas, dtype)
-    assert torch.equal(adapted_in_workspace(layer, deltas, dtype), expected)
+    with adapted_in_workspace(layer, deltas, dtype) as weight:
+        assert torch.equal(weight, expected)
     assert torch.equal(layer.weight.data, packed)
 
 
@@ -177,6 +180,6 @@ def test_8bit_layers_of_bitsandbytes() -> None:
     for _ in range(2):
         scales = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
         w0 = bnb.functional.int8_vectorwise_dequant(layer.weight.data, scales)
-        got = adapted_in_workspace(layer, deltas, torch.bfloat16)
-        assert torch.equal(got, apply_deltas(w0, deltas, torch.bfloat16))
+        with adapted_in_workspace(layer, deltas, torch.bfloat16) as got:
+            assert torch.equal(got, apply_deltas(w0, deltas, torch.bfloat16))
         layer(torch.randn(2, 704, device="cuda", dtype=torch.float16))

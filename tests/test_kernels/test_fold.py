@@ -1,4 +1,4 @@
-"""`adapted_entries` and `apply_deltas`: sums in float32 (float64), rounded once."""
+"""`adapted_entries`, `apply_deltas` and `copy_fold`: sums in float32 (float64), rounded once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close, assert_same_bits
 from torch import Tensor
 
-from spiel_kernels import adapted_entries, apply_deltas, folded
+from spiel_kernels import adapted_entries, apply_deltas, copy_fold
 
 from .oracle import DTYPE_IDS, DTYPES, adapted_weight, draw_indices
 
@@ -87,25 +87,49 @@ def test_result_shares_no_memory_with_the_weight() -> None:
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype, *_ in DTYPES], ids=DTYPE_IDS)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counts", [(), (0,), (30,), (77,), (30, 20)], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "transposed"])
-def test_folded_is_apply_deltas_in_place_and_restores_the_bits(dtype: torch.dtype, strided: bool) -> None:
+def test_copy_fold_is_apply_deltas_into_memory_that_is_there(
+    dtype: torch.dtype, out_dtype: torch.dtype, counts: tuple[int, ...], strided: bool
+) -> None:
     weight = torch.randn(7, 11).to(dtype)
     if strided:
         weight = weight.t().contiguous().t()
     weight[0, 0], weight[1, 1] = float("nan"), -0.0
-    deltas = draw_deltas(77, (30, 20))
-    before, expected = weight.clone(), apply_deltas(weight, deltas)
-    with folded(weight, deltas):
-        assert_same_bits(weight, expected)
+    deltas = draw_deltas(77, counts)
+    before, out = weight.clone(), torch.empty(7, 11, dtype=out_dtype)
+    expected = (apply_deltas(weight, deltas) if deltas else weight).to(out_dtype)
+    assert copy_fold(weight, deltas, out) is out
+    # Casting leaves other bits of NaN for other strides.
+    torch.testing.assert_close(out, expected, rtol=0.0, atol=0.0, equal_nan=True)
     assert_same_bits(weight, before)
 
 
-def test_folded_restores_after_an_error() -> None:
-    weight = torch.randn(7, 11)
-    before = weight.clone()
-    with pytest.raises(KeyboardInterrupt), folded(weight, draw_deltas(77, (30,))):
-        raise KeyboardInterrupt
-    assert_same_bits(weight, before)
+def test_copy_fold_refuses_what_does_not_fit() -> None:
+    weight = torch.randn(4, 5)
+    for out in (torch.empty(5, 4), torch.empty(5, 4).t()):
+        with pytest.raises(ValueError, match=r"out must be contiguous and have the weight's shape \(4, 5\)"):
+            copy_fold(weight, draw_deltas(20, (3,)), out)
+
+
+def test_copy_fold_is_registered() -> None:
+    torch.use_deterministic_algorithms(False)
+    ((indices, values),) = draw_deltas(20, (3,))
+    arguments = (torch.randn(4, 5), [indices], [values], torch.zeros(4, 5))
+    torch.library.opcheck(torch.ops.spiel_kernels.copy_fold.default, arguments)
+
+
+def test_copy_fold_compiles_without_graph_breaks() -> None:
+    torch.use_deterministic_algorithms(False)
+    weight, deltas = torch.randn(4, 5), draw_deltas(20, (3,))
+
+    def product(weight: Tensor, x: Tensor) -> Tensor:
+        return x @ copy_fold(weight, deltas, torch.empty(4, 5)).T
+
+    x = torch.randn(3, 5)
+    got = torch.compile(product, fullgraph=True, backend="aot_eager")(weight, x)
+    torch.testing.assert_close(got, x @ apply_deltas(weight, deltas).T)
 
 
 def test_these_tests_run_with_empty_tensors_full_of_nan() -> None:

@@ -75,7 +75,7 @@ def test_parameters_replaced_in_a_run(at: int) -> None:
 
 
 def test_parameters_replaced_between_backward_and_step() -> None:
-    """Their gradients move over with them; nothing is folded into the base weights after the step."""
+    """Their gradients move over with them; the base weights are what they were."""
     model = fresh()
     optimizer = adamw(model)
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}

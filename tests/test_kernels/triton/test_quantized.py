@@ -136,5 +136,5 @@ def test_layers_of_bitsandbytes(name: str, counts: tuple[int, ...], device: str)
     deltas = draw_deltas(expected.numel(), device, *counts)
     if deltas:
         expected = apply_deltas(expected, deltas)
-    with use_backend("triton"):
-        assert_same(adapted_in_workspace(layer, deltas, torch.float32), expected)
+    with use_backend("triton"), adapted_in_workspace(layer, deltas, torch.float32) as weight:
+        assert_same(weight, expected)
