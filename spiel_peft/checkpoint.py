@@ -9,21 +9,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .delta import SparseDelta
-from .tensor_checks import check_indices_and_values, check_training_state
+from .tensor_checks import MARKER, check_indices_and_values, check_training_state, split_file_key
 from .training_state import STATE_KEYS
 
-MARKER = ".spiel_delta."
 # What PyTorch's wrapper for activation checkpoints adds to a module's path, and leaves out of state dicts.
 CHECKPOINTED = "_checkpoint_wrapped_module."
 _ANOTHER_BUDGET = ", another budget (r, density or num_deltas)"
-
-
-def split_file_key(key: str) -> tuple[str, str] | None:
-    """``(module path, tensor name)`` of a saved SpIEL tensor's key, None for any other key."""
-    if MARKER not in key:
-        return None
-    module, _, name = key.rpartition(MARKER)
-    return (module, name) if "." not in name else None
 
 
 def checkpointed_entries(model: nn.Module, state_dict: Mapping[str, Tensor], biases: bool) -> dict[str, Tensor]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from .call_stack import is_running
 
-_MODULE = "accelerate.utils.fsdp_utils"
-_FUNCTION = "fsdp2_prepare_model"
-# Calls between that function and a module deep inside the model.
-_DEPTH = 201
+# Calls between accelerate's function and a module deep inside the model.
+_PREPARING_DEPTH = 201
 
 
 def prepares_sharding() -> bool:
     """Whether accelerate is preparing a model for FSDP2 right now."""
-    return is_running(_MODULE, _FUNCTION, _DEPTH)
+    return is_running("accelerate.utils.fsdp_utils", "fsdp2_prepare_model", _PREPARING_DEPTH)

@@ -8,7 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .checkpoint import split_file_key
+from .tensor_checks import split_file_key
 
 
 def bypassed_by(parent: nn.Module) -> bool:

@@ -12,8 +12,19 @@ from spiel_kernels import check_index_set
 from .run_settings import RunSettings, check_settings
 from .training_state import CANDIDATE_SQUARES, CANDIDATE_SUMS, CANDIDATES, COL, MAX_LR, PROGRESS, ROW, STATE_KEYS
 
+# Between the path of a module and the name of a tensor in the keys of an adapter file.
+MARKER = ".spiel_delta."
+
 # The name of a bad tensor and a phrase that continues it.
 Problem = tuple[str, str]
+
+
+def split_file_key(key: str) -> tuple[str, str] | None:
+    """``(module path, tensor name)`` of a saved SpIEL tensor's key, None for any other key."""
+    if MARKER not in key:
+        return None
+    module, _, name = key.rpartition(MARKER)
+    return (module, name) if "." not in name else None
 
 
 def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -> Problem | None:

@@ -16,7 +16,7 @@ from .base import Base, BaseTensors, open_base
 from .changes import Change, changes
 from .result import Conversion, Progress
 
-KIND = "dense-diff"
+DENSE_DIFF = "dense-diff"
 NAME = "diff"
 
 
@@ -48,7 +48,7 @@ def export_dense_diff(
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
     where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
-    result = Conversion(KIND, 0, [])
+    result = Conversion(DENSE_DIFF, 0, [])
     with whole_folder(out, overwrite) as work:
         writer = _Shards(work, max_shard_bytes)
         for change in changes(source, open_base(base), where, progress):

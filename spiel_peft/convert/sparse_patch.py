@@ -23,7 +23,7 @@ from .base import Base, BaseTensors, open_base
 from .changes import Change, changes
 from .result import Conversion, Progress
 
-KIND = "sparse-patch"
+SPARSE_PATCH = "sparse-patch"
 FILE_NAME = "sparse_patch.safetensors"
 _SHAPES = "full_shapes"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -111,7 +111,7 @@ def export_sparse_patch(
     count = sum(tensor.numel() for key, tensor in stored.items() if key.endswith(".values"))
     with whole_folder(out, overwrite) as work:
         save_file(stored, work / FILE_NAME, metadata={"format": "pt", _SHAPES: json.dumps(shapes)})
-    return Conversion(KIND, count, sorted(shapes))
+    return Conversion(SPARSE_PATCH, count, sorted(shapes))
 
 
 def read_sparse_patches(source: str | os.PathLike[str]) -> Iterator[SparsePatch]:

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ..delta import AdapterRun, SparseDelta
-from . import engine, runs
+from .engine import held_deltas
 from .optimizer_check import check_optimizer
 from .optimizer_state import carry
+from .runs import begin_run, check_total_steps, owned_by_another, set_total_steps
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:
@@ -28,10 +29,10 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
         ValueError: see above; nothing is changed then.
         TypeError: the optimizer keeps state that cannot follow the indices, see `check_optimizer`.
     """
-    runs.check_total_steps(total_steps)
+    check_total_steps(total_steps)
     optimizer = _unwrapped(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
-    held = [delta for delta, _ in engine.held_deltas(optimizer) if id(delta) in ours]
+    held = [delta for delta, _ in held_deltas(optimizer) if id(delta) in ours]
     if not held:
         raise ValueError(
             "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "
@@ -41,13 +42,13 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
     carry(optimizer)
     for delta in held:
         delta.restore_dtype()
-        if runs.owned_by_another(delta, optimizer):
-            runs.begin_run(delta)
-            runs.set_total_steps(delta.run, delta.run.config.total_steps)
+        if owned_by_another(delta, optimizer):
+            begin_run(delta)
+            set_total_steps(delta.run, delta.run.config.total_steps)
     attached = list({id(delta.run): delta.run for delta in held}.values())
     if total_steps is not None:
         for run in attached:
-            runs.set_total_steps(run, total_steps)
+            set_total_steps(run, total_steps)
     return attached
 
 

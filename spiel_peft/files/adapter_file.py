@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
-from ..checkpoint import MARKER, split_file_key
 from ..config import SpIELConfig
-from ..tensor_checks import check_indices_and_values
+from ..tensor_checks import MARKER, check_indices_and_values, split_file_key
 from ..training_state import STATE_KEYS
 from .atomic import whole_folder
 

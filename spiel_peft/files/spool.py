@@ -9,8 +9,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..card import facts_of_counts, update_card
-from ..checkpoint import MARKER
 from ..config import SpIELConfig
+from ..tensor_checks import MARKER
 from .adapter_file import PREFIX, StoredDelta
 from .tensors import PIECE_BYTES, SafetensorsWriter, TensorSpec
 
