@@ -43,7 +43,7 @@ def _share_missing(ours: Tensor, dense: Tensor) -> float:
 
 def _fold(bench: Bench, case: Case) -> Prepared:
     """Into the weight and out again: what a transient fold adds to a product."""
-    from spiel_peft.folding import WeightFold
+    from spiel_peft.weights.folding import WeightFold
 
     indices, weight = bench.index_set(case), bench.randn(case.rows, case.cols, dtype=case.torch_dtype)
     values = bench.randn(case.k) * 1e-3
@@ -216,7 +216,7 @@ def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
     """What a 4-bit layer does in each pass: on a CPU bitsandbytes dequantizes."""
     import bitsandbytes as bnb
 
-    from spiel_peft.quantized_weight import adapted_in_workspace
+    from spiel_peft.weights.quantized import adapted_in_workspace
 
     from .bases import nf4_linear
 

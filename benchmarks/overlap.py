@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiel_peft.cycle.candidates import best_slots, shortlist, unite
+from spiel_peft.cycle.window import best_slots, shortlist, unite
 
 from .demo_task import load_task, packed_batches
 from .environment import add_output_argument, save

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from spiel_peft.cycle.candidates import SHORTLIST
+from spiel_peft.cycle.window import SHORTLIST
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 _MARKED = re.compile(r"(<!-- plan: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -163,8 +163,8 @@ class Plan:
         return state / shared + self.model.sides * self.method.per_side
 
     def window(self) -> float:
-        """Of an open window at its largest: several ranks first gather a shortlist (`spiel_peft.cycle.candidates`),
-        on which they agree matrix by matrix, with the proposals of all ranks at hand (`spiel_peft.cycle.windows`)."""
+        """Of an open window at its largest: several ranks first gather a shortlist (`spiel_peft.cycle.window`),
+        on which they agree matrix by matrix, with the proposals of all ranks at hand (`spiel_peft.cycle.window`)."""
         if not self.method.window:
             return 0.0
         proposals = self.gpus * self.r * sum(self.model.largest) * (INT32 + FLOAT32)

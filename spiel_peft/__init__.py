@@ -6,7 +6,7 @@ Importing this package makes peft_type "SPIEL" known to PEFT.
 from . import card as _card
 from .callback import SpIELCallback
 from .compose.active import KeepActive, activate
-from .compose.combined import combine_adapters
+from .compose.combine import combine_adapters
 from .compose.cycling import LanguageCycler, LanguageCyclerCallback
 from .compose.overlap import Overlap, OverlapReport, overlap, overlap_of_files
 from .config import SpIELConfig
@@ -21,24 +21,18 @@ from .convert import (
     sparse_patches,
 )
 from .cycle import engine as _engine
-from .cycle.data_parallel import set_data_parallel_group
-from .cycle.growth_registry import (
-    GrowthCriterion,
-    GrowthRequest,
-    PruneRequest,
-    get_growth_criterion,
-    register_growth_criterion,
-)
-from .cycle.report import CycleReport
+from .cycle.close import CycleReport
+from .cycle.parallel import set_data_parallel_group
 from .delta import SparseDelta
 from .files.extract import Extraction, extract_delta
 from .files.merge import merge_adapter_into_checkpoint
+from .growth import GrowthCriterion, GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 from .inspection import AdapterFacts, Finding, adapter_facts, validate_adapter
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELParameter, SpIELParameters
-from .merge_report import MergeLoss, MergeReport
 from .model import SpIELModel
-from .optim import SM3, SpIELOptimizer
+from .optimizers import SM3, SpIELOptimizer
 from .registration import register_classes as _register_classes
+from .weights.merge_report import MergeLoss, MergeReport
 
 __version__ = "0.1.0"
 

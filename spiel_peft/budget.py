@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 from peft.utils.other import get_pattern_key
 
-from .base_weight import BaseInfo
 from .config import SpIELConfig
+from .weights.base_weight import BaseInfo
 
 
 def allocate_deltas(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dict[str, int]:

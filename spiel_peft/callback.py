@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .cycle.attach import attach
-from .cycle.report import CycleReport
+from .call_stack import running_trainer
+from .cycle.close import CycleReport
+from .cycle.engine import attach
 from .cycle.runs import begin_run, check_total_steps, set_total_steps
-from .cycle.trainer_discovery import running_trainer
 from .delta import AdapterRun, SparseDelta
 
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from spiel_kernels import index_dtype
 
-from .ram_efficient import prepares_sharding
-from .run_settings import RunSettings
-from .tensor_checks import check_indices_and_values, check_training_state
-from .training_state import STATE_KEYS, TrainingState
+from .adapter_format import check_indices_and_values, check_training_state
+from .call_stack import prepares_sharding
+from .state import STATE_KEYS, RunSettings, TrainingState
 
 if TYPE_CHECKING:
+    from .autograd.operations import WeightGradient
     from .config import SpIELConfig
-    from .weight_gradients import WeightGradient
 
 # Every delta alive in the process; optimizer hooks look here for the owners of the parameters they step.
 LIVE_DELTAS: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
@@ -47,7 +46,7 @@ class AdapterRun:
         config: the adapter's config.
         adapter_name: its name.
         total_steps: length of the run in optimizer steps, once somebody knows it.
-        log: one entry per close, see `spiel_peft.cycle.report.CycleReport`.
+        log: one entry per close, see `spiel_peft.cycle.close.CycleReport`.
         refused: what was wrong with the file that the adapter was half loaded from; it cannot be used then.
     """
 

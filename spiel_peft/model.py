@@ -14,18 +14,28 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from .base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 from .budget import allocate_deltas
-from .compose.in_model import WeightedAdapters
+from .compose.combine import WeightedAdapters
 from .config import SpIELConfig
-from .cycle.collector import WindowCollector
+from .cycle.window import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .model_files import ModelFiles
 from .model_merging import ModelMerging
-from .parameter_targets import BareParameter, find_target_parameters, name_listed_parameters, part_of
-from .structure import ModelStructure, check_unmerged
-from .targets import bypassed_by, modules_of, names_module, shared_weights, warn_about_fused_experts
+from .saving import ModelFiles
+from .targets import (
+    BareParameter,
+    ModelStructure,
+    bypassed_by,
+    check_unmerged,
+    find_target_parameters,
+    modules_of,
+    name_listed_parameters,
+    names_module,
+    part_of,
+    shared_weights,
+    warn_about_fused_experts,
+)
+from .weights.base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
 

@@ -3,7 +3,7 @@
 Base weights are sharded as in any model: they are whole between the hooks that gather and free them, which is where the
 layers read them. Deltas stay whole on every rank, as they do under `DistributedDataParallel`: pruning and regrowth look
 at all entries of a matrix, and 8-bit optimizers know no sharded tensors. FSDP2 leaves modules alone that declare to be
-replicated already; whoever replicates has to average gradients too, see `spiel_peft.cycle.replicas`.
+replicated already; whoever replicates has to average gradients too, see `spiel_peft.cycle.parallel`.
 """
 
 from __future__ import annotations

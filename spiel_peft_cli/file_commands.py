@@ -188,10 +188,10 @@ def combine(
     if len(set(adapters)) < len(adapters):
         raise typer.BadParameter("the same adapter is given twice")
     weights = one_each(weight, len(adapters))
-    from spiel_peft.compose.combined import combine_adapters
+    from spiel_peft.compose.combine import combine_adapters
     from spiel_peft.compose.overlap import overlap_of_files
     from spiel_peft.files.adapter_file import read_adapter, write_adapter
-    from spiel_peft.files.atomic import refuse_existing
+    from spiel_peft.files.folder import refuse_existing
 
     refuse_existing(out, overwrite)
     names = [str(folder) for folder in adapters]
@@ -277,7 +277,7 @@ def _convert_in(
     options: dict[str, Any],
 ) -> Any:
     from spiel_peft.convert.front import convert_adapter
-    from spiel_peft.files.atomic import refuse_existing
+    from spiel_peft.files.folder import refuse_existing
 
     refuse_existing(out, overwrite)
     with writing(out), output.progress("Converting") as progress:
@@ -288,7 +288,7 @@ def _convert_out(
     output: Output, source: Path, out: Path, base: Path, to: str, options: dict[str, Any], overwrite: bool
 ) -> Any:
     from spiel_peft.convert import export_dense_diff, export_shira, export_sparse_patch
-    from spiel_peft.files.atomic import refuse_existing
+    from spiel_peft.files.folder import refuse_existing
 
     refuse_existing(out, overwrite)
     exporters = {"shira": export_shira, "sparse-patch": export_sparse_patch, "dense-diff": export_dense_diff}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spiel_peft.finetune.run import RunResult
     from spiel_peft.inspection.facts import AdapterFacts
     from spiel_peft.inspection.validate import Finding
-    from spiel_peft.merge_report import MergeReport
+    from spiel_peft.weights.merge_report import MergeReport
 
 
 def show_info(console: Console, facts: Sequence[AdapterFacts], overlap: OverlapReport | None, summary: bool) -> None:

@@ -16,8 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from spiel_peft import SpIELConfig
-from spiel_peft.base_weight import BaseInfo
 from spiel_peft.budget import allocate_deltas, density_count
+from spiel_peft.weights.base_weight import BaseInfo
 
 Q0, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 SIZES = {"self_attn.q_proj": 16 * 16, "mlp.down_proj": 16 * 24}

@@ -21,10 +21,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_config
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from spiel_peft._lora_fields import LORA_ONLY_FIELDS
-from spiel_peft.config import SpIELConfig
-from spiel_peft.cycle import growth_registry
-from spiel_peft.cycle.growth_registry import (
+from spiel_peft import growth
+from spiel_peft.config import LORA_ONLY_FIELDS, SpIELConfig
+from spiel_peft.growth import (
     GrowthCriterion,
     GrowthRequest,
     get_growth_criterion,
@@ -49,10 +48,10 @@ def json_round_trip(config: SpIELConfig, folder: Path) -> PeftConfig:
 def registry() -> Iterator[None]:
     """Take back what a test registers."""
     growth_criteria()
-    before = dict(growth_registry._CRITERIA)
+    before = dict(growth._CRITERIA)
     yield
-    growth_registry._CRITERIA.clear()
-    growth_registry._CRITERIA.update(before)
+    growth._CRITERIA.clear()
+    growth._CRITERIA.update(before)
 
 
 # --- defaults and accepted values ---

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spiel_kernels import apply_deltas
-from spiel_peft import SpIELConfig, folding, weight_source
-from spiel_peft.folding import WeightFold
+from spiel_peft import SpIELConfig
+from spiel_peft.weights import folding
+from spiel_peft.weights.folding import WeightFold
 
 X = torch.linspace(-1, 1, 27).view(3, 9)
 
@@ -640,7 +641,7 @@ def test_a_run_is_the_same_in_place_and_in_copies(growth: str, autocast: bool, m
         torch.manual_seed(0)
         with monkeypatch.context() as patch:
             if not in_place:
-                patch.setattr(weight_source, "can_fold", lambda parameter: False)
+                patch.setattr(folding, "can_fold", lambda parameter: False)
             config = SpIELConfig(r=2, growth=growth, regrow_every=3, accumulation_steps=2, total_steps=12)
             base = tiny_llama()
             originals = {name: p.detach().clone() for name, p in base.named_parameters()}

@@ -12,7 +12,8 @@ from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from spiel_peft import SpIELConfig, SpIELLayer, base_weight
+from spiel_peft import SpIELConfig, SpIELLayer
+from spiel_peft.weights import base_weight
 
 
 def integer_linear() -> nn.Module:

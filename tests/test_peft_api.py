@@ -29,7 +29,8 @@ from adapters.helpers import (
 from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from spiel_peft import SpIELConfig, seeding
+from spiel_kernels import index_set
+from spiel_peft import SpIELConfig
 
 Q0 = "model.layers.0.self_attn.q_proj"
 # Drawn once; a change would give resumed runs and other ranks other positions.
@@ -267,7 +268,7 @@ def test_positions_are_the_same_in_every_process() -> None:
         import runpy, sys
         sys.path[:] = {sys.path!r}
         from spiel_kernels import sample_positions
-        seeded_generator = runpy.run_path({seeding.__file__!r})["seeded_generator"]
+        seeded_generator = runpy.run_path({index_set.__file__!r})["seeded_generator"]
         print(sample_positions(256, 32, seeded_generator(0, {Q0!r}, 0)).tolist())
     """
     out = subprocess.run(

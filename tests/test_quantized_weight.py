@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiel_kernels import apply_deltas, quantized
 from spiel_kernels.workspace import release_workspaces, workspace, workspace_nbytes
-from spiel_peft.quantized_weight import adapted_in_workspace
+from spiel_peft.weights.quantized import adapted_in_workspace
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Aligned, several blocks of rows, blocks of scales that straddle rows, odd widths, a byte with one element, one row.

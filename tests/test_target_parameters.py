@@ -33,11 +33,11 @@ from spiel_peft import (
     export_shira,
     export_sparse_patch,
     merge_adapter_into_checkpoint,
-    module_weight,
 )
+from spiel_peft.autograd import module_weight
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
-from spiel_peft.parameter_targets import inspect_parameter
+from spiel_peft.targets import inspect_parameter
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 SIZES: dict[str, Any] = {

@@ -13,6 +13,8 @@ Replacing position 3 by 2 keeps the set sorted, and ``source`` tells where each 
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -174,3 +176,17 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
     new[places], source[places] = grown, -1 - order
     new[others], source[others] = kept, kept_slots
     return new, source
+
+
+def seeded_generator(seed: int, module_name: str, cycle: int) -> torch.Generator:
+    """A CPU generator for one module and cycle.
+
+    Python's own `hash` of a string changes from process to process, which would let ranks and resumed runs drift.
+
+    Args:
+        seed: the config's seed.
+        module_name: full name of the adapted module.
+        cycle: 0 for the initial positions, n for the n-th close.
+    """
+    digest = hashlib.blake2b(f"{seed}\0{module_name}\0{cycle}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

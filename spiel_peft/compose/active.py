@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..layers import SpIELLayer
-from .weighted import check_adapter_names
+from .rules import check_adapter_names
 
 if TYPE_CHECKING:
     from ..delta import SparseDelta

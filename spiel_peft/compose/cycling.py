@@ -13,12 +13,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainerCallback
 
-from .. import _config_checks as check
+from spiel_kernels.index_set import seeded_generator
+
+from .. import checks as check
 from ..layers import SpIELLayer
-from ..seeding import seeded_generator
-from ..structure import check_unmerged
+from ..targets import check_unmerged
 from .active import activate, adapters_in, check_existing, modules_of_type, tuner_of
-from .weighted import check_adapter_names
+from .rules import check_adapter_names
 
 if TYPE_CHECKING:
     from peft import PeftModel

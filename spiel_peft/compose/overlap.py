@@ -12,7 +12,7 @@ from torch import nn
 
 from ..files.adapter_file import AdapterFile
 from .active import check_existing, deltas_by_module, tuner_of
-from .weighted import Pair, check_adapter_names
+from .rules import Pair, check_adapter_names
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,13 +1,11 @@
 """Adapters of other methods and libraries turned into SpIEL adapters, and SpIEL adapters into what others read."""
 
-from .composable_sft import convert_composable_sft
-from .dense_diff import export_dense_diff
+from .from_composable_sft import convert_composable_sft, convert_sft_fork
+from .from_peft import convert_supertuning
 from .front import KINDS, convert_adapter, detect_kind
 from .result import Conversion
-from .sft_fork import convert_sft_fork
 from .shira import convert_shira, export_shira
-from .sparse_patch import SparsePatch, export_sparse_patch, read_sparse_patches, sparse_patches
-from .supertuning import convert_supertuning
+from .to_patches import SparsePatch, export_dense_diff, export_sparse_patch, read_sparse_patches, sparse_patches
 
 __all__ = [
     "KINDS",

@@ -12,9 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..base_weight import BaseInfo, inspect_base
-from ..files.names import ModelNames, names_of_folder
-from ..files.weights import Checkpoint, open_checkpoint
+from ..files.checkpoint import Checkpoint, ModelNames, names_of_folder, open_checkpoint
+from ..weights.base_weight import BaseInfo, inspect_base
 
 Base = str | os.PathLike[str] | nn.Module | PretrainedConfig | Mapping[str, Sequence[int]]
 

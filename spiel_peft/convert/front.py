@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .base import Base, BaseTensors
-from .composable_sft import FILE_NAME, convert_composable_sft, is_composable_sft
-from .peft_source import read_peft_config
+from .from_composable_sft import FILE_NAME, convert_composable_sft, convert_sft_fork, is_composable_sft
+from .from_peft import convert_supertuning, read_peft_config
 from .result import Conversion, Progress
-from .sft_fork import convert_sft_fork
 from .shira import convert_shira
-from .supertuning import convert_supertuning
 
 _CONVERTERS = {
     "composable-sft": convert_composable_sft,

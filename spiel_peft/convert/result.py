@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spiel_kernels import index_dtype
 
+from ..adapter_format import check_indices_and_values
 from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
-from ..tensor_checks import check_indices_and_values
 
 Progress = Callable[[int, int, str], None]
 KEEP, DROP = "keep", "drop"

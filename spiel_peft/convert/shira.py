@@ -16,11 +16,11 @@ from peft import ShiraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base_weight import LINEAR
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
-from ..files.atomic import whole_folder
+from ..files.folder import whole_folder
+from ..weights.base_weight import LINEAR
 from .base import Base, BaseTensors, open_base
-from .peft_source import PeftSource, need, read_peft_source
+from .from_peft import PeftSource, need, read_peft_source
 from .result import Conversion, Progress, finish, tracked
 
 PEFT_TYPE = "SHIRA"

@@ -11,31 +11,26 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from spiel_kernels import replace_positions
 
+from ..call_stack import is_rehearsal
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
-from ..training_state import StepGradient
-from . import data_parallel, nested_steps
+from ..growth import GrowthCriterion, get_growth_criterion
+from ..state import StepGradient
+from . import parallel, steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
-from .collector import drop_step
-from .data_parallel import note_step, ranks_of
-from .exchange import Exchange
-from .growth_registry import GrowthCriterion, get_growth_criterion
-from .moments import permute, reseed_states
-from .optimizer_check import check_optimizer, check_state
-from .optimizer_state import carry
+from .close import CycleReport, Exchange, closes_at, is_skipped, lr_following_rate, regrow_rate
+from .grown_seeds import GrownSeeds
+from .optimizer_buffers import check_optimizer, check_state, permute, reseed_states
+from .parallel import note_step, ranks_of, refuse_mixed_groups
 from .ranks import Ranks
-from .rehearsal import is_rehearsal
-from .replicas import refuse_mixed_groups
-from .report import CycleReport
-from .runs import join
-from .schedule import closes_at, is_skipped, lr_following_rate, regrow_rate
-from .state_rules import GrownSeeds
-from .step_gradients import accumulate_after_step, note_gradients, when_known, will_take_place
-from .windows import commit_windows, narrow, ready_probes
+from .resume import carry
+from .runs import begin_run, check_total_steps, join, owned_by_another, set_total_steps
+from .steps import accumulate_after_step, note_gradients, when_known, will_take_place
+from .window import commit_windows, drop_step, narrow, ready_probes
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +42,7 @@ def install() -> None:
     if not _handles:
         _handles.append(register_optimizer_step_pre_hook(before_step))
         _handles.append(register_optimizer_step_post_hook(after_step))
-        data_parallel.install()
+        parallel.install()
 
 
 def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dict[str, Any]]]:
@@ -72,7 +67,7 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
     if is_rehearsal():
         carry(optimizer)
         return None
-    if not nested_steps.begin(optimizer, {id(delta.values) for delta in deltas}):
+    if not steps.begin(optimizer, {id(delta.values) for delta in deltas}):
         return None
     refuse_mixed_groups(optimizer, deltas)
     check_optimizer(optimizer, deltas)
@@ -90,7 +85,7 @@ def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
     if getattr(optimizer, "delegates_step", False) or is_rehearsal():
         return
     parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
-    optimizers = nested_steps.end(optimizer)
+    optimizers = steps.end(optimizer)
     if not optimizers:
         return
     held = held_deltas(optimizer)
@@ -229,3 +224,53 @@ def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> Gro
         mean[known] = (window.sums[slots[known]] / window.steps).to(mean)
         mean_square[known] = (window.squares[slots[known]] / window.steps).to(mean)
     return GrownSeeds(mean, mean_square, delta.state.step)
+
+
+# Ties an optimizer to the deltas of a model, for those who want to be sure, and to say how long the run is.
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:
+    """Check that `optimizer` steps deltas of `model`, and set the length of their runs.
+
+    Args:
+        optimizer: it may be wrapped.
+        model: any module that contains SpIEL layers.
+        total_steps: optimizer steps of the run; None keeps what the config says.
+
+    Returns:
+        The runs of the adapters that the optimizer steps.
+
+    Raises:
+        ValueError: see above; nothing is changed then.
+        TypeError: the optimizer keeps state that cannot follow the indices, see `check_optimizer`.
+    """
+    check_total_steps(total_steps)
+    optimizer = _unwrapped(optimizer)
+    ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
+    held = [delta for delta, _ in held_deltas(optimizer) if id(delta) in ours]
+    if not held:
+        raise ValueError(
+            "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "
+            "after get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
+        )
+    check_optimizer(optimizer, held)
+    carry(optimizer)
+    for delta in held:
+        delta.restore_dtype()
+        if owned_by_another(delta, optimizer):
+            begin_run(delta)
+            set_total_steps(delta.run, delta.run.config.total_steps)
+    attached = list({id(delta.run): delta.run for delta in held}.values())
+    if total_steps is not None:
+        for run in attached:
+            set_total_steps(run, total_steps)
+    return attached
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer in accelerate's and our own wrappers, which have no hooks; others around optimizers have."""
+    while True:
+        inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "base_optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or "_optimizer_step_post_hooks" in vars(optimizer):
+            return optimizer
+        optimizer = inner

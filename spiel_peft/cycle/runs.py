@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from ..call_stack import running_trainer, trainer_state
 from ..delta import AdapterRun, SparseDelta
-from ..training_state import StepGradient, TrainingState
-from .growth_registry import get_growth_criterion
-from .optimizer_state import carry, take_up
-from .schedule import in_window
-from .trainer_discovery import running_trainer, trainer_state
+from ..growth import get_growth_criterion
+from ..state import StepGradient, TrainingState
+from .close import in_window
+from .resume import carry, take_up
 
 # Which optimizer steps a delta. Keyed by its state: one that was just loaded belongs to nobody, so that whoever steps
 # it first continues it instead of beginning anew.

@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..adapter_format import MARKER, check_indices_and_values, split_file_key
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
 from ..config import SpIELConfig
-from ..tensor_checks import MARKER, check_indices_and_values, split_file_key
-from ..training_state import STATE_KEYS
-from .atomic import whole_folder
+from ..state import STATE_KEYS
+from .folder import whole_folder
 
 PREFIX = "base_model.model."
 _SELECTION = (

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..base_weight import LINEAR, BaseInfo, inspect_base
 from ..targets import names_module
+from ..weights.base_weight import LINEAR, BaseInfo, inspect_base
+from .checkpoint import Checkpoint, same_contents
 from .tensors import PIECE_BYTES, StoredTensor
-from .weights import Checkpoint, same_contents
 
 # Differences are float32, whatever the checkpoints hold.
 _ENTRIES = PIECE_BYTES // 4

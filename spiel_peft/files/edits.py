@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from spiel_kernels import adapted_entries
 
+from ..adapter_format import MARKER
+from ..card import facts_of_counts, update_card
+from ..config import SpIELConfig
 from ..targets import names_module
-from .adapter_file import AdapterFile, StoredDelta
-from .tensors import StoredTensor
-from .weights import Checkpoint
+from .adapter_file import PREFIX, AdapterFile, StoredDelta
+from .checkpoint import Checkpoint
+from .tensors import PIECE_BYTES, SafetensorsWriter, StoredTensor, TensorSpec
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
@@ -240,3 +246,173 @@ def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkp
         if is_embedding and edit.replacement is not None:
             changes["vocab_size"] = edit.replacement.shape[0]
     return changes
+
+
+# Sparse deltas gathered piece by piece, in memory or in files, until an adapter is made of them.
+
+
+class MemorySpool:
+    """Deltas that are to stay in memory."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
+        """Append ``[n]`` indices and their values to a module's delta."""
+        self._pieces.setdefault(module, []).append((indices, values))
+
+    def deltas(self) -> dict[str, StoredDelta]:
+        return {
+            module: StoredDelta(torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
+            for module, pieces in self._pieces.items()
+        }
+
+
+class DiskSpool:
+    """Deltas on their way into an adapter folder: how many there will be is known only at the end.
+
+    Args:
+        folder: where a file per module and kind of tensor is kept meanwhile.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number of its files, entries, dtype of indices
+
+    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
+        """Append ``[n]`` indices and their float32 values to a module's delta."""
+        number, count, _ = self._found.get(module, (len(self._found), 0, None))
+        self._found[module] = (number, count + indices.numel(), indices.dtype)
+        for name, tensor in (("indices", indices), ("values", values)):
+            with open(self._path(number, name), "ab") as file:
+                file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+
+    def write(self, config: SpIELConfig, others: dict[str, Tensor], copies: dict[str, str], folder: Path) -> None:
+        """Write an adapter folder of all that was added and of other tensors.
+
+        Args:
+            others: further tensors by key.
+            copies: modules that have the same delta as another one, and that one.
+        """
+        found = {**self._found, **{module: self._found[owner] for module, owner in copies.items()}}
+        specs = {PREFIX + key: TensorSpec.of(tensor.dtype, tuple(tensor.shape)) for key, tensor in others.items()}
+        for module, (_, count, dtype) in found.items():
+            specs[f"{PREFIX}{module}{MARKER}indices"] = TensorSpec.of(dtype, (count,))
+            specs[f"{PREFIX}{module}{MARKER}values"] = TensorSpec.of(torch.float32, (count,))
+        with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME, specs) as writer:
+            for key, tensor in others.items():
+                writer.write(PREFIX + key, 0, tensor.flatten())
+            for module, (number, _, _) in found.items():
+                for name in ("indices", "values"):
+                    self._copy(self._path(number, name), writer, f"{PREFIX}{module}{MARKER}{name}")
+        config.save_pretrained(str(folder))
+        update_card(folder, [facts_of_counts(config, {module: count for module, (_, count, _) in found.items()})])
+
+    def _path(self, number: int, name: str) -> Path:
+        return self.folder / f"{number}.{name}"
+
+    @staticmethod
+    def _copy(path: Path, writer: SafetensorsWriter, key: str) -> None:
+        start = 0
+        with open(path, "rb") as file:
+            while data := file.read(PIECE_BYTES):
+                writer.write_bytes(key, start, memoryview(data))
+                start += len(data)
+
+
+# Parameters that transformers makes of many stored tensors when it loads them: fused experts, taken apart again.
+
+
+# Conversions that move whole rows and leave the last dimension alone, unless they are told to work on it.
+_ROW_WISE = {"MergeModulelist", "Concatenate"}
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """Where the rows of a fused parameter, its last dimension being a row, are stored.
+
+    Attributes:
+        keys: the stored tensors.
+        key: int64 ``[rows]``: which of them a row is in.
+        row: int64 ``[rows]``: which row of it that is.
+        width: length of a row.
+    """
+
+    keys: list[str]
+    key: Tensor
+    row: Tensor
+    width: int
+
+
+def split_fused(edits: dict[str, Edit], base: Checkpoint) -> None:
+    """Turn edits of fused parameters into edits of the stored tensors.
+
+    Args:
+        edits: by parameter; changed in place.
+        base: the checkpoint; from then on it takes those stored tensors for parameters.
+
+    Raises:
+        ValueError: the stored layout is not one of rows put together.
+    """
+    for parameter in [name for name in edits if name in base.converted]:
+        edit = edits.pop(parameter)
+        rows = _find_rows(parameter, edit.source, base)
+        edit.check(None, tuple(base.names.parameters[parameter]))
+        for number, key in enumerate(rows.keys):
+            edits[key] = _part(edit, rows, number, base.tensors[key].shape)
+            base.stored[key] = key
+
+
+def _part(edit: Edit, rows: FusedRows, number: int, shape: tuple[int, ...]) -> Edit:
+    part = Edit(source=edit.source)
+    if edit.replacement is not None:
+        mine = rows.key == number
+        part.replacement = torch.empty(shape, dtype=edit.replacement.dtype)
+        part.replacement.view(-1, rows.width)[rows.row[mine]] = edit.replacement.reshape(-1, rows.width)[mine]
+    for indices, values in edit.deltas:
+        positions = indices.to(torch.int64)
+        row, column = positions // rows.width, positions % rows.width
+        mine = rows.key[row] == number
+        stored = rows.row[row[mine]] * rows.width + column[mine]
+        order = stored.argsort()
+        part.deltas.append((stored[order], values[mine][order]))
+    return part
+
+
+def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
+    """Let transformers convert tensors that hold the numbers of their rows."""
+    keys = base.converted[parameter]
+    refusal = ValueError(
+        f"{source} cannot be merged into files: {base.where} stores {parameter} in another layout ({keys[0]}, ...). "
+        "Load the model, use merge_and_unload() and save it."
+    )
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
+
+        transforms = get_model_conversion_mapping(base.names.model)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise refusal from error
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    keys = sorted(keys, key=dot_natural_key)
+    used = None
+    for number, key in enumerate(keys):
+        name = apply_renamings(key, renamings)
+        matches = ((t, t.rename_source_key(name)[1]) for t in transforms if t not in renamings)
+        converter, pattern = next(((t, pattern) for t, pattern in matches if pattern is not None), (None, None))
+        if converter is None:
+            raise refusal
+        used = used or copy.deepcopy(converter)
+        probe = torch.arange(base.tensors[key].shape[0], dtype=torch.int64) + (number << 40)
+        used.add_tensor(parameter, key, pattern, probe[:, None])
+    last = len(base.names.parameters[parameter]) - 1
+    row_wise = all(type(op).__name__ in _ROW_WISE and getattr(op, "dim", 0) in range(last) for op in used.operations)
+    if not row_wise or any(len(base.tensors[key].shape) != 2 for key in keys):
+        raise refusal
+    converted = used.convert(parameter, model=base.names.model, config=base.names.model.config)
+    codes = next(iter(converted.values()))
+    shape = tuple(base.names.parameters[parameter])
+    if tuple(codes.shape) != (*shape[:-1], 1) or any(base.tensors[key].shape[-1] != shape[-1] for key in keys):
+        raise refusal
+    codes = codes.flatten()
+    return FusedRows(keys, codes >> 40, codes & ((1 << 40) - 1), shape[-1])

@@ -22,7 +22,7 @@ except ModuleNotFoundError as error:
 
 from ..callback import SpIELCallback
 from ..config import SpIELConfig
-from ..files.atomic import whole_folder
+from ..files.folder import whole_folder
 from .arguments import read_arguments, training_arguments
 from .base_model import find_model, load_base, load_tokenizer
 from .data import Corpus, InputError, prompt_ids, read_corpus, rows_that_fit, split_examples

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_format import split_file_key
 from ..config import SpIELConfig
 from ..convert.base import Base, BaseTensors, open_base
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_adapter
-from ..tensor_checks import split_file_key
-from ..training_state import PROGRESS, SETTINGS, STATE_KEYS
+from ..state import PROGRESS, SETTINGS, STATE_KEYS
 
 # What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
 _CONFIG_FIELDS = (

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from spiel_kernels import index_dtype
 
-from ..base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
+from ..adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
 from ..budget import allocate_deltas
 from ..config import SpIELConfig
 from ..convert.base import Base, BaseTensors, open_base
 from ..files.adapter_file import PREFIX, read_config, read_tensors
-from ..run_settings import RunSettings
+from ..state import STATE_KEYS, RunSettings
 from ..targets import names_module
-from ..tensor_checks import MARKER, check_indices_and_values, check_training_state, split_file_key
-from ..training_state import STATE_KEYS
+from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
 
 _DELTA = ("indices", "values")

@@ -13,8 +13,15 @@ from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
 from spiel_kernels import sample_positions
+from spiel_kernels.index_set import seeded_generator
 
-from ..base_weight import (
+from ..autograd.compiled import adapted_operator, number_of
+from ..autograd.functions import adapted_forward, folded_weight
+from ..autograd.operations import ConvOp, LinearOp
+from ..config import SpIELConfig
+from ..delta import AdapterRun, SparseDelta, new_indices
+from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
+from ..weights.base_weight import (
     FLOAT_DTYPES,
     BaseInfo,
     WeightBackup,
@@ -23,17 +30,9 @@ from ..base_weight import (
     onloaded,
     run_with_hooks,
 )
-from ..config import SpIELConfig
-from ..delta import AdapterRun, SparseDelta, new_indices
-from ..folding import WeightFold, WholeWeights
-from ..functional import adapted_forward, folded_weight
-from ..merge_report import MergeLoss
-from ..operators import adapted_operator, number_of
-from ..quantized_weight import adapted_in_workspace
-from ..seeding import seeded_generator
-from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
-from ..weight_ops import ConvOp, LinearOp
-from ..weight_source import WEIGHT_CHANGED, WeightSource
+from ..weights.folding import WEIGHT_CHANGED, WeightFold, WeightSource, WholeWeights
+from ..weights.merge_report import MergeLoss
+from ..weights.quantized import adapted_in_workspace
 from .merging import MergingMixin
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from spiel_kernels import adapted_entries, apply_deltas, read_entries, write_entries
 
-from ..base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
-from ..merge_report import MERGE_IN_FLOAT32, MergeLoss, count_lost, log_loss
 from ..sharding import refuse_merge
+from ..weights.base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
+from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, count_lost, log_loss
 
 
 class MergingMixin:

@@ -9,9 +9,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..base_weight import BaseInfo, offload_hook
-from ..folding import WholeWeights
-from ..module_weight import ModuleWeight, call_recording, call_without_recording
+from ..autograd.module_weight import ModuleWeight, call_recording, call_without_recording
+from ..weights.base_weight import BaseInfo, offload_hook
+from ..weights.folding import WholeWeights
 from .base import SpIELLayer
 
 
@@ -108,8 +108,8 @@ class SpIELParameters(WholeWeights, nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         if offload_hook(self.base_layer) is not None:
             raise RuntimeError(
-                f"{next(iter(used)).module_name}: a bare parameter cannot be adapted while device_map offloads it; keep its "
-                "module on a device"
+                f"{next(iter(used)).module_name}: a bare parameter cannot be adapted while device_map offloads "
+                "it; keep its module on a device"
             )
         weights = [ModuleWeight(part.parameter_name, part.weight_source(), deltas) for part, deltas in used.items()]
         call = call_recording if torch.is_grad_enabled() else call_without_recording

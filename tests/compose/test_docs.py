@@ -12,7 +12,7 @@ from adapters.helpers import adapted, deltas_of, tiny_llama
 from trainers.helpers import QUIET, rows
 from transformers import Trainer, TrainingArguments
 
-from spiel_peft.compose.weighted import COMBINATION_TYPES
+from spiel_peft.compose.rules import COMBINATION_TYPES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "composing.md").read_text(encoding="utf-8")
 

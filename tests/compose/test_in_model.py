@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from spiel_kernels import check_index_set
 from spiel_peft import SpIELModel, activate
-from spiel_peft.compose.weighted import Combination, combine_deltas
+from spiel_peft.compose.rules import Combination, combine_deltas
 
 from .helpers import LANGUAGE, TASK, dense_deltas, plain_with, two_adapters
 

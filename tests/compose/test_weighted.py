@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spiel_kernels import check_index_set, sample_positions
 from spiel_peft.budget import density_count
-from spiel_peft.compose.weighted import Combination, combine_deltas
+from spiel_peft.compose.rules import Combination, combine_deltas
 
 NUMEL = 60
 WEIGHTS = [[1.0, 1.0], [0.5, -0.3], [-1.0, -1.0], [0.0, 2.0]]

@@ -11,8 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from spiel_kernels import check_index_set
-from spiel_peft import CycleReport, SpIELConfig, SpIELLayer
-from spiel_peft.cycle import growth_registry
+from spiel_peft import CycleReport, SpIELConfig, SpIELLayer, growth
 from spiel_peft.delta import SparseDelta
 
 Step = Callable[[int], Any]
@@ -128,10 +127,10 @@ def assert_same_run(a: nn.Module, b: nn.Module) -> None:
 @contextmanager
 def registered_criteria() -> Iterator[None]:
     """Take back the growth criteria that are registered inside."""
-    growth_registry.growth_criteria()
-    before = dict(growth_registry._CRITERIA)
+    growth.growth_criteria()
+    before = dict(growth._CRITERIA)
     try:
         yield
     finally:
-        growth_registry._CRITERIA.clear()
-        growth_registry._CRITERIA.update(before)
+        growth._CRITERIA.clear()
+        growth._CRITERIA.update(before)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spiel_kernels import check_index_set, replace_positions
-from spiel_peft.cycle.exchange import decide_exchange
-from spiel_peft.cycle.moments import permute
+from spiel_peft.cycle.close import decide_exchange
+from spiel_peft.cycle.optimizer_buffers import permute
 
 NUMEL = 30
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spiel_peft import SM3
-from spiel_peft.cycle.moments import reseed_state
-from spiel_peft.cycle.optimizer_check import check_state
-from spiel_peft.cycle.state_rules import GrownSeeds
+from spiel_peft.cycle.grown_seeds import GrownSeeds
+from spiel_peft.cycle.optimizer_buffers import check_state, reseed_state
 
 K = 40
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

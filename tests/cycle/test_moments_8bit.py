@@ -14,9 +14,8 @@ from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 
 from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
-from spiel_peft.cycle.moments import reseed_state
-from spiel_peft.cycle.state_layout import buffers_of
-from spiel_peft.cycle.state_rules import GrownSeeds
+from spiel_peft.cycle.grown_seeds import GrownSeeds
+from spiel_peft.cycle.optimizer_buffers import buffers_of, reseed_state
 
 BLOCK = 256
 K = 4096 + 300

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiel_peft.cycle.schedule import closes_at, in_window, is_skipped, lr_following_rate, next_close, regrow_rate
+from spiel_peft.cycle.close import closes_at, in_window, is_skipped, lr_following_rate, next_close, regrow_rate
 
 CYCLES = st.tuples(st.integers(1, 30), st.integers(1, 30))
 

@@ -11,7 +11,7 @@ from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, trainable
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from spiel_peft.training_state import CandidateWindow
+from spiel_peft.state import CandidateWindow
 
 Batch = tuple[Tensor, Tensor]
 FIELDS: dict[str, Any] = {"total_steps": 20, "initial_regrow_rate": 0.8}

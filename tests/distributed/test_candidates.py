@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, impose, mean_square, snapshot
-from spiel_peft.cycle.candidates import NO_POSITION, best_slots, padded, unite
+from spiel_peft.cycle.window import NO_POSITION, best_slots, padded, unite
 
 RANKS, STEPS = 2, 15
 DOUBLE = torch.float64

@@ -18,7 +18,7 @@ import spiel_peft.cycle.agreement as agreement
 from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, own_batch
 from spiel_peft import GrowthRequest, register_growth_criterion
-from spiel_peft.cycle.exchange import Exchange
+from spiel_peft.cycle.close import Exchange
 
 RANKS, STEPS = 2, 7
 GROWTHS = ["accumulated_gradient", "momentum"]

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, mean_square, own_batch, snapshot
 from spiel_peft import set_data_parallel_group
-from spiel_peft.cycle.data_parallel import ranks_of
+from spiel_peft.cycle.parallel import ranks_of
 
 RANKS, STEPS = 3, 11
 Snapshots = list[dict[str, Tensor]]

@@ -11,14 +11,8 @@ from adapters.helpers import FILE, IDS, spiel_config, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from spiel_peft.files.adapter_file import (
-    AdapterFile,
-    StoredDelta,
-    config_of_deltas,
-    read_adapter,
-    write_adapter,
-)
-from spiel_peft.files.atomic import whole_folder
+from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
+from spiel_peft.files.folder import whole_folder
 
 
 @pytest.fixture()

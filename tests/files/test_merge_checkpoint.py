@@ -260,7 +260,7 @@ def test_layouts_that_are_not_rows_are_refused_by_name(tmp_path: Path, monkeypat
     write_adapter(AdapterFile(config_of_deltas(deltas), deltas), tmp_path / "adapter")
     with pytest.raises(ValueError, match=rf"'{fused}': index 512 is outside of the weight of shape \(2, 16, 16\)"):
         merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "out")
-    monkeypatch.setattr("spiel_peft.files.fused._ROW_WISE", {"MergeModulelist"})
+    monkeypatch.setattr("spiel_peft.files.edits._ROW_WISE", {"MergeModulelist"})
     message = rf"{fused}.*cannot be merged into files: .*experts\.\d\.w\d.*merge_and_unload"
     with pytest.raises(ValueError, match=message):
         merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "out")

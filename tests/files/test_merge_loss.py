@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spiel_peft import merge_adapter_into_checkpoint
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
-from spiel_peft.merge_report import count_lost
+from spiel_peft.weights.merge_report import count_lost
 
 # Share of deltas of some standard deviation that are lost in bfloat16 weights of standard deviation 0.03.
 MEASURED = {1e-5: 0.92, 1e-4: 0.44, 1e-3: 0.055, 1e-2: 0.004}

@@ -159,7 +159,7 @@ def test_backward_reads_the_right_weight_again() -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_4bit_layers_of_bitsandbytes(double: bool, quant_type: str, dtype: torch.dtype) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    from spiel_peft.quantized_weight import adapted_in_workspace
+    from spiel_peft.weights.quantized import adapted_in_workspace
 
     layer = bnb.nn.Linear4bit(704, 333, bias=False, quant_type=quant_type, compress_statistics=double)
     layer = layer.to(dtype).to("cuda")
@@ -173,7 +173,7 @@ def test_4bit_layers_of_bitsandbytes(double: bool, quant_type: str, dtype: torch
 
 def test_8bit_layers_of_bitsandbytes() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    from spiel_peft.quantized_weight import adapted_in_workspace
+    from spiel_peft.weights.quantized import adapted_in_workspace
 
     layer = bnb.nn.Linear8bitLt(704, 333, bias=False, has_fp16_weights=False).to("cuda")
     deltas = draw_deltas(704 * 333, 0.02)

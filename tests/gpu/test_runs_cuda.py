@@ -8,7 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from spiel_kernels.dispatch import use_backend
-from spiel_peft import SparseDelta, SpIELConfig, weight_source
+from spiel_peft import SparseDelta, SpIELConfig
+from spiel_peft.weights import folding
 
 pytestmark = pytest.mark.gpu
 
@@ -53,7 +54,7 @@ def test_the_base_weight_is_as_it_was(dtype: torch.dtype, growth: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_place_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     copied, _, loss = run(dtype, "accumulated_gradient")
-    monkeypatch.setattr(weight_source, "can_fold", lambda parameter: True)
+    monkeypatch.setattr(folding, "can_fold", lambda parameter: True)
     in_place, original, other_loss = run(dtype, "accumulated_gradient")
     assert torch.equal(in_place.base_model.model[0].base_layer.weight, original)
     assert torch.equal(loss, other_loss)

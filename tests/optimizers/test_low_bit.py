@@ -16,8 +16,8 @@ import torch
 from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
 from torch import Tensor, nn
 
-from spiel_peft.cycle.moments import reseed_state
-from spiel_peft.cycle.state_rules import GrownSeeds
+from spiel_peft.cycle.grown_seeds import GrownSeeds
+from spiel_peft.cycle.optimizer_buffers import reseed_state
 
 K, STEPS, BLOCK = 8192, 4, 128
 TORCHAO = ["AdamW8bit", "AdamW4bit", "AdamWFp8"]

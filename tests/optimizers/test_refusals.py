@@ -16,7 +16,7 @@ from trainer_helpers import regression, trainer
 
 from optimizers.refused import BY_STATE, Coded, InBackward, Keeping, Listed, Offloaded, Sliced
 from spiel_peft import SpIELCallback, SpIELOptimizer
-from spiel_peft.cycle import optimizer_check
+from spiel_peft.cycle import optimizer_buffers
 
 
 def assert_untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -168,7 +168,7 @@ def test_state_is_looked_at_only_where_something_closes(monkeypatch: pytest.Monk
         looked.append(number)
         return []
 
-    monkeypatch.setattr(optimizer_check, "buffers_of", count)
+    monkeypatch.setattr(optimizer_buffers, "buffers_of", count)
     for number in range(1, 8):
         loss_of(model, number).backward()
         optimizer.step()

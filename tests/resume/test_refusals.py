@@ -14,7 +14,7 @@ from cycle.helpers import adamw, adapt, deltas_of, first_delta, loss_of
 from peft import PeftModel
 from torch import nn
 
-from spiel_peft.cycle.optimizer_state import GROUP_KEY
+from spiel_peft.cycle.resume import GROUP_KEY
 
 from .helpers import Run
 from .llama import adapted_llama, llama_trainer

@@ -129,7 +129,7 @@ def test_layers_of_bitsandbytes(name: str, counts: tuple[int, ...], device: str)
     from peft.utils.quantization_utils import resolve_quantization_backend
     from quantized import QUANTIZED
 
-    from spiel_peft.quantized_weight import adapted_in_workspace
+    from spiel_peft.weights.quantized import adapted_in_workspace
 
     layer = QUANTIZED[name]().to(device)
     expected = resolve_quantization_backend(layer).get_base_weight(layer).clone()

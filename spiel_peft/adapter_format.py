@@ -1,0 +1,136 @@
+"""What the tensors of one sparse delta must look like before anything is loaded from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import check_index_set
+
+from .state import (
+    CANDIDATE_SQUARES,
+    CANDIDATE_SUMS,
+    CANDIDATES,
+    COL,
+    MAX_LR,
+    PROGRESS,
+    ROW,
+    STATE_KEYS,
+    RunSettings,
+    check_settings,
+)
+
+# Between the path of a module and the name of a tensor in the keys of an adapter file.
+MARKER = ".spiel_delta."
+
+# The name of a bad tensor and a phrase that continues it.
+Problem = tuple[str, str]
+
+
+def split_file_key(key: str) -> tuple[str, str] | None:
+    """``(module path, tensor name)`` of a saved SpIEL tensor's key, None for any other key."""
+    if MARKER not in key:
+        return None
+    module, _, name = key.rpartition(MARKER)
+    return (module, name) if "." not in name else None
+
+
+def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -> Problem | None:
+    """Say what is wrong with the tensors that a delta is to be loaded from, or None when nothing is.
+
+    Args:
+        tensors: ``indices`` and ``values``, or neither; others are ignored.
+        numel: size of the weight, None if it is not known.
+    """
+    indices, values = tensors.get("indices"), tensors.get("values")
+    if indices is None and values is None:
+        return None
+    if indices is None:
+        return "indices", "is missing, while its values are there"
+    if values is None:
+        return "values", "is missing, while its indices are there"
+    problem = check_index_set(indices, numel)
+    if problem is not None:
+        return "indices", problem
+    return _check_values(values, indices)
+
+
+def _check_values(values: Tensor, indices: Tensor) -> Problem | None:
+    if not values.is_floating_point():
+        return "values", f"must have a floating dtype, got {values.dtype}"
+    if values.shape != indices.shape:
+        return "values", f"must have shape {tuple(indices.shape)} as its indices have, got {tuple(values.shape)}"
+    # Of a DTensor, every rank looks at its own part.
+    local = values.to_local() if hasattr(values, "to_local") else values
+    if not bool(torch.isfinite(local).all()):
+        return "values", "has values that are not finite"
+    return None
+
+
+def check_training_state(tensors: Mapping[str, Tensor], own: RunSettings) -> Problem | None:
+    """Say what is wrong with the training state saved for a delta, or None; the state as a whole is optional.
+
+    Args:
+        tensors: by name; those of `STATE_KEYS` are looked at.
+        own: settings of the delta that is to take the state.
+    """
+    if not any(name in tensors for name in STATE_KEYS):
+        return None
+    problem = _check_progress(tensors.get(PROGRESS), windowed=CANDIDATES in tensors)
+    if problem is not None:
+        return PROGRESS, problem
+    return (
+        check_settings(tensors, own)
+        or _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], own)
+        or _check_accumulators(tensors.get(ROW), tensors.get(COL), own)
+        or _check_float(MAX_LR, tensors.get(MAX_LR), 1)
+    )
+
+
+def _check_progress(progress: Tensor | None, windowed: bool) -> str | None:
+    if progress is None:
+        return "is missing, while other training state is there"
+    if progress.dtype != torch.int64 or tuple(progress.shape) != (5,):
+        return f"must be five int64 counters, got {progress.dtype} of shape {tuple(progress.shape)}"
+    step, closes, fresh, window_steps, total_steps = progress.tolist()
+    out_of_range = min(step - 1, closes, window_steps, total_steps) < 0 or fresh not in (-1, 0, 1)
+    if out_of_range or (window_steps > 0 and not windowed):
+        return f"has a counter out of range ({progress.tolist()})"
+    return None
+
+
+def _check_window(window: list[Tensor | None], own: RunSettings) -> Problem | None:
+    names = (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)
+    if all(tensor is None for tensor in window):
+        return None
+    for name, tensor in zip(names, window, strict=True):
+        if tensor is None:
+            return name, "is missing, while the rest of its window is there"
+    positions, sums, squares = window
+    problem = check_index_set(positions, own.numel)
+    # Several ranks together may open a window with a shortlist.
+    if problem is None and positions.numel() > 2 * own.num_deltas:
+        problem = f"holds {positions.numel()} positions, more than the {own.num_deltas} deltas allow"
+    if problem is not None:
+        return CANDIDATES, problem
+    size = positions.numel()
+    return _check_float(CANDIDATE_SUMS, sums, size) or _check_float(CANDIDATE_SQUARES, squares, size)
+
+
+def _check_accumulators(row: Tensor | None, col: Tensor | None, own: RunSettings) -> Problem | None:
+    if (row is None) != (col is None):
+        return (ROW if row is None else COL), "is missing, while the other accumulator is there"
+    rows, cols = own.weight_shape
+    return _check_float(ROW, row, rows) or _check_float(COL, col, cols)
+
+
+def _check_float(name: str, tensor: Tensor | None, size: int) -> Problem | None:
+    if tensor is None:
+        return None
+    if not tensor.is_floating_point() or tuple(tensor.shape) != (size,):
+        return name, f"must be floating of shape ({size},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+    if not bool(torch.isfinite(tensor).all()):
+        return name, "has values that are not finite"
+    return None

@@ -1,0 +1,1 @@
+"""Forward and backward passes through adapted weights: gradients at the trained positions only."""

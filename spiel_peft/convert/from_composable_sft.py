@@ -1,0 +1,281 @@
+"""From `pytorch_diff.bin`, the format of composable-sft (Ansell et al., 2022), into a SpIEL adapter.
+
+The file is a pickled dict of tables. ``diffs`` holds sparse differences by parameter name, ``abs`` the full values of
+parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values`` ``[k]`` and
+``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first* dimension runs
+fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch sparse tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files.adapter_file import StoredDelta
+from .base import Base, BaseTensors, open_base
+from .from_peft import PeftSource, need, read_peft_source
+from .in_full import TensorsInFull, dense_of
+from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
+
+FILE_NAME = "pytorch_diff.bin"
+# Entries of a tensor trained in full: no head or embedding has more, and a file could claim any number.
+_MOST_IN_FULL = 2**32
+
+
+def convert_composable_sft(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: Base | BaseTensors | None = None,
+    *,
+    others: str = KEEP,
+    task_type: str | None = None,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Turn a sparse fine-tuning of composable-sft into a SpIEL adapter folder.
+
+    Differences of matrices become deltas. Biases of modules that have deltas are kept as PEFT keeps trained biases
+    (``bias="spiel_only"``); any other module with a difference that is no matrix (a LayerNorm), and modules trained in
+    full, go into ``modules_to_save``. Both store absolute values, so the base's values are needed.
+
+    Args:
+        source: ``pytorch_diff.bin`` or the folder it lies in.
+        out: folder to write.
+        base: the base model (see `open_base`); optional as long as there are differences of matrices only.
+        others: "keep" keeps what is not the difference of a matrix, or refuses; "drop" leaves it out and reports it.
+        task_type, base_model_name_or_path: for the adapter's config; the source does not say.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.
+    """
+    check_choice("others", others, (KEEP, DROP))
+    path = _path_of(Path(source))
+    diffs, full = _tables(path, _load(path))
+    tensors = None if base is None else open_base(base)
+    result = Conversion("composable-sft", 0, [])
+    deltas: dict[str, StoredDelta] = {}
+    rest: dict[str, tuple[StoredDelta, tuple[int, ...]]] = {}
+    for name, entry in tracked(diffs, progress):
+        positions, values, size = _entries(path, name, entry)
+        if tensors is not None and tensors.shape(name, str(path)) != size:
+            raise ValueError(
+                f"{path}: tensor {name!r} has shape {size}, but {tensors.shape(name, str(path))} in {tensors.where}"
+            )
+        delta = make_delta(positions, values, math.prod(size), str(path), name)
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and len(size) > 1 and _carries_deltas(tensors, module):
+            deltas[module] = delta
+        elif delta.k:
+            rest[name] = delta, size
+    if others == DROP:
+        result.dropped = sorted([*rest, *full])
+        rest, full = {}, {}
+    kept, fields = TensorsInFull(str(path), tensors, deltas, rest, full, task_type).collect()
+    fields |= {"task_type": task_type, "base_model_name_or_path": base_model_name_or_path, "growth": "none"}
+    if tensors is not None:
+        unknown = sorted(name for name in full if tensors.find(name) is None)
+        if unknown:
+            result.notes.append(
+                f"{tensors.where} does not have {', '.join(unknown[:3])}: load the adapter on a model that does"
+            )
+    result.notes.append('growth="none": the positions stay fixed if it is trained on, as in lottery-ticket tuning')
+    return finish(result, deltas, kept, fields, out, str(path), overwrite)
+
+
+def _path_of(source: Path) -> Path:
+    path = source / FILE_NAME if source.is_dir() else source
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return path
+
+
+def _load(path: Path) -> Any:
+    # The library leaves the first step as a number of numpy's. Building one of those runs no code of the file's.
+    scalar = type(np.int64(0)).__reduce__(np.int64(0))[0]
+    integers = [type(np.dtype(kind)) for kind in ("int32", "int64")]
+    allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *integers]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it holds other objects than tensors, numbers and dicts, or is damaged. Reading those "
+            f"could run code that came with the file. ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error)
+    blocked = [line for line in text.splitlines() if "GLOBAL" in line]
+    return (blocked or text.splitlines() or [type(error).__name__])[0].strip()[:200]
+
+
+def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    if not isinstance(content, Mapping) or not {"diffs", "abs", "body"} & set(content):
+        raise ValueError(f"{path} has none of the tables 'diffs', 'abs' and 'body'; it is no file of composable-sft")
+    if content.get("block_sparses"):
+        raise ValueError(
+            f"{path}: 'block_sparses' holds {len(content['block_sparses'])} layers that replace the model's own; "
+            "a sparse difference cannot express that"
+        )
+    unknown = sorted(set(content) - {"diffs", "abs", "body", "head", "block_sparses"})
+    if unknown:
+        raise ValueError(f"{path} has tables that this converter does not know: {unknown}")
+    diffs = content.get("diffs", content.get("body")) or {}
+    full = content.get("abs", content.get("head")) or {}
+    for table in (diffs, full):
+        if not isinstance(table, Mapping) or not all(isinstance(name, str) for name in table):
+            raise ValueError(f"{path}: a table must map parameter names to tensors")
+    dense = {}
+    for name, entry in full.items():
+        positions, values, size = _entries(path, name, entry)
+        if math.prod(size) > _MOST_IN_FULL:
+            raise ValueError(
+                f"{path}: tensor {name!r} of 'abs' has the shape {size}, too large for one that is saved in full"
+            )
+        dense[name] = dense_of(make_delta(positions, values, math.prod(size), str(path), name), size)
+    return diffs, dense
+
+
+def _entries(path: Path, name: str, entry: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Row-major positions, values and shape of one stored tensor."""
+    if isinstance(entry, Tensor):
+        if not entry.is_floating_point():
+            raise ValueError(f"{path}: tensor {name!r} has dtype {entry.dtype}, not a floating one")
+        sparse = entry.coalesce() if entry.is_sparse else entry.detach().to_sparse().coalesce()
+        size = tuple(sparse.shape)
+        return _flat(sparse.indices(), size), sparse.values(), size
+    if not isinstance(entry, Mapping) or not {"size", "index_steps", "values"} <= set(entry):
+        raise ValueError(f"{path}: tensor {name!r} has none of the known encodings")
+    size, values = _size(path, name, entry["size"]), entry["values"]
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.dim() != 1:
+        raise ValueError(f"{path}: tensor {name!r}: its values must be one floating dimension")
+    steps = _steps(path, name, entry["index_steps"])
+    if steps.numel() != values.numel():
+        raise ValueError(f"{path}: tensor {name!r} has {steps.numel()} index steps for {values.numel()} values")
+    positions = steps.cumsum(0)
+    if bool((steps[1:] < 1).any()):
+        raise ValueError(f"{path}: tensor {name!r} has an index step below 1, so positions repeat or go back")
+    if steps.numel() and not 0 <= int(positions[0]) <= int(positions[-1]) < math.prod(size):
+        raise ValueError(f"{path}: tensor {name!r}: its index steps lead out of the shape {size}")
+    return _flat(_unravel_column_major(positions, size), size), values.detach(), size
+
+
+def _size(path: Path, name: str, size: Any) -> tuple[int, ...]:
+    if not isinstance(size, (tuple, list)) or not size or not all(type(n) is int and n > 0 for n in size):
+        raise ValueError(f"{path}: tensor {name!r}: 'size' must list positive integers, got {size!r}")
+    return tuple(size)
+
+
+def _steps(path: Path, name: str, steps: Any) -> Tensor:
+    try:
+        array = np.asarray(steps)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: tensor {name!r}: 'index_steps' is no list of integers") from error
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{path}: tensor {name!r}: 'index_steps' must be one list of integers")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _unravel_column_major(positions: Tensor, size: tuple[int, ...]) -> Tensor:
+    """``[k]`` flat positions, first dimension fastest -> ``[dims, k]`` coordinates."""
+    coordinates = []
+    for length in size:
+        coordinates.append(positions % length)
+        positions = positions // length
+    return torch.stack(coordinates)
+
+
+def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
+    """``[dims, k]`` coordinates -> ``[k]`` flat positions, last dimension fastest."""
+    flat = torch.zeros_like(coordinates[0])
+    for row, length in zip(coordinates, size, strict=True):
+        flat = flat * length + row
+    return flat
+
+
+def _carries_deltas(tensors: BaseTensors | None, module: str) -> bool:
+    return tensors is None or tensors.infos is None or tensors.info(module) is not None
+
+
+def is_composable_sft(source: Path) -> bool:
+    """Whether this is such a file or a folder with one."""
+    return (source / FILE_NAME).is_file() or (source.is_file() and source.name == FILE_NAME)
+
+
+# From the adapters of the published SpIEL code (a fork of PEFT, peft_type "SFT") into SpIEL adapters.
+#
+# Its files hold ``<module>.sft_delta.indices``, flat row-major positions (int32 or int64), and ``.values``, their
+# deltas. Positions are sorted when training starts and no longer after they have moved once.
+
+
+PEFT_TYPE = "SFT"
+_MARKER = "sft_delta."
+_NAMES = ("values", "indices")
+_GROWTH = {"rigl": "accumulated_gradient", "sm3": "momentum"}
+_FIELDS = {
+    "reselection_steps": "regrow_every",
+    "selection_accumulation_steps": "accumulation_steps",
+    "initial_reselection_rate": "initial_regrow_rate",
+}
+_ONLY_THERE = ("dropout", "l2_reg")
+
+
+def convert_sft_fork(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: Base | BaseTensors | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Turn an adapter of the published SpIEL code into a SpIEL adapter folder.
+
+    Args:
+        source: the adapter folder.
+        out: folder to write.
+        base: the base model (see `open_base`), to check names and positions against; optional.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.
+    """
+    adapter = read_peft_source(source, PEFT_TYPE)
+    tensors = None if base is None else open_base(base)
+    deltas: dict[str, StoredDelta] = {}
+    modules = adapter.modules(_MARKER, _NAMES)
+    for module, entries in tracked(modules, progress):
+        need(entries, _NAMES, module, adapter.path)
+        deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
+    result = Conversion(PEFT_TYPE, 0, [])
+    fields = {**adapter.fields(), **_cycle(adapter, result)}
+    return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
+
+
+def _cycle(adapter: PeftSource, result: Conversion) -> dict[str, Any]:
+    """The settings of the cycle, for those who train the adapter on."""
+    config = adapter.config
+    fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
+    algorithm = config.get("selection_algorithm")
+    if algorithm in _GROWTH:
+        fields["growth"] = _GROWTH[algorithm]
+    elif algorithm is not None:
+        result.notes.append(f"selection_algorithm={algorithm!r} has no counterpart: the default growth is set")
+    if config.get("dtype") in ("float32", "float16", "bfloat16"):
+        fields["delta_dtype"] = config["dtype"]
+    for name in _ONLY_THERE:
+        if config.get(name):
+            result.notes.append(f"{name}={config[name]} acts in training only and has no counterpart: left out")
+    return fields

@@ -1,0 +1,228 @@
+"""A SpIEL adapter as a sparse checkpoint patch, in the form in which vLLM's sparse weight transfer takes updates.
+
+A patch of one tensor is its name and full shape in the checkpoint, flat int32 positions, and the *absolute* values for
+them, in the checkpoint's dtype. Both tensors are contiguous: senders hand their memory on as it lies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..files.adapter_file import AdapterFile, read_adapter
+from ..files.folder import whole_folder
+from .base import Base, BaseTensors, open_base
+from .changes import Change, changes
+from .result import Conversion, Progress
+
+SPARSE_PATCH = "sparse-patch"
+FILE_NAME = "sparse_patch.safetensors"
+_SHAPES = "full_shapes"
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class SparsePatch:
+    """Replacement values of one checkpoint tensor; the fields are those of vLLM's ``SparseWeightPatch``.
+
+    Attributes:
+        name: of the tensor in the checkpoint.
+        indices: ``[c]`` int32, sorted unique flat positions.
+        values: ``[c]`` in the checkpoint's dtype.
+        full_shape: of the checkpoint's tensor.
+    """
+
+    name: str
+    indices: Tensor
+    values: Tensor
+    full_shape: tuple[int, ...]
+
+
+def sparse_patches(
+    adapter: str | os.PathLike[str] | AdapterFile,
+    base: Base | BaseTensors,
+    *,
+    progress: Progress | None = None,
+) -> Iterator[SparsePatch]:
+    """The patches of an adapter, tensor by tensor, ready to be sent.
+
+    Args:
+        adapter: a SpIEL adapter, or its folder.
+        base: the checkpoint the server has loaded (see `open_base`); its values are needed.
+
+    Raises:
+        ValueError: the base does not fit, a tensor is too large for int32 positions, or a result is not finite.
+    """
+    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
+    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    for change in changes(source, open_base(base), where, progress):
+        yield _patch(change, where)
+
+
+def _patch(change: Change, where: str) -> SparsePatch:
+    if change.positions.numel() and int(change.positions[-1]) >= 2**31:
+        raise ValueError(
+            f"{where}: tensor {change.name!r} has {change.original.numel()} entries; positions of 2**31 and more do "
+            "not fit the patch's int32. Merge the adapter into the checkpoint instead"
+        )
+    if change.original.dtype not in _DTYPES:
+        raise ValueError(f"{where}: tensor {change.name!r} has dtype {change.original.dtype} in the base")
+    # A server marks what stays as it is with NaN.
+    if not bool(torch.isfinite(change.values).all()):
+        raise ValueError(f"{where}: tensor {change.name!r} gets values that are not finite in {change.original.dtype}")
+    indices = change.positions.to(torch.int32).contiguous()
+    return SparsePatch(change.name, indices, change.values.contiguous(), tuple(change.original.shape))
+
+
+def export_sparse_patch(
+    adapter: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str],
+    base: Base | BaseTensors,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write an adapter's patches to a folder, from which `read_sparse_patches` takes them.
+
+    ``sparse_patch.safetensors`` holds ``<name>.indices`` and ``<name>.values`` of every changed tensor, and the full
+    shapes as JSON in its metadata.
+
+    Args:
+        adapter, base: see `sparse_patches`.
+        out: folder to write.
+        overwrite: replace what is at `out`.
+    """
+    stored: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for patch in sparse_patches(adapter, base, progress=progress):
+        stored[f"{patch.name}.indices"] = patch.indices
+        stored[f"{patch.name}.values"] = patch.values
+        shapes[patch.name] = list(patch.full_shape)
+    if not shapes:
+        raise ValueError(f"{adapter} changes nothing, so there is no patch to write")
+    count = sum(tensor.numel() for key, tensor in stored.items() if key.endswith(".values"))
+    with whole_folder(out, overwrite) as work:
+        save_file(stored, work / FILE_NAME, metadata={"format": "pt", _SHAPES: json.dumps(shapes)})
+    return Conversion(SPARSE_PATCH, count, sorted(shapes))
+
+
+def read_sparse_patches(source: str | os.PathLike[str]) -> Iterator[SparsePatch]:
+    """Read patches from a folder or file that `export_sparse_patch` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or damaged.
+    """
+    path = Path(source)
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            shapes = json.loads((tensors.metadata() or {})[_SHAPES])
+            for name, shape in shapes.items():
+                indices, values = tensors.get_tensor(f"{name}.indices"), tensors.get_tensor(f"{name}.values")
+                yield SparsePatch(name, indices, values, tuple(shape))
+    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as a sparse patch: {error}") from error
+
+
+# A SpIEL adapter as dense differences: full-shape tensors to be added to a checkpoint's.
+
+
+DENSE_DIFF = "dense-diff"
+NAME = "diff"
+
+
+def export_dense_diff(
+    adapter: str | os.PathLike[str] | AdapterFile,
+    out: str | os.PathLike[str],
+    base: Base | BaseTensors,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write what an adapter adds to each tensor of its base, in full shape, under the base's names.
+
+    The differences are float32 (float64 for a float64 base), exact for deltas; what the adapter leaves alone is zero.
+    Large results are split into shards with an index, as checkpoints are; memory is one shard.
+
+    Args:
+        adapter: a SpIEL adapter, or its folder.
+        out: folder to write ``diff.safetensors`` (or shards) to.
+        base: the base model with its values (see `open_base`).
+        max_shard_bytes: upper bound of a file, unless a single tensor is larger.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        ValueError: the base does not fit the adapter.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
+    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    result = Conversion(DENSE_DIFF, 0, [])
+    with whole_folder(out, overwrite) as work:
+        writer = _Shards(work, max_shard_bytes)
+        for change in changes(source, open_base(base), where, progress):
+            writer.add(change.name, _dense(change))
+            result.modules.append(change.name)
+            result.num_deltas += change.positions.numel()
+        if not result.modules:
+            raise ValueError(f"{where} changes nothing, so there is no difference to write")
+        writer.close()
+    return result
+
+
+def _dense(change: Change) -> Tensor:
+    dense = torch.zeros(change.original.numel(), dtype=change.differences.dtype)
+    dense[change.positions] = change.differences
+    return dense.view(change.original.shape)
+
+
+class _Shards:
+    """Writes tensors to numbered files as soon as one is full, and names them when their number is known."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.waiting: dict[str, Tensor] = {}
+        self.bytes = self.total = 0
+        self.written: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.waiting and self.bytes + tensor.nbytes > self.max_bytes:
+            self._write()
+        self.waiting[name] = tensor
+        self.bytes += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def _write(self) -> None:
+        save_file(self.waiting, self._part(len(self.written)), metadata={"format": "pt"})
+        self.written.append(list(self.waiting))
+        self.waiting, self.bytes = {}, 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number}"
+
+    def close(self) -> None:
+        self._write()
+        count = len(self.written)
+        if count == 1:
+            self._part(0).rename(self.folder / f"{NAME}.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self.written):
+            file = f"{NAME}-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._part(number).rename(self.folder / file)
+            weight_map.update(dict.fromkeys(names, file))
+        index = {"metadata": {"total_size": self.total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (self.folder / f"{NAME}.safetensors.index.json").write_text(text + "\n", encoding="utf-8")

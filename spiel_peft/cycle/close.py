@@ -1,0 +1,250 @@
+"""When a cycle closes and what share of the deltas it replaces. Pure functions of step counts.
+
+Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the closes are
+at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, counted in optimizer steps instead of micro-batches).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import sorted_order
+from spiel_kernels.index_set import seeded_generator
+
+from ..delta import SparseDelta
+from ..growth import GrowthCriterion, GrowthRequest, PruneRequest
+
+
+def closes_at(step: int, regrow_every: int, accumulation_steps: int) -> bool:
+    """Whether a cycle closes after optimizer step `step` (counted from 1)."""
+    return step >= accumulation_steps and (step - accumulation_steps) % regrow_every == 0
+
+
+def next_close(steps_done: int, regrow_every: int, accumulation_steps: int) -> int:
+    """The first close after `steps_done` finished steps."""
+    if steps_done < accumulation_steps:
+        return accumulation_steps
+    cycles = (steps_done - accumulation_steps) // regrow_every + 1
+    return accumulation_steps + cycles * regrow_every
+
+
+def in_window(steps_done: int, regrow_every: int, accumulation_steps: int) -> bool:
+    """Whether the step after `steps_done` finished ones is one of the last `accumulation_steps` before a close."""
+    return next_close(steps_done, regrow_every, accumulation_steps) - steps_done <= accumulation_steps
+
+
+def is_skipped(step: int, total_steps: int | None, stop_regrowing_at: float) -> bool:
+    """Whether a close at `step` comes too late in the run to take place."""
+    # A quotient: 0.29 * 100 is less than 29.
+    return total_steps is not None and step / total_steps > stop_regrowing_at
+
+
+def regrow_rate(schedule: str, initial: float, step: int, total_steps: int) -> float:
+    """Share of the deltas that a close at `step` replaces.
+
+    linear: ``initial * (1 - t / T)``; cosine: ``initial * (1 + cos(pi t / T)) / 2``; constant: ``initial``. Past the
+    end of the run the schedule stays where it ended.
+    """
+    progress = min(1.0, step / total_steps)
+    if schedule == "linear":
+        return initial * (1.0 - progress)
+    if schedule == "cosine":
+        return initial * (1.0 + math.cos(math.pi * progress)) / 2.0
+    return initial
+
+
+def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
+    """The rate when nobody knows the length of the run: it falls as the learning rate does."""
+    return initial * lr / max_lr if max_lr > 0 else initial
+
+
+# The decision of a close: which active positions leave and which come. A pure function of tensors.
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a close does to one index set.
+
+    Attributes:
+        drop: bool ``[k]``, True for the slots that leave.
+        grown: int64 ``[m]``, the new positions, best first; as many as slots leave.
+    """
+
+    drop: Tensor
+    grown: Tensor
+
+
+def decide_exchange(indices: Tensor, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
+    """Prune the deltas with the lowest scores in favour of the best proposals.
+
+    The m active deltas with the lowest scores are pruned (ties: the lowest position first) and the m best
+    proposals outside the kept set are grown. A proposal that was just pruned comes back and keeps its delta. With
+    too few proposals m shrinks to what they can fill.
+
+    Args:
+        indices: integer ``[k]``, sorted, unique.
+        scores: floating ``[k]``, what each delta is worth, without NaN; SpIEL takes its absolute value.
+        proposed: int64 ``[c]``, positions without repeats, best first, active ones allowed.
+        count: how many to prune at most.
+
+    Returns:
+        The exchange net of positions that come back.
+    """
+    active = indices.to(torch.int64)
+    count = min(count, active.numel())
+    order = sorted_order(scores)
+    # Looked up in ascending order, which takes half the time of any other.
+    by_position = sorted_order(proposed)
+    slots = torch.empty_like(by_position)
+    slots[by_position] = torch.searchsorted(active, proposed.index_select(0, by_position))
+    slots.clamp_(max=active.numel() - 1)
+    is_active = active.index_select(0, slots) == proposed
+    # rank[s]: how early slot s would be pruned
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(order.numel(), device=order.device)
+    proposed_rank = torch.where(is_active, rank[slots], torch.full_like(slots, -1))
+    count = _largest_fillable(proposed_rank, count)
+    # Inactive proposals have rank -1: they are always eligible; active ones only if they would be pruned.
+    chosen = (proposed_rank < count).nonzero().flatten()[:count]
+    returning = slots[chosen][is_active[chosen]]
+    drop = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
+    drop[order[:count]] = True
+    drop[returning] = False
+    return Exchange(drop, proposed[chosen[~is_active[chosen]]])
+
+
+def _largest_fillable(proposed_rank: Tensor, count: int) -> int:
+    """The largest m up to `count` for which at least m proposals are eligible once m deltas are pruned.
+
+    Pruning one more delta makes at most one more proposal eligible, so the surplus of proposals never grows with m.
+    """
+    inactive = int((proposed_rank < 0).sum())
+    returning = torch.bincount(proposed_rank[(proposed_rank >= 0) & (proposed_rank < count)], minlength=count)[:count]
+    pruned = torch.arange(1, count + 1, device=proposed_rank.device)
+    fits = inactive + returning.cumsum(0) >= pruned
+    return int(fits.sum())
+
+
+# Asks a growth criterion what to grow and what to prune in one matrix, and checks the answers.
+
+
+def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
+    """What the criterion proposes for the close of this delta's cycle; int64, distinct, in range, best first.
+
+    Raises:
+        ValueError: a criterion may be anybody's, and this one proposed something else.
+    """
+    if criterion.propose is None or count == 0:
+        return delta.indices[:0].to(torch.int64)
+    proposed = criterion.propose(_request(criterion, delta, count))
+    problem = _problem_with(proposed, delta.numel)
+    if problem is not None:
+        raise ValueError(
+            f"growth criterion {criterion.name!r} must propose distinct positions in [0, {delta.numel}) as a "
+            f"one-dimensional integer tensor; for {delta.module_name!r} it proposed {problem}"
+        )
+    return proposed.to(device=delta.indices.device, dtype=torch.int64)
+
+
+def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
+    """What the criterion says each delta ``[k]`` is worth; the lowest scores are pruned first.
+
+    Raises:
+        ValueError: the criterion's own score is no floating tensor of that shape, or has NaN.
+    """
+    values = delta.values.detach()
+    if criterion.prune_score is None:
+        return values.abs()
+    gradient = delta.values.grad
+    request = PruneRequest(
+        module_name=delta.module_name,
+        indices=delta.indices.to(torch.int64),
+        values=values.clone(),
+        gradient=None if gradient is None else gradient.detach().clone(),
+        count=count,
+    )
+    scores = criterion.prune_score(request)
+    if not isinstance(scores, Tensor):
+        problem = f"a {type(scores).__name__}"
+    elif scores.shape != values.shape or not scores.is_floating_point():
+        problem = f"a {scores.dtype} tensor of shape {tuple(scores.shape)}"
+    elif bool(scores.isnan().any()):
+        problem = f"{int(scores.isnan().sum())} scores that are NaN"
+    else:
+        return scores.detach().to(values.device)
+    raise ValueError(
+        f"`prune_score` of growth criterion {criterion.name!r} must return one floating score per delta, without NaN; "
+        f"for the {delta.k} deltas of {delta.module_name!r} it returned {problem}"
+    )
+
+
+def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:
+    """The SM3 accumulators of a delta, ``[rows]`` and ``[cols]``, float32 (float64 for float64 values)."""
+    state = delta.state
+    if state.row is None or state.col is None:
+        dtype = torch.promote_types(delta.values.dtype, torch.float32)
+        device = delta.values.device
+        state.row = torch.zeros(delta.rows, dtype=dtype, device=device)
+        state.col = torch.zeros(delta.cols, dtype=dtype, device=device)
+    return state.row, state.col
+
+
+def _request(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> GrowthRequest:
+    window = delta.state.window if criterion.gathers else None
+    row, col = accumulators(delta) if criterion.accumulates else (None, None)
+    return GrowthRequest(
+        indices=delta.indices.to(torch.int64),
+        shape=(delta.rows, delta.cols),
+        numel=delta.numel,
+        count=count,
+        candidates=None if window is None else window.positions.to(torch.int64),
+        candidate_sums=None if window is None else window.sums,
+        row=row,
+        col=col,
+        generator=seeded_generator(delta.run.config.seed, delta.module_name, delta.state.closes + 1),
+    )
+
+
+def _problem_with(proposed: Any, numel: int) -> str | None:
+    if not isinstance(proposed, Tensor):
+        return f"a {type(proposed).__name__}"
+    if proposed.dim() != 1 or proposed.dtype not in (torch.int32, torch.int64):
+        return f"a {proposed.dtype} tensor of shape {tuple(proposed.shape)}"
+    if bool(((proposed < 0) | (proposed >= numel)).any()):
+        return f"positions from {int(proposed.min())} to {int(proposed.max())}"
+    in_order = proposed.index_select(0, sorted_order(proposed))
+    repeats = int(torch.count_nonzero(in_order[1:] == in_order[:-1]))
+    return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None
+
+
+# What a close did, for logs.
+
+
+@dataclass(frozen=True)
+class CycleReport:
+    """One close of one adapter's cycle, summed over its matrices.
+
+    Attributes:
+        step: optimizer step after which it took place.
+        rate: share of the deltas that the schedule offered for replacement.
+        replaced: deltas that moved to another position.
+        kept: deltas that stayed.
+        mean_abs_delta: mean absolute delta before the close.
+    """
+
+    step: int
+    rate: float
+    replaced: int
+    kept: int
+    mean_abs_delta: float
+
+    @property
+    def churn(self) -> float:
+        """Share of the deltas that moved."""
+        total = self.replaced + self.kept
+        return self.replaced / total if total else 0.0

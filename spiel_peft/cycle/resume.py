@@ -1,0 +1,258 @@
+"""Training state in the state dicts of optimizers, so that whatever saves model and optimizer can resume exactly.
+
+`model.state_dict()` has the same keys for a trained and a loaded adapter, so it cannot hold a window. An optimizer's
+can: extra keys of a parameter group are saved and loaded with it. What an optimizer was loaded with stays in its
+groups until the deltas take it up: in the first backward pass, which needs to know the window's candidates, or else at
+the first step.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import warnings
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter_format import check_training_state
+from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
+from ..growth import get_growth_criterion
+from ..sharding import is_sharded
+from ..state import GROWTH, MAX_LR, PROGRESS, SETTINGS, STATE_KEYS, TrainingState
+from .agreement import checksum
+from .close import in_window
+from .steps import inner_optimizers
+
+# The entry of a parameter group: one dict per delta that has been stepped.
+GROUP_KEY = "spiel_training_state"
+# What is small is kept as lists: groups without tensors can be compared, printed and exported.
+_LISTS = {PROGRESS: torch.int64, MAX_LR: torch.float64, SETTINGS: torch.int64, GROWTH: torch.uint8}
+_CARRIERS: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def carry(optimizer: torch.optim.Optimizer) -> None:
+    """From now on `optimizer.state_dict()` holds the training state of the deltas that the optimizer steps.
+
+    Optimizers around others often have a `state_dict` of their own, with the inner one's in it: so that is told, too.
+    """
+    if optimizer in _CARRIERS:
+        return
+    _CARRIERS.add(optimizer)
+    if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):
+        optimizer.register_state_dict_post_hook(_add_entries)
+    for _, inner in inner_optimizers(optimizer):
+        carry(inner)
+
+
+def _add_entries(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    live = _live_by_parameter()
+    for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        if GROUP_KEY in group:
+            continue  # loaded and not yet taken up: it is in the packed group already
+        held = [(position, live.get(id(parameter))) for position, parameter in enumerate(group["params"])]
+        entries = [_entry(position, delta) for position, delta in held if delta is not None and delta.state.step]
+        if any(delta is not None and is_sharded(delta) for _, delta in held):
+            packed[GROUP_KEY] = _as_bytes(entries)
+        elif entries:
+            packed[GROUP_KEY] = entries
+
+
+def _entry(position: int, delta: SparseDelta) -> dict[str, Any]:
+    """Plain numbers, strings and tensors, as `torch.load(weights_only=True)` demands."""
+    tensors = delta.training_tensors()
+    return {
+        "position": position,  # in the group's params
+        "module": delta.module_name,
+        "indices": int(checksum(delta.indices)),
+        **{name: tensor.tolist() if name in _LISTS else tensor for name, tensor in tensors.items()},
+    }
+
+
+def _as_bytes(entries: list[dict[str, Any]]) -> bytes:
+    """What checkpoints of sharded models need: they load into an optimizer that has the same entries, as large."""
+    buffer = io.BytesIO()
+    torch.save(entries, buffer)
+    return buffer.getvalue()
+
+
+def seek(delta: SparseDelta) -> None:
+    """Give the deltas of a run what optimizers were loaded with for them. Called in the first backward pass.
+
+    The optimizer that will step a delta is not known before its step, and PyTorch keeps no list of optimizers; so all
+    objects are looked through, once per run that may be a resumed one (about 0.2 s).
+
+    Raises:
+        ValueError: see `take_up`.
+    """
+    deltas = delta.run.deltas()
+    for sibling in deltas:
+        sibling.state.sought = True
+    if not any(_may_be_resumed(sibling) for sibling in deltas):
+        return
+    values = {id(d.values) for d in deltas}
+    loaded = _loaded_optimizers(values)
+    if _contested(loaded, values):
+        loaded.clear()
+        gc.collect()  # some of them may be held by nobody any more
+        loaded = _loaded_optimizers(values)
+    contested = _contested(loaded, values)
+    for optimizer in loaded:
+        # If several optimizers hold a delta, the one that steps it is right.
+        if not contested & _parameters(optimizer):
+            take_up(optimizer)
+
+
+def _contested(optimizers: list[torch.optim.Optimizer], values: set[int]) -> set[int]:
+    """The values that several of these optimizers hold, other than by sharing a group."""
+    groups = {id(group): group for optimizer in optimizers for group in _loaded_groups(optimizer)}
+    holders = Counter(p for group in groups.values() for p in {id(parameter) for parameter in group["params"]} & values)
+    return {parameter for parameter, count in holders.items() if count > 1}
+
+
+def _may_be_resumed(delta: SparseDelta) -> bool:
+    if not delta.untouched:
+        return True
+    # Not everybody loads values through the module, but then they are no longer zero. Of a sharded tensor a rank looks
+    # at its own part: no communication in a backward pass.
+    values = delta.values.detach()
+    return bool((values.to_local() if hasattr(values, "to_local") else values).any())
+
+
+def _loaded_optimizers(values: set[int]) -> list[torch.optim.Optimizer]:
+    """Optimizers that were loaded with state for one of these parameters, by id."""
+    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    # After gc.freeze() the collector no longer lists what it knew before.
+    distinct = {id(optimizer): optimizer for optimizer in (*_CARRIERS, *optimizers)}
+    return [optimizer for optimizer in distinct.values() if _parameters(optimizer) & values]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in _loaded_groups(optimizer) for parameter in group["params"]}
+
+
+def _loaded_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    # Wrappers have no groups of their own.
+    return [group for group in vars(optimizer).get("param_groups", ()) if GROUP_KEY in group]
+
+
+def take_up(optimizer: torch.optim.Optimizer, at_step: bool = False) -> None:
+    """Give deltas the training state that came with the optimizer's own; nothing to do if none did.
+
+    Args:
+        optimizer: just loaded.
+        at_step: its step is about to begin, so a backward pass has taken place already.
+
+    Raises:
+        ValueError: it is of another run than the model's, or damaged; nothing was changed then.
+    """
+    groups = [group for group in optimizer.param_groups if GROUP_KEY in group]
+    if not groups:
+        return
+    live = _live_by_parameter()
+    found = [
+        (_delta_at(group["params"], entry, live), entry) for group in groups for entry in _entries_of(group[GROUP_KEY])
+    ]
+    for delta, entry in found:
+        problem = "holds no SpIEL delta at its place" if delta is None else _problem_with(entry, delta)
+        if problem is not None:
+            raise ValueError(
+                f"The training state that {type(optimizer).__name__} was loaded with is refused, nothing was changed: "
+                f"that of module {entry.get('module')!r} {problem}"
+            )
+    new = [(delta, entry) for delta, entry in found if delta.state.step == 0]
+    late = {delta.run: None for delta, entry in new if at_step and _misses_this_step(delta, entry)}
+    for delta, entry in new:
+        _give(delta, entry)
+    for delta, _ in found:
+        delta.state.with_optimizer = True
+    for group in groups:
+        del group[GROUP_KEY]
+    carry(optimizer)
+    for run in late:
+        _warn_late(run)
+
+
+def _live_by_parameter() -> dict[int, SparseDelta]:
+    return {id(delta.values): delta for delta in LIVE_DELTAS}
+
+
+def _entries_of(saved: Any) -> list[dict[str, Any]]:
+    if isinstance(saved, bytes):
+        try:
+            saved = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+        except Exception:
+            saved = None
+    if not isinstance(saved, list) or not all(isinstance(entry, dict) for entry in saved):
+        raise ValueError(f"The optimizer's state is refused: its entry {GROUP_KEY!r} is damaged")
+    return saved
+
+
+def _delta_at(parameters: list[Tensor], entry: dict[str, Any], live: dict[int, SparseDelta]) -> SparseDelta | None:
+    position = entry.get("position")
+    if not isinstance(position, int) or not 0 <= position < len(parameters):
+        return None
+    return live.get(id(parameters[position]))
+
+
+def _problem_with(entry: dict[str, Any], delta: SparseDelta) -> str | None:
+    """Why this entry cannot be the state of `delta`, None if it can."""
+    if entry.get("module") != delta.module_name:
+        return (
+            f"meets module {delta.module_name!r} at its place in the optimizer; resume on the model and with the "
+            "target_modules that the checkpoint was made with"
+        )
+    try:
+        tensors = _tensors_of(entry)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return f"is damaged ({error})"
+    problem = check_training_state(tensors, delta.settings) if PROGRESS in tensors else (PROGRESS, "is missing")
+    if problem is not None:
+        return f"{problem[1]} ({problem[0]})"
+    step, closes = tensors[PROGRESS].tolist()[:2]
+    state = delta.state
+    if state.step and (state.step, state.closes) != (step, closes):
+        return (
+            f"was saved after step {step}, while the adapter is at step {state.step}; load model and optimizer from "
+            "the same checkpoint"
+        )
+    if entry.get("indices") != int(checksum(delta.indices)):
+        return "belongs to other indices than the model has; load model and optimizer from the same checkpoint"
+    return None
+
+
+def _tensors_of(entry: dict[str, Any]) -> dict[str, Tensor]:
+    """Training state as named tensors, as in an adapter file; whatever else is found under its names is an error."""
+    out = {}
+    for name in STATE_KEYS:
+        if name in entry:
+            out[name] = torch.tensor(entry[name], dtype=_LISTS[name]) if name in _LISTS else entry[name]
+            if not isinstance(out[name], Tensor):
+                raise TypeError(f"{name} is a {type(out[name]).__name__}")
+    return out
+
+
+def _give(delta: SparseDelta, entry: dict[str, Any]) -> None:
+    delta.state = TrainingState.from_tensors(_tensors_of(entry), delta.values.device)
+    delta.state.sought = True
+    delta.untouched = False
+
+
+def _misses_this_step(delta: SparseDelta, entry: dict[str, Any]) -> bool:
+    """Whether a backward pass was over before the window that it belongs to was known."""
+    config = delta.run.config
+    if delta.state.current.graph_task == -1 or not get_growth_criterion(config.growth).gathers:
+        return False
+    return in_window(entry[PROGRESS][0], config.regrow_every, config.accumulation_steps)
+
+
+def _warn_late(run: AdapterRun) -> None:
+    warnings.warn(
+        f"The training state of adapter {run.adapter_name!r} was found with its optimizer at the step only: the window "
+        "that is open goes without this step's gradients. Load the optimizer before the first backward pass; if you "
+        "did, wrap it in SpIELOptimizer, or do not call gc.freeze() before.",
+        stacklevel=2,
+    )

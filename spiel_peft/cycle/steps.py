@@ -1,0 +1,238 @@
+"""Optimizers that step other optimizers: one training step, however many of them take part in it.
+
+Sharpness-aware minimization, Lookahead and PyTorch's ZeroRedundancyOptimizer are optimizers around an optimizer, both
+with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import sm3_accumulate_
+
+from ..delta import SparseDelta
+from ..growth import get_growth_criterion
+from .close import accumulators
+
+_Reference = weakref.ref[torch.optim.Optimizer]
+# What runs the hooks around every step.
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
+
+
+@dataclass(eq=False)
+class _OpenStep:
+    """A step in progress: the outermost optimizer, ids of what it holds, and the optimizers it has stepped.
+
+    A subclass whose step calls its base class's is stepped by itself; `depth` counts these.
+    """
+
+    optimizer: _Reference
+    parameters: set[int]
+    depth: int = 1
+    parts: list[_Reference] = field(default_factory=list)
+
+
+class _OpenSteps(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_OpenStep] = []
+
+
+_OPEN = _OpenSteps()
+
+
+def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
+    """Note that a step begins; whether it is one of its own, not part of another one.
+
+    Args:
+        optimizer: about to step.
+        parameters: ids of the deltas' values that it holds.
+    """
+    if _OPEN.stack:
+        # Steps that an exception has ended are not on the call stack any more; the one that begins is.
+        running = _steps_on_the_call_stack()
+        running[id(optimizer)] -= 1
+        open_steps = [(step, step.optimizer()) for step in _OPEN.stack]
+        _OPEN.stack = [step for step, other in open_steps if other is not None and running[id(other)] > 0]
+        for step in _OPEN.stack:
+            step.depth = running[id(step.optimizer())]
+    for step in _OPEN.stack:
+        if step.optimizer() is optimizer:
+            step.depth += 1
+            return False
+        if step.parameters & parameters:
+            step.parts.append(weakref.ref(optimizer))
+            return False
+    _OPEN.stack.append(_OpenStep(weakref.ref(optimizer), parameters))
+    return True
+
+
+def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Note that a step has ended: the optimizers that took part, outer ones first; none if it was part of another."""
+    for step in _OPEN.stack:
+        if step.optimizer() is optimizer:
+            step.depth -= 1
+            if step.depth:
+                return []
+            _OPEN.stack.remove(step)
+            parts = [part() for part in step.parts]
+            took_part = [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
+            return [*_around_without_hooks(took_part), *took_part]
+        if any(part() is optimizer for part in step.parts):
+            return []
+    return [*_around_without_hooks([optimizer]), optimizer]
+
+
+def _steps_on_the_call_stack() -> Counter[int]:
+    """How many steps of each optimizer, by id, are running."""
+    found: Counter[int] = Counter()
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            found[id(frame.f_locals.get("self"))] += 1
+        frame = frame.f_back
+    return found
+
+
+def _around_without_hooks(took_part: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
+    """Optimizers with state of their own in whose steps this one is, and that nobody hears of.
+
+    Hooks come with `torch.optim.Optimizer.__init__`, which some optimizers around others do not call.
+    """
+    found: dict[int, torch.optim.Optimizer] = {}
+    heard = {id(optimizer) for optimizer in took_part}
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            heard.add(id(frame.f_locals.get("self")))
+        elif frame.f_code.co_name == "step":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.optim.Optimizer) and "state" in vars(owner):
+                found[id(owner)] = owner
+        frame = frame.f_back
+    return [optimizer for number, optimizer in reversed(found.items()) if number not in heard]
+
+
+def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.optim.Optimizer]]:
+    """The optimizers among an optimizer's attributes, lists and dicts included, each with the attribute's name."""
+    found = []
+    for name, value in vars(optimizer).items():
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        found += [(name, inner) for inner in values if isinstance(inner, torch.optim.Optimizer)]
+    return found
+
+
+# The gradient that a step is given, noted before the step: some optimizers write into it.
+#
+# SGD with Nesterov momentum does in its foreach version, the default on a GPU, and so does Schedule-Free; what they
+# leave behind in ``p.grad`` is no gradient any more.
+
+
+def when_known(note: Callable[[bool], None], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """Call `note` when a step's gradient is known: now, or after a closure that the step evaluates.
+
+    Args:
+        note: told whether it is called for the first time in this step; a closure may be evaluated several times.
+        args, kwargs: of the optimizer's `step`, itself included.
+
+    Returns:
+        What `step` is to be called with instead; None if with the same.
+    """
+    closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+    if not callable(closure):
+        note(True)
+        return None
+    evaluations = 0
+
+    @functools.wraps(closure)
+    def noting(*closure_args: Any, **closure_kwargs: Any) -> Any:
+        nonlocal evaluations
+        loss = closure(*closure_args, **closure_kwargs)
+        note(evaluations == 0)
+        evaluations += 1
+        return loss
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": noting}
+    return (args[0], noting, *args[2:]), kwargs
+
+
+def note_gradients(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta], first: bool) -> None:
+    """Keep what is needed of the deltas' gradients before an optimizer can write to them; waits for no device.
+
+    An optimizer that unscales in its own kernel finds the gradient unscaled, and leaves what it made of it: there, it
+    is looked at after the step. So it is for the accumulators, if another optimizer is inside.
+
+    Args:
+        optimizer: about to step the deltas.
+        deltas: of any adapters.
+        first: whether these are the step's first gradients; only those are of the weights as they are, and accumulated.
+    """
+    unscales = getattr(optimizer, "grad_scale", None) is not None
+    accumulates = not (unscales or optimizer_accumulates(optimizer) or inner_optimizers(optimizer))
+    for delta in deltas:
+        current, grad = delta.state.current, delta.values.grad
+        known = not unscales and grad is not None and current.probe is not None
+        current.seen = grad.detach()[current.probe] if known else None
+        current.accumulated = accumulates and not first
+    if not accumulates or not first:
+        return
+    with torch.no_grad():
+        for run in {delta.run: None for delta in deltas if delta.values.grad is not None}:
+            if get_growth_criterion(run.config.growth).accumulates:
+                _accumulate(optimizer, [d for d in deltas if d.run is run and d.values.grad is not None])
+
+
+def _accumulate(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
+    takes_place = will_take_place([optimizer], [delta.values.grad for delta in deltas])
+    for delta in deltas:
+        row, col = accumulators(delta)
+        grad = delta.values.grad.to(row.dtype)
+        # A gradient of zero leaves the accumulators as they are.
+        sm3_accumulate_(row, col, delta.indices, torch.where(takes_place.to(grad.device), grad, 0.0))
+        delta.state.current.accumulated = True
+
+
+def accumulate_after_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta) -> None:
+    """Bring the SM3 accumulators up to date, unless that was done before the step or is the optimizer's affair."""
+    grad = delta.values.grad
+    if grad is None or delta.state.current.accumulated or any(map(optimizer_accumulates, optimizers)):
+        return
+    if get_growth_criterion(delta.run.config.growth).accumulates:
+        row, col = accumulators(delta)
+        sm3_accumulate_(row, col, delta.indices, grad.to(row.dtype))
+
+
+def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer updates the deltas' SM3 accumulators in its own step."""
+    return bool(getattr(optimizer, "updates_spiel_accumulators", False))
+
+
+def will_take_place(optimizers: list[torch.optim.Optimizer], grads: list[Tensor]) -> Tensor:
+    """Whether a step with these gradients counts, as a bool on their device: they are finite, and so are all others."""
+    sums = [grad.detach().sum(dtype=torch.float64) for grad in grads]
+    finite = torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all()
+    for optimizer in optimizers:
+        # A fused optimizer fires its hooks on overflow steps too, wherever the overflow was.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None:
+            finite = finite & (torch.as_tensor(found_inf).to(finite.device) == 0).all()
+    return finite
+
+
+def gradient_at_probes(delta: SparseDelta) -> Tensor | None:
+    """What the step was given at the slots `probe` ``[p]``; None if nothing was gathered for it."""
+    current, grad = delta.state.current, delta.values.grad
+    if grad is None or current.probe is None or current.probe_sums is None:
+        return None
+    return grad[current.probe] if current.seen is None else current.seen

@@ -1,0 +1,388 @@
+"""Candidates that several ranks choose together. Pure functions of tensors.
+
+Every rank proposes the positions of its own largest gradients; a position's score is the sum of what ranks said of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+import weakref
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from spiel_kernels import sorted_order
+from spiel_kernels.fold import accumulation_dtype
+
+from ..autograd.operations import WeightGradient
+from ..delta import AdapterRun, SparseDelta
+from ..growth import get_growth_criterion
+from ..state import CandidateWindow, StepGradient
+from .close import in_window, is_skipped, next_close, regrow_rate
+from .parallel import is_chosen, queue_average, ranks_of, refuse_deepspeed
+from .ranks import Ranks, in_buckets
+from .resume import seek
+from .steps import gradient_at_probes
+
+NO_POSITION = -1
+# Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
+SHORTLIST = 2
+
+
+def padded(tensor: Tensor, size: int, filler: int = 0) -> Tensor:
+    """A one-dimensional tensor at length `size`."""
+    return torch.cat([tensor, tensor.new_full((size - tensor.numel(),), filler)])
+
+
+def unite(positions: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """The union of all proposals and the sums of the gradients that came with them.
+
+    A rank that did not propose a position counts as zero there: its gradient is smaller than its k largest ones.
+
+    Args:
+        positions: integer ``[ranks, c]``, distinct within a rank, `NO_POSITION` where it had no more to propose.
+        gradients: floating ``[ranks, c]``.
+
+    Returns:
+        Sorted positions ``[u]`` and sums ``[u]``, the same bits wherever they are computed: ranks are added in order.
+    """
+    union = torch.unique(positions[positions != NO_POSITION])
+    sums = torch.zeros(union.numel(), dtype=gradients.dtype, device=gradients.device)
+    for of_rank, values in zip(positions, gradients, strict=True):
+        proposed = of_rank != NO_POSITION
+        sums[torch.searchsorted(union, of_rank[proposed])] += values[proposed]
+    return union, sums
+
+
+def shortlist(union: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What is left of a union and its sums if there is more than ranks shall gather: the best by absolute sum."""
+    if union.numel() <= SHORTLIST * k:
+        return union, sums
+    best = best_slots(sums.abs(), SHORTLIST * k)
+    return union[best], sums[best]
+
+
+def best_slots(scores: Tensor, count: int) -> Tensor:
+    """Ascending slots of the `count` highest scores (all if there are fewer); ties go to the lowest slot."""
+    best = sorted_order(scores, descending=True)[:count]
+    return torch.sort(best).values
+
+
+# Accumulation windows at an optimizer step: what the step's backward passes gathered is scaled and added up.
+#
+# One process opens a window in its first backward pass (`spiel_peft.cycle.window`). Several ranks cannot: a collective
+# inside a backward pass hangs as soon as two ranks run theirs in another order. They agree at the end of a step
+# instead:
+#
+# - In the step before a window every rank notes the positions of its k largest gradients, found in the step's first
+#   backward pass. At its end the ranks exchange them. The union is the shortlist: its best 2k where it has more.
+# - In the window's first step every rank gathers its gradient at the whole shortlist. Summed over ranks, these are the
+#   gradients of one process with all the data; the k largest sums stay candidates.
+#
+# Where there is no step before (at the start of a run, or with windows one after the other) the first step of the
+# window is also the one of the proposals, and counts with what the ranks proposed.
+
+
+def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
+    """Add the finished step's candidate gradients to the open windows, scaled and clipped as the active ones were.
+
+    Args:
+        deltas: of one adapter, before the step is counted.
+        ranks: with whom the step was taken; the contributions of all of them are added up.
+    """
+    opened: list[SparseDelta] = []
+    if ranks is not None:
+        _add_up(deltas, ranks)
+        opened = _open_windows([delta for delta in deltas if proposes_at(delta, delta.state.step)], ranks)
+    early = {delta for delta in opened if not gathers_at(delta, delta.state.step)}
+    windowed = [delta for delta in deltas if delta.state.window is not None and delta not in early]
+    factors = _scalings(deltas, 1.0 if ranks is None else 1.0 / ranks.size)
+    gathered = [d for d in windowed if d.state.current.pending is not None and d in factors]
+    finite = _finite(gathered, factors)
+    for delta in windowed:
+        if finite.get(delta) is False:
+            drop_step(delta)
+            if delta in opened:
+                delta.state.window = None
+            continue
+        window = delta.state.window
+        if delta in finite:
+            step_gradient = _step_gradient(delta, factors[delta])
+            if window.shared and window.steps == 0:
+                window.sums, window.squares = step_gradient, step_gradient.square()
+            else:
+                window.sums += step_gradient
+                window.squares += step_gradient.square_()
+        window.steps += 1
+        if delta not in opened:
+            narrow(delta)
+
+
+def narrow(delta: SparseDelta) -> None:
+    """Reduce a shortlist to as many candidates as there are deltas, those with the largest sums."""
+    window = delta.state.window
+    if window is None or window.positions.numel() <= delta.k:
+        return
+    best = best_slots(window.sums.abs(), delta.k)
+    window.positions, window.sums, window.squares = window.positions[best], window.sums[best], window.squares[best]
+
+
+def _finite(gathered: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> dict[SparseDelta, bool]:
+    if not gathered:
+        return {}
+    # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step. One wait
+    # for the device tells for all of them.
+    device = gathered[0].values.device
+    sums = torch.stack([_step_gradient(d, factors[d]).sum(dtype=torch.float64).to(device) for d in gathered])
+    return dict(zip(gathered, torch.isfinite(sums).tolist(), strict=True))
+
+
+def _step_gradient(delta: SparseDelta, factor: Tensor) -> Tensor:
+    pending = delta.state.current.pending
+    return pending * factor.to(pending.dtype)
+
+
+def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Tensor]:
+    """What unscaling, averaging and clipping made of each gathering delta's raw gradients: ``grad`` over the probes.
+
+    Optimizers that unscale inside their kernel write the result back, so this holds for them too. A matrix whose
+    probes are all zero (an embedding whose active rows did not occur) takes the factor of the others; `default` if
+    there is none.
+    """
+    products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
+    for delta in deltas:
+        seen = gradient_at_probes(delta)
+        if seen is not None:
+            raw = delta.state.current.probe_sums.double()
+            products[delta] = (seen.double() * raw).sum(), (raw * raw).sum()
+    if not products:
+        return {}
+    device = deltas[0].values.device
+    seen_total = torch.stack([seen.to(device) for seen, _ in products.values()]).sum()
+    raw_total = torch.stack([raw.to(device) for _, raw in products.values()]).sum()
+    overall = torch.where(raw_total > 0, seen_total / raw_total, torch.full_like(raw_total, default))
+    return {delta: torch.where(raw > 0, seen / raw, overall.to(raw.device)) for delta, (seen, raw) in products.items()}
+
+
+# Several ranks
+
+
+def ready_probes(deltas: list[SparseDelta]) -> None:
+    """Called before a step: have probes even where this rank's data did not reach a layer; others' may have."""
+    for delta in deltas:
+        current, step = delta.state.current, delta.state.step
+        gathers = delta.state.window is not None or proposes_at(delta, step)
+        if current.probe is None and gathers and ranks_of(delta) is not None:
+            current.probe = common_probe(delta)
+            current.probe_sums = torch.zeros(
+                current.probe.numel(), dtype=accumulation_dtype(delta.values), device=delta.values.device
+            )
+
+
+def _add_up(deltas: list[SparseDelta], ranks: Ranks) -> None:
+    """Turn this rank's raw gradients at the common candidates, and at the probes, into the sums over all ranks.
+
+    `values.grad` is averaged already, so only probes that are sums as well tell the factor.
+    """
+    tensors: list[Tensor] = []
+    for delta in deltas:
+        current, window = delta.state.current, delta.state.window
+        if window is None and not (proposes_at(delta, delta.state.step) and gathers_at(delta, delta.state.step)):
+            continue
+        tensors.append(current.probe_sums)
+        if window is not None:
+            if current.pending is None:
+                current.pending = torch.zeros(window.sums.shape, dtype=window.sums.dtype, device=window.sums.device)
+            tensors.append(current.pending)
+    ranks.add_up(tensors)
+
+
+def _open_windows(deltas: list[SparseDelta], ranks: Ranks) -> list[SparseDelta]:
+    """Exchange proposals and open the windows of those deltas that got any; their `pending` becomes what was said."""
+    opened, rest = [], iter(deltas)
+    for bucket in in_buckets([delta.indices for delta in deltas]):
+        together = list(islice(rest, len(bucket)))
+        sizes = [delta.k for delta in together]
+        mine = [_proposal(delta) for delta in together]
+        positions = ranks.gather(torch.cat([proposed for proposed, _ in mine])).split(sizes, dim=1)
+        gradients = ranks.gather(torch.cat([gathered for _, gathered in mine])).split(sizes, dim=1)
+        for delta, proposed, gathered in zip(together, positions, gradients, strict=True):
+            union, sums = unite(proposed, gathered)
+            # As in one process, gradients that overflowed choose nothing, and the next step chooses anew.
+            if union.numel() and bool(torch.isfinite(sums).all()):
+                _open_window(delta, union, sums)
+                opened.append(delta)
+    return opened
+
+
+def _proposal(delta: SparseDelta) -> tuple[Tensor, Tensor]:
+    """This rank's proposed positions and its gradient there, ``[k]`` both."""
+    current = delta.state.current
+    if current.proposed is None or current.pending is None:
+        positions = delta.indices[:0]
+        gradients = torch.zeros(0, dtype=accumulation_dtype(delta.values), device=delta.values.device)
+    else:
+        positions, gradients = current.proposed, current.pending
+    return padded(positions, delta.k, NO_POSITION), padded(gradients, delta.k)
+
+
+def _open_window(delta: SparseDelta, union: Tensor, sums: Tensor) -> None:
+    union, sums = shortlist(union, sums, delta.k)
+    # Takes no memory until a step has counted.
+    zeros = torch.zeros((), dtype=sums.dtype, device=sums.device).expand(union.numel())
+    delta.state.window = CandidateWindow(union.to(delta.indices.dtype), zeros, zeros, shared=True)
+    delta.state.current.pending = sums
+
+
+# What a backward pass contributes to a cycle: candidates of the open window and their gradients.
+
+
+_PROBES = 16
+_COMMON_PROBES = 256
+# Runs whose user has been told that nobody steps their deltas.
+_WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
+
+
+class WindowCollector:
+    """Opens windows and fills them with what backward passes bring (a `spiel_peft.delta.Collector`)."""
+
+    def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+        """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
+        if not delta.state.sought:
+            seek(delta)
+        refuse_deepspeed(delta, is_chosen(delta))
+        queue_average(delta)
+        _note_accumulation(delta)
+        state = delta.state
+        if state.window is None and ranks_of(delta) is not None:
+            return _proposed(delta, gradient)
+        if not gathers_at(delta, state.step):
+            return None
+        if state.window is None:
+            positions = gradient.topk(candidate_count(delta))
+            if positions.numel() == 0:
+                return None  # an expert without tokens, a batch without labels: the next backward chooses
+            dtype = accumulation_dtype(delta.values)
+            zeros = torch.zeros(positions.numel(), dtype=dtype, device=positions.device)
+            state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
+        return state.window.positions
+
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
+        """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``."""
+        current = delta.state.current
+        if current.pending is None or current.probe_sums is None:
+            dtype = accumulation_dtype(delta.values)
+            current.pending = torch.zeros(candidates.shape, dtype=dtype, device=candidates.device)
+            if ranks_of(delta) is not None:
+                current.probe = common_probe(delta)
+                current.probe_sums = torch.zeros(current.probe.shape, dtype=dtype, device=active.device)
+            else:
+                current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
+                current.probe_sums = torch.zeros_like(active[current.probe])
+        current.pending += candidates
+        current.probe_sums += active[current.probe]
+
+
+def _proposed(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+    """The positions that this rank proposes as candidates, found in the first backward pass of the step."""
+    current = delta.state.current
+    if not proposes_at(delta, delta.state.step):
+        return None
+    if current.proposed is None:
+        positions = gradient.topk(candidate_count(delta))
+        if positions.numel() == 0:
+            return None
+        current.proposed = positions.to(delta.indices.dtype)
+    return current.proposed
+
+
+def candidate_count(delta: SparseDelta) -> int:
+    """How many candidates a window of this delta chooses; at most k."""
+    state, run, config = delta.state, delta.run, delta.run.config
+    per_grown = get_growth_criterion(config.growth).candidates_per_grown
+    # Whether the first close replaces all deltas is known only after the first step.
+    if per_grown is None or run.total_steps is None or (state.closes == 0 and state.fresh is not False):
+        return delta.k
+    close = next_close(state.step, config.regrow_every, config.accumulation_steps)
+    rate = regrow_rate(config.regrow_schedule, config.initial_regrow_rate, close, run.total_steps)
+    return min(delta.k, math.ceil(per_grown * math.floor(rate * delta.k)))
+
+
+def common_probe(delta: SparseDelta) -> Tensor:
+    """Slots of some active deltas, the same on every rank, whatever gradients it has."""
+    count = min(_COMMON_PROBES, delta.k)
+    return torch.arange(count, device=delta.values.device) * delta.k // count
+
+
+def gathers_at(delta: SparseDelta, done: int) -> bool:
+    """Whether the step after `done` finished ones belongs to an accumulation window."""
+    run, config = delta.run, delta.run.config
+    if delta.state.finished and done == delta.state.total_steps:
+        done = 0  # if anything follows, it is the first step of another run
+    if not get_growth_criterion(config.growth).gathers:
+        return False
+    return _is_gathering_step(
+        done, config.regrow_every, config.accumulation_steps, run.total_steps, config.stop_regrowing_at
+    )
+
+
+@functools.lru_cache(maxsize=64)  # every delta asks in every backward pass
+def _is_gathering_step(
+    done: int, regrow_every: int, accumulation_steps: int, total_steps: int | None, stop_regrowing_at: float
+) -> bool:
+    if not in_window(done, regrow_every, accumulation_steps):
+        return False
+    return not is_skipped(next_close(done, regrow_every, accumulation_steps), total_steps, stop_regrowing_at)
+
+
+def proposes_at(delta: SparseDelta, done: int) -> bool:
+    """Whether, among several ranks, the step after `done` finished ones is one to propose candidates in.
+
+    That is the step before a window or, where that belongs to another window or there is none, one in the window.
+    """
+    return delta.state.window is None and (gathers_at(delta, done) or gathers_at(delta, done + 1))
+
+
+def _note_accumulation(delta: SparseDelta) -> None:
+    """Notice when gradients were thrown away without a step: what was collected for that step goes with them."""
+    state = delta.state
+    task = torch._C._current_graph_task_id()
+    if task != state.current.graph_task and _gradient_is_clear(delta):
+        drop_step(delta)
+        state.unheld_steps += 1
+        if state.unheld_steps == delta.run.config.regrow_every + 1:
+            _warn_unheld(delta)
+    state.current.graph_task = task
+
+
+def _gradient_is_clear(delta: SparseDelta) -> bool:
+    grad, current = delta.values.grad, delta.state.current
+    if grad is None:
+        return True
+    if current.probe is None or current.probe_sums is None:
+        return False
+    # zero_grad(set_to_none=False) leaves zeros behind.
+    return bool((grad[current.probe] == 0).all()) and bool((current.probe_sums != 0).any())
+
+
+def drop_step(delta: SparseDelta) -> None:
+    """Forget the step in progress. A window that it would have opened chooses its candidates anew."""
+    delta.state.current = StepGradient()
+    window = delta.state.window
+    if window is not None and window.steps == 0 and not window.shared:
+        delta.state.window = None
+
+
+def _warn_unheld(delta: SparseDelta) -> None:
+    if delta.run in _WARNED_UNHELD:
+        return
+    _WARNED_UNHELD.add(delta.run)
+    warnings.warn(
+        f"The deltas of adapter {delta.run.adapter_name!r} have been given gradients for a whole cycle "
+        f"({delta.run.config.regrow_every} accumulations) while no torch.optim.Optimizer stepped them: the cycle does "
+        "not run. Pass the model's trainable parameters to the optimizer after get_peft_model.",
+        stacklevel=2,
+    )

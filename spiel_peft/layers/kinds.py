@@ -1,0 +1,121 @@
+"""Sparse deltas on linear layers: nn.Linear, transformers' Conv1D, bitsandbytes and other quantized layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from spiel_kernels.gather import ConvGeometry
+
+from ..autograd.compiled import embedding_operator
+from ..autograd.functions import adapted_embedding
+from ..autograd.operations import ConvOp, LinearOp
+from ..delta import SparseDelta
+from ..weights.base_weight import TRANSPOSED
+from .base import SpIELLayer
+
+
+class SpIELLinear(SpIELLayer):
+    """A linear layer, plain, transposed or quantized, with sparse deltas."""
+
+    known_forwards = (nn.Linear.forward, Conv1D.forward)
+
+    def _knows_forward(self, base: nn.Module) -> bool:
+        return self.quantization_backend is not None or super()._knows_forward(base)
+
+    def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return self._quantized_forward(base, deltas, x)
+        compute_dtype = autocast_dtype(x, base.weight.dtype)
+        if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
+            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
+        op = LinearOp(transposed=self.info.kind == TRANSPOSED)
+        return self._apply_adapted(op, deltas, x.to(compute_dtype), base.bias)
+
+    def _quantized_forward(self, base: nn.Module, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        if getattr(base, "compute_type_is_set", True) is False:
+            # bitsandbytes settles the compute dtype at the first input it sees.
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        compute_dtype = getattr(base, "compute_dtype", None) or autocast_dtype(x, x.dtype)
+        bias = getattr(base, "bias", None)
+        return self._apply_adapted(LinearOp(False), deltas, x.to(compute_dtype), bias).to(x.dtype)
+
+
+def autocast_dtype(x: Tensor, default: torch.dtype) -> torch.dtype:
+    """The dtype in which torch would run a matrix product with x: autocast's, where it is on."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return default
+
+
+# Sparse deltas on convolutions.
+
+
+class SpIELConv(SpIELLayer):
+    """A one-, two- or three-dimensional convolution with sparse deltas; groups and all padding modes work."""
+
+    known_forwards = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+    def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        compute_dtype = autocast_dtype(x, base.weight.dtype)
+        if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
+            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
+        unbatched = x.dim() == len(base.kernel_size) + 1
+        padded, padding = _pad(base, x.unsqueeze(0) if unbatched else x)
+        geometry = ConvGeometry(self.info.weight_shape, base.stride, padding, base.dilation, base.groups)
+        out = self._apply_adapted(ConvOp(geometry), deltas, padded.to(compute_dtype), base.bias)
+        return out.squeeze(0) if unbatched else out
+
+    def extra_repr(self) -> str:
+        base = self.get_base_layer()
+        return f"{base.in_channels}, {base.out_channels}, kernel_size={base.kernel_size}"
+
+
+def _pad(base: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Apply padding that is not plain numeric zeros; returns the input and what is left for the convolution."""
+    none = (0,) * len(base.kernel_size)
+    if base.padding_mode != "zeros":
+        return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), none
+    if not isinstance(base.padding, str):
+        return x, tuple(base.padding)
+    sides = list(base._reversed_padding_repeated_twice)
+    if sides[::2] == sides[1::2]:
+        return x, tuple(reversed(sides[::2]))
+    return F.pad(x, sides), none
+
+
+# Sparse deltas on embedding tables.
+
+
+class SpIELEmbedding(SpIELLayer):
+    """An embedding with sparse deltas; a scaled one (`embed_scale`, as in Gemma) scales the deltas too."""
+
+    known_forwards = (nn.Embedding.forward,)
+
+    def _knows_forward(self, base: nn.Module) -> bool:
+        return super()._knows_forward(base) or self._get_embed_scale() is not None
+
+    def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        out = self._look_up(base, deltas, x)
+        scale = self._get_embed_scale()
+        if scale is None:
+            return out
+        # A number is not rounded to the dtype of the table, a tensor is: as in the models of either kind.
+        own = base.embed_scale
+        return out * (own if isinstance(own, (int, float)) else scale.to(out.dtype))
+
+    def _look_up(self, base: nn.Embedding, deltas: list[SparseDelta], ids: Tensor) -> Tensor:
+        settings = (base.padding_idx, base.scale_grad_by_freq)
+        if self._fits_operator(base):
+            return embedding_operator(self._number, base.weight, deltas, ids, *settings)
+        return adapted_embedding(self.weight_source(), deltas, ids, *settings)
+
+    def extra_repr(self) -> str:
+        base = self.get_base_layer()
+        return f"{base.num_embeddings}, {base.embedding_dim}"
