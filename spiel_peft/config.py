@@ -439,3 +439,8 @@ LORA_ONLY_FIELDS: dict[str, str] = {
     "megatron_config": _MEGATRON,
     "megatron_core": _MEGATRON,
 }
+
+
+def names_module(target: str, key: str) -> bool:
+    """Whether an entry of `target_modules` names the module `key`."""
+    return key == target or key.endswith("." + target)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,15 +17,24 @@ from .call_stack import prepares_sharding
 from .state import STATE_KEYS, RunSettings, TrainingState
 
 if TYPE_CHECKING:
-    from .autograd.operations import WeightGradient
     from .config import SpIELConfig
 
 # Every delta alive in the process; optimizer hooks look here for the owners of the parameters they step.
 LIVE_DELTAS: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
 
 
+class WeightGradient(Protocol):
+    """The gradient of a weight in one backward pass, computed only where it is asked for."""
+
+    def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
+        """Gradient ``[k]`` at sorted flat positions ``[k]``, float32 or float64, for each set of them."""
+
+    def topk(self, k: int) -> Tensor:
+        """Ascending int64 positions of the (at most) k largest absolute entries that are not zero."""
+
+
 class Collector(Protocol):
-    """Who looks on when a backward pass brings a delta its gradient; called once per use of the layer."""
+    """Receives each gradient of a delta and may ask for gradients at more positions; once per use of the layer."""
 
     def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
         """Sorted positions ``[c]`` at which the weight gradient of this use is wanted as well, if any.

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .budget import allocate_deltas
-from .compose.combine import WeightedAdapters
-from .config import SpIELConfig
+from .compose.combine import add_combination
+from .compose.overlap import OverlapReport
+from .compose.rules import Combination
+from .config import SpIELConfig, names_module
 from .cycle.window import WindowCollector
 from .delta import AdapterRun
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .model_merging import ModelMerging
-from .saving import ModelFiles
+from .layers.merging import report_merge_loss
+from .saving import AdapterLoading, check_live_state_dict, saved_entries
 from .targets import (
     BareParameter,
     ModelStructure,
@@ -30,7 +32,6 @@ from .targets import (
     find_target_parameters,
     modules_of,
     name_listed_parameters,
-    names_module,
     part_of,
     shared_weights,
     warn_about_fused_experts,
@@ -53,7 +54,7 @@ class _Injection:
         self.shared: dict[str, tuple[str, ...]] = {}
 
 
-class SpIELModel(ModelMerging, ModelFiles, WeightedAdapters):
+class SpIELModel(BaseTuner):
     """A model with SpIEL layers in place of its targeted modules.
 
     Built by PEFT (`get_peft_model`, `inject_adapter_in_model`, ...), see `peft.tuners.tuners_utils.BaseTuner` for the
@@ -284,3 +285,125 @@ class SpIELModel(ModelMerging, ModelFiles, WeightedAdapters):
             if name in layer.spiel_delta:
                 return list(layer.spiel_delta[name].run.log)
         raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
+
+    # Merging: all layers, or none
+
+    def _spiel_layers(self) -> list[SpIELLayer]:
+        return [m for m in self.model.modules() if isinstance(m, SpIELLayer)]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base weights; all layers or, on an error, none.
+
+        Raises:
+            ValueError: an unknown adapter, or (with `safe_merge`) a result that is not finite.
+        """
+        self._check_before_merge(adapter_names, safe_merge)
+        before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer._restore_originals()
+                    if names:
+                        layer._write_merged(names)
+            raise
+        report_merge_loss(self._spiel_layers())
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_before_merge(adapter_names, safe_merge)
+        else:
+            for layer in self._spiel_layers():
+                layer.undo_interrupted()
+                if layer.merged:
+                    layer.unmerge()
+        layers = self._spiel_layers()
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        if merge:
+            report_merge_loss(layers)
+        return model
+
+    def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if isinstance(names, str):
+            return  # PEFT raises its own TypeError
+        unknown = sorted(set(names) - set(self.peft_config))
+        if unknown:
+            raise ValueError(f"Adapters {unknown} do not exist; there are {sorted(self.peft_config)}")
+        if not safe_merge:
+            return
+        for layer in self._spiel_layers():
+            if not layer.merged:
+                layer.check_finite(list(names))
+
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SpIELConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return saved_entries(model, config, adapter_name, state_dict, found)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SpIELConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        loading = AdapterLoading(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, loading.tensors)
+        return loading.named(remapped)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Runs before the same method of any layer.
+        check_live_state_dict(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # Combining
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        seed: int = 0,
+        drop_zeros: bool = False,
+    ) -> OverlapReport:
+        """Add an adapter whose deltas are a weighted combination of those of other adapters.
+
+        The new adapter is an ordinary SpIEL adapter: frozen and inactive until it is set, saved with the number of its
+        deltas per module. Active adapters and what is in training stay as they are. A module that one of the adapters
+        has saved in full, and its trained tokens, are taken over as they are, without a weight.
+
+        Args:
+            adapters: names of SpIEL adapters, distinct.
+            weights: one number each, negative ones too.
+            adapter_name: name of the new adapter.
+            combination_type, density, majority_sign_method, seed, drop_zeros: see `Combination`.
+
+        Returns:
+            What the adapters have in common.
+
+        Raises:
+            ValueError: adapters that do not exist or do not go together, a name that is taken, merged adapters, or a
+                result that is not finite or empty. Nothing has changed then.
+        """
+        how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
+        return add_combination(self, adapters, adapter_name, how)

@@ -1,4 +1,4 @@
-"""Checks a SpIEL adapter file as a whole before any tensor of a model changes."""
+"""What goes into an adapter's file, and the checks of a file as a whole before any tensor of a model changes."""
 
 from __future__ import annotations
 
@@ -177,43 +177,57 @@ def size_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix:
 _PEFT_PREFIX = "base_model.model."
 
 
-class ModelFiles:
-    """Saving and loading for a PEFT tuner whose layers are SpIEL layers; comes before the tuner's base class."""
+def saved_entries(
+    model: nn.Module,
+    config: SpIELConfig,
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by key.
 
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: SpIELConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        out = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
-        if not config.inference_mode:
-            out.update(cls._training_entries(model, adapter_name))
-        return own_names(model, out)
+    Args:
+        model: with the adapter; its names are those of `state_dict`.
+        config: of the adapter; one for inference is saved without training state.
+        adapter_name: the adapter.
+        state_dict: of the model, without other adapters.
+        found: what PEFT has picked out of it.
+    """
+    out = dict(found)
+    out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
+    if not config.inference_mode:
+        out.update(_training_entries(model, adapter_name))
+    return own_names(model, out)
 
-    @staticmethod
-    def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-        out = {}
-        # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
-        for name, layer in model.named_modules():
-            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
-                for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
-                    out[f"{name.replace(CHECKPOINTED, '')}{MARKER}{adapter_name}.{key}"] = tensor
-        return out
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: SpIELConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-    ) -> dict[str, Tensor]:
+def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    out = {}
+    # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
+    for name, layer in model.named_modules():
+        if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
+            for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
+                out[f"{name.replace(CHECKPOINTED, '')}{MARKER}{adapter_name}.{key}"] = tensor
+    return out
+
+
+class AdapterLoading:
+    """One adapter file on its way into a model: checked as a whole before the first tensor of the model changes.
+
+    Args:
+        model: with the adapter, still untrained.
+        config: of the adapter; with ``inference_mode`` training state in the file is left out.
+        adapter_name: the adapter.
+        state_dict: the file's tensors.
+
+    Raises:
+        ValueError: the file is damaged or of another run; the adapter is taken out of the model again.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: SpIELConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+    ) -> None:
         check_unmerged(model, adapter_name, "loaded")
+        self.model, self.adapter_name = model, adapter_name
         deltas = {
             name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[
                 adapter_name
@@ -221,23 +235,21 @@ class ModelFiles:
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
-        state_dict = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
+        tensors = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
         if config.inference_mode:
-            state_dict = {k: v for k, v in state_dict.items() if k.rpartition(".")[2] not in STATE_KEYS}
-        discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
+            tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in STATE_KEYS}
+        self.tensors = tensors
+        self._discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
-            check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in state_dict.items()}, deltas)
+            check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in tensors.items()}, deltas)
         except ValueError:
-            discard()
+            self._discard()
             raise
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        SizeCheck(model, discard)
-        return _name_training_state(model, adapter_name, remapped)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Runs before the same method of any layer.
-        check_live_state_dict(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def named(self, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What PEFT has made of `tensors` for this model, with training state; sizes are checked as it is loaded."""
+        SizeCheck(self.model, self._discard)
+        return _name_training_state(self.model, self.adapter_name, remapped)
 
 
 def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

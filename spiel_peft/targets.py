@@ -27,11 +27,6 @@ def bypassed_by(parent: nn.Module) -> bool:
     return isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
 
 
-def names_module(target: str, key: str) -> bool:
-    """Whether an entry of `target_modules` names the module `key`."""
-    return key == target or key.endswith("." + target)
-
-
 def modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, dict[str, int]]:
     """Module names in a state dict that adapters are injected from, and how many deltas each has there."""
     if state_dict is None:

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from spiel_kernels import apply_deltas
 
-from ..delta import SparseDelta
+from ..delta import SparseDelta, WeightGradient
 from ..weights.folding import Pairs, WeightSource
-from .operations import ConvOp, DenseGradient, EmbeddingGradient, LinearOp, WeightGradient
+from .operations import ConvOp, DenseGradient, EmbeddingGradient, LinearOp
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

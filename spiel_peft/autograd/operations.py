@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -99,16 +98,6 @@ class ConvOp:
 
 
 # The gradient of a weight in one backward pass, computed only where somebody asks.
-
-
-class WeightGradient(Protocol):
-    """The gradient of a weight in one backward pass, computed only where somebody asks."""
-
-    def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
-        """Gradient ``[k]`` at sorted flat positions ``[k]``, float32 or float64, for each set of them."""
-
-    def topk(self, k: int) -> Tensor:
-        """Ascending int64 positions of the (at most) k largest absolute entries that are not zero."""
 
 
 class OuterGradient:

@@ -172,58 +172,25 @@ def _joined(files: Mapping[str, AdapterFile]) -> dict[str, Tensor]:
 # `add_weighted_adapter`: a new adapter of a model, combined from others it has.
 
 
-class WeightedAdapters(BaseTuner):
-    """The part of `SpIELModel` that combines adapters."""
-
-    def add_weighted_adapter(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        *,
-        seed: int = 0,
-        drop_zeros: bool = False,
-    ) -> OverlapReport:
-        """Add an adapter whose deltas are a weighted combination of those of other adapters.
-
-        The new adapter is an ordinary SpIEL adapter: frozen and inactive until it is set, saved with the number of its
-        deltas per module. Active adapters and what is in training stay as they are. A module that one of the adapters
-        has saved in full, and its trained tokens, are taken over as they are, without a weight.
-
-        Args:
-            adapters: names of SpIEL adapters, distinct.
-            weights: one number each, negative ones too.
-            adapter_name: name of the new adapter.
-            combination_type, density, majority_sign_method, seed, drop_zeros: see `Combination`.
-
-        Returns:
-            What the adapters have in common.
-
-        Raises:
-            ValueError: adapters that do not exist or do not go together, a name that is taken, merged adapters, or a
-                result that is not finite or empty. Nothing has changed then.
-        """
-        how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
-        names = check_adapter_names(adapters)
-        check_weight_count(how.weights, names)
-        _check_name(self, adapter_name)
-        check_existing(self, names)
-        check_unmerged(self, adapter_name, "combined")
-        configs = {name: self.peft_config[name] for name in names}
-        check_combinable(configs)
-        donors = _donors(self, names)
-        deltas = combine_modules([_pairs(self, name) for name in names], how)
-        config = combined_config(configs, deltas)
-        report = overlap(self, names)
-        _inject(self, adapter_name, config)
-        with torch.no_grad():
-            _fill(deltas_by_module(self, adapter_name), deltas)
-            for wrapper, donor in donors:
-                _copy_extras(wrapper, donor, adapter_name)
-        return report
+def add_combination(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str, how: Combination) -> OverlapReport:
+    """See `SpIELModel.add_weighted_adapter`."""
+    names = check_adapter_names(adapters)
+    check_weight_count(how.weights, names)
+    _check_name(tuner, adapter_name)
+    check_existing(tuner, names)
+    check_unmerged(tuner, adapter_name, "combined")
+    configs = {name: tuner.peft_config[name] for name in names}
+    check_combinable(configs)
+    donors = _donors(tuner, names)
+    deltas = combine_modules([_pairs(tuner, name) for name in names], how)
+    config = combined_config(configs, deltas)
+    report = overlap(tuner, names)
+    _inject(tuner, adapter_name, config)
+    with torch.no_grad():
+        _fill(deltas_by_module(tuner, adapter_name), deltas)
+        for wrapper, donor in donors:
+            _copy_extras(wrapper, donor, adapter_name)
+    return report
 
 
 def _check_name(tuner: BaseTuner, name: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, StoredDelta
-from .base import BaseTensors
+from ..files.base_tensors import BaseTensors
 from .result import Progress, tracked
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
-from .base import Base, BaseTensors, open_base
+from ..files.base_tensors import Base, BaseTensors, open_base
 from .from_peft import PeftSource, need, read_peft_source
 from .in_full import TensorsInFull, dense_of
 from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
+from ..files.base_tensors import Base, BaseTensors, open_base
 from ..files.checkpoint import read_json
-from .base import Base, BaseTensors, open_base
 from .result import Conversion, Progress, finish, make_delta, tracked
 
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")

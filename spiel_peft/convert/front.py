@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .base import Base, BaseTensors
+from ..files.base_tensors import Base, BaseTensors
 from .from_composable_sft import FILE_NAME, convert_composable_sft, convert_sft_fork, is_composable_sft
 from .from_peft import convert_supertuning, read_peft_config
 from .result import Conversion, Progress

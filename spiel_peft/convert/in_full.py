@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
-from .base import BaseTensors
+from ..files.base_tensors import BaseTensors
 
 # What PEFT adds to modules_to_save by itself.
 _HEADS = {

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
+from ..files.base_tensors import Base, BaseTensors, open_base
 from ..files.folder import whole_folder
 from ..weights.base_weight import LINEAR
-from .base import Base, BaseTensors, open_base
 from .from_peft import PeftSource, need, read_peft_source
 from .result import Conversion, Progress, finish, tracked
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, read_adapter
+from ..files.base_tensors import Base, BaseTensors, open_base
 from ..files.folder import whole_folder
-from .base import Base, BaseTensors, open_base
 from .changes import Change, changes
 from .result import Conversion, Progress
 

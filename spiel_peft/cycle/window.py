@@ -17,8 +17,7 @@ from torch import Tensor
 from spiel_kernels import sorted_order
 from spiel_kernels.fold import accumulation_dtype
 
-from ..autograd.operations import WeightGradient
-from ..delta import AdapterRun, SparseDelta
+from ..delta import AdapterRun, SparseDelta, WeightGradient
 from ..growth import get_growth_criterion
 from ..state import CandidateWindow, StepGradient
 from .close import in_window, is_skipped, next_close, regrow_rate

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..targets import names_module
+from ..config import names_module
 from ..weights.base_weight import LINEAR, BaseInfo, inspect_base
 from .checkpoint import Checkpoint, same_contents
 from .tensors import PIECE_BYTES, StoredTensor

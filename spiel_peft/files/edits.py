@@ -16,8 +16,7 @@ from spiel_kernels import adapted_entries
 
 from ..adapter_format import MARKER
 from ..card import facts_of_counts, update_card
-from ..config import SpIELConfig
-from ..targets import names_module
+from ..config import SpIELConfig, names_module
 from .adapter_file import PREFIX, AdapterFile, StoredDelta
 from .checkpoint import Checkpoint
 from .tensors import PIECE_BYTES, SafetensorsWriter, StoredTensor, TensorSpec

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..adapter_format import split_file_key
 from ..config import SpIELConfig
-from ..convert.base import Base, BaseTensors, open_base
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_adapter
+from ..files.base_tensors import Base, BaseTensors, open_base
 from ..state import PROGRESS, SETTINGS, STATE_KEYS
 
 # What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.

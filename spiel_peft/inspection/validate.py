@@ -19,11 +19,10 @@ from spiel_kernels import index_dtype
 
 from ..adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
 from ..budget import allocate_deltas
-from ..config import SpIELConfig
-from ..convert.base import Base, BaseTensors, open_base
+from ..config import SpIELConfig, names_module
 from ..files.adapter_file import PREFIX, read_config, read_tensors
+from ..files.base_tensors import Base, BaseTensors, open_base
 from ..state import STATE_KEYS, RunSettings
-from ..targets import names_module
 from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
 

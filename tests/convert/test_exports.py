@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from spiel_peft.convert import export_dense_diff, export_shira, export_sparse_patch, read_sparse_patches, sparse_patches
-from spiel_peft.convert.base import BaseTensors
 from spiel_peft.convert.shira import pad_with_zeros
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter
+from spiel_peft.files.base_tensors import BaseTensors
 from spiel_peft.files.checkpoint import Checkpoint
 from spiel_peft.files.tensors import StoredTensor
 

@@ -12,8 +12,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from ..files.checkpoint import Checkpoint, ModelNames, names_of_folder, open_checkpoint
 from ..weights.base_weight import BaseInfo, inspect_base
+from .checkpoint import Checkpoint, ModelNames, names_of_folder, open_checkpoint
 
 Base = str | os.PathLike[str] | nn.Module | PretrainedConfig | Mapping[str, Sequence[int]]
 
