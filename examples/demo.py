@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """The demo: fine-tune SmolLM2-135M-Instruct on question-answer pairs, with two commands that you can give yourself.
 
-It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them, which takes less than five
-minutes on two CPU cores. The pairs teach how to answer, in a few words instead of an essay; new facts are not in reach of
-50 steps. Further options go to the first command:
+It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them: less than five minutes on
+two CPU cores. The pairs teach how to answer, in a few words instead of an essay; 50 steps teach no new facts.
+Further options go to the first command:
 
     python examples/demo.py --growth momentum --max-steps 100
 """
