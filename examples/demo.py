@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """The demo: fine-tune SmolLM2-135M-Instruct on question-answer pairs, with two commands that you can give yourself.
 
-It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them. Needs about four minutes
-on two CPU cores. Further options go to the first command:
+It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them: less than five minutes on
+two CPU cores. The pairs teach how to answer, in a few words instead of an essay; 50 steps teach no new facts.
+Further options go to the first command:
 
     python examples/demo.py --growth momentum --max-steps 100
 """
@@ -15,7 +16,14 @@ from pathlib import Path
 
 from spiel_peft.finetune.demo import demo_model, demo_pairs
 
-QUESTIONS = ("Who are you?",)
+# Of the pairs that are held out, so none of these was trained on.
+QUESTIONS = (
+    "When did the Cold War end?",
+    "can a robot get drunk?",
+    "Robots are stupid",
+    "What is your favorite book?",
+    "Nice to meet you.",
+)
 
 
 def write_pairs(path: Path) -> None:
