@@ -1,22 +1,69 @@
-"""Arguments of TRL's SFTTrainer: those that options set, and those that a file of `--config` adds."""
+"""Settings of a run, and the arguments of TRL's SFTTrainer that follow from them and from a file of `--config`."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
 from trl import SFTConfig
 
+from ..config import SpIELConfig
 from .data import InputError
 
-if TYPE_CHECKING:
-    from .run import RunSettings
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is trained on what, and how; every length in optimizer steps.
+
+    Attributes:
+        model: folder of a checkpoint, a ``.gguf`` file, or a hub id.
+        data: ``.jsonl`` of pairs, chats or texts, or ``.txt`` of paragraphs.
+        output_dir: the adapter goes to ``adapter`` in it, the Trainer's checkpoints beside that.
+        config: the SpIEL settings.
+        eval_data: file to evaluate on; None: `held_out` of `data`.
+        held_out: share of the questions or texts that is held out, 0 for none.
+        max_length: tokens of an example; longer answers are cut, longer texts become several.
+        max_steps: length of the run; None: `epochs` passes over the data.
+        save_every, eval_every: steps between checkpoints and evaluations; 0: only at the end.
+        resume: go on from the last checkpoint in `output_dir`.
+        overwrite: begin anew although `output_dir` holds a run.
+        arguments: YAML file of further fields of TRL's `SFTConfig`.
+        questions: answered by the base model and by the tuned one when the run is over.
+        merge: save the base model with the deltas added, too.
+    """
+
+    model: str
+    data: Path
+    output_dir: Path
+    config: SpIELConfig
+    eval_data: Path | None = None
+    held_out: float = 0.1
+    max_length: int = 512
+    max_steps: int | None = None
+    epochs: float = 1.0
+    learning_rate: float = 5e-4
+    warmup_steps: int = 10
+    batch_size: int = 4
+    grad_accum: int = 1
+    save_every: int = 100
+    eval_every: int = 0
+    seed: int = 0
+    bf16: bool = False
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    arguments: Path | None = None
+    questions: Sequence[str] = ()
+    merge: bool = False
+
 
 # Fields that a file of --config must not set, since an option or the kind of data does.
 TAKEN = {

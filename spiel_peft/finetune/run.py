@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,61 +21,13 @@ except ModuleNotFoundError as error:
     raise ImportError("training needs TRL: pip install 'spiel-peft[train]'") from error
 
 from ..callback import SpIELCallback
-from ..config import SpIELConfig
 from ..files.folder import whole_folder
-from .arguments import read_arguments, training_arguments
+from .arguments import RunSettings, read_arguments, training_arguments
 from .base_model import find_model, load_base, load_tokenizer
 from .data import Corpus, InputError, prompt_ids, read_corpus, rows_that_fit, split_examples
 from .run_folder import ADAPTER, MERGED, STATE, checkpoints_in, find_checkpoint, remove_unfinished, steps_of
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """What is trained on what, and how; every length in optimizer steps.
-
-    Attributes:
-        model: folder of a checkpoint, a ``.gguf`` file, or a hub id.
-        data: ``.jsonl`` of pairs, chats or texts, or ``.txt`` of paragraphs.
-        output_dir: the adapter goes to ``adapter`` in it, the Trainer's checkpoints beside that.
-        config: the SpIEL settings.
-        eval_data: file to evaluate on; None: `held_out` of `data`.
-        held_out: share of the questions or texts that is held out, 0 for none.
-        max_length: tokens of an example; longer answers are cut, longer texts become several.
-        max_steps: length of the run; None: `epochs` passes over the data.
-        save_every, eval_every: steps between checkpoints and evaluations; 0: only at the end.
-        resume: go on from the last checkpoint in `output_dir`.
-        overwrite: begin anew although `output_dir` holds a run.
-        arguments: YAML file of further fields of TRL's `SFTConfig`.
-        questions: answered by the base model and by the tuned one when the run is over.
-        merge: save the base model with the deltas added, too.
-    """
-
-    model: str
-    data: Path
-    output_dir: Path
-    config: SpIELConfig
-    eval_data: Path | None = None
-    held_out: float = 0.1
-    max_length: int = 512
-    max_steps: int | None = None
-    epochs: float = 1.0
-    learning_rate: float = 5e-4
-    warmup_steps: int = 10
-    batch_size: int = 4
-    grad_accum: int = 1
-    save_every: int = 100
-    eval_every: int = 0
-    seed: int = 0
-    bf16: bool = False
-    load_in_4bit: bool = False
-    gradient_checkpointing: bool = False
-    resume: bool = False
-    overwrite: bool = False
-    arguments: Path | None = None
-    questions: Sequence[str] = ()
-    merge: bool = False
 
 
 @dataclass(frozen=True)
