@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "spiel_kernels"
 PLUGIN = ROOT / "spiel_peft"
 COMMAND = ROOT / "spiel_peft_cli"

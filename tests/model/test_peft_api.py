@@ -29,7 +29,6 @@ from adapters.helpers import (
 from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from spiel_kernels import index_set
 from spiel_peft import SpIELConfig
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -265,10 +264,10 @@ def test_positions_are_the_same_in_every_process() -> None:
     assert deltas_of(adapted(r=1))[Q0].indices.tolist() == POSITIONS
     # Without the packages that take long to import.
     code = f"""
-        import runpy, sys
+        import sys
         sys.path[:] = {sys.path!r}
         from spiel_kernels import sample_positions
-        seeded_generator = runpy.run_path({index_set.__file__!r})["seeded_generator"]
+        from spiel_kernels.index_set import seeded_generator
         print(sample_positions(256, 32, seeded_generator(0, {Q0!r}, 0)).tolist())
     """
     out = subprocess.run(

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from helpers import assert_same_bits
 
@@ -178,7 +178,7 @@ def test_tables_that_cannot_be_adapted_are_refused(kind: str) -> None:
 
 
 def test_code_of_the_page_runs() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "any-model.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "any-model.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     experts, beside = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(experts, names)

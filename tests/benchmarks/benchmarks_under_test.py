@@ -14,7 +14,7 @@ import peft  # noqa: F401
 
 import spiel_peft  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 sys.path.insert(0, str(ROOT))
 try:

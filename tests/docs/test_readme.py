@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import spiel_peft
 from spiel_peft import SpIELConfig
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
