@@ -206,7 +206,7 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path: Path) -> None:
     """Killed twice in the middle of a cell, it loses that cell only; another queue is kept out meanwhile."""
     described = copy.deepcopy(TOY)
     described["studies"] = described["studies"][:1] + [
-        described["studies"][1] | {"rates": {"lora": [1e-3, 4e-3]}, "seeds": [0]}
+        described["studies"][1] | {"rates": {"lora": [0.016, 0.064, 0.256]}, "seeds": [0]}
     ]
     del described["studies"][1]["refine"]
     path, folder = tmp_path / "plan.json", tmp_path / "killed"
