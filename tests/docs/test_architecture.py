@@ -1,0 +1,34 @@
+"""docs/architecture.md says what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from test_import_direction import FLOORS
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def test_every_file_it_names_exists() -> None:
+    named = set(re.findall(r"`((?:spiel_peft|spiel_peft_cli|kernels|benchmarks|tests)/[\w/]+\.py)`", PAGE))
+    assert len(named) > 30
+    assert not [name for name in sorted(named) if not (ROOT / name).is_file()]
+    for link in re.findall(r"\]\(\.\./([^)]+)\)", PAGE):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_module_of_the_root_and_every_package_is_on_the_map() -> None:
+    parts = {path.stem for path in (ROOT / "spiel_peft").glob("*.py")} | {
+        path.parent.name for path in (ROOT / "spiel_peft").glob("*/__init__.py")
+    }
+    assert not [part for part in sorted(parts - {"__init__"}) if not re.search(rf"\b{part}\b", PAGE)]
+
+
+def test_the_direction_is_the_one_that_is_tested() -> None:
+    block = re.search(r"```\n(spiel_kernels\n.*?)```", PAGE, flags=re.DOTALL)
+    assert block is not None
+    lines = [set(re.findall(r"\w+", line)) for line in block[1].splitlines()]
+    floors = [set(floor.split()) - {"__init__", "autoload"} for floor in FLOORS]
+    assert lines[1:-1] == [floor for floor in floors if floor]
