@@ -90,7 +90,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
     for number in range(repetitions):
-        # Whoever comes next finds the caches as its predecessor left them: not always the same one.
+        # An action finds the caches as the one before it left them, so the order changes from round to round.
         shift = number % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             seconds[name].append(measure(actions[name]))

@@ -1,4 +1,4 @@
-"""What the tensors of one sparse delta must look like before anything is loaded from them."""
+"""The format of adapter files: the keys of a delta's tensors, and what each tensor must look like."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int
     if total < len(sizes) or (total and not sizes):
         what = f"{len(sizes)} modules share {total} of it and need at least one each"
         if not sizes:
-            what = f"rank_pattern and density_pattern, which match every module, leave {total} of it to nobody"
+            what = f"rank_pattern and density_pattern, which match every module, leave {total} of it over"
         raise ValueError(f"num_deltas={given} does not fit: {what}; change it, the patterns or the targets")
     counts: dict[str, int] = {}
     rest = dict(sizes)

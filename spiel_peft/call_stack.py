@@ -1,4 +1,4 @@
-"""Whether somebody else's function is running: for what other libraries do without telling."""
+"""Looks at the call stack, for what other libraries do without a hook: all that does so is in this file."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class AdapterRun:
     Attributes:
         config: the adapter's config.
         adapter_name: its name.
-        total_steps: length of the run in optimizer steps, once somebody knows it.
+        total_steps: length of the run in optimizer steps, None while it is not known.
         log: one entry per close, see `spiel_peft.cycle.close.CycleReport`.
         refused: what was wrong with the file that the adapter was half loaded from; it cannot be used then.
     """
@@ -151,7 +151,7 @@ class SparseDelta(nn.Module):
     def restore_dtype(self) -> None:
         """Undo a trainer's cast of the values, in place so that optimizers keep their reference.
 
-        Without loss if the values from before the cast are known and nobody has changed the cast ones since.
+        Without loss if the values from before the cast are known and the cast ones have not changed since.
         """
         if self._parameters["values"].dtype != self.keep_dtype:
             self.values.data = undo_cast(self.values.data, self.keep_dtype, self._values_before_cast())
@@ -181,7 +181,7 @@ class SparseDelta(nn.Module):
         if device.type != "meta":
             self.state.move(lambda tensor: tensor.to(device))
         if self.values.dtype == before.dtype:
-            # A move, not a cast somebody asked for: the moment to undo an earlier cast that nobody asked for.
+            # A move and no cast that was asked for: the moment to undo an earlier cast that was not asked for.
             self.restore_dtype()
         elif before.dtype == self.keep_dtype:
             self._uncast = before

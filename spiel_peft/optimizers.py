@@ -1,4 +1,4 @@
-"""`SpIELOptimizer`: any optimizer, tied to a model's SpIEL adapter."""
+"""`SpIELOptimizer`, which ties any optimizer to a model's SpIEL adapter, and `SM3`."""
 
 from __future__ import annotations
 

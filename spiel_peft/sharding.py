@@ -3,7 +3,7 @@
 Base weights are sharded as in any model: they are whole between the hooks that gather and free them, which is where the
 layers read them. Deltas stay whole on every rank, as they do under `DistributedDataParallel`: pruning and regrowth look
 at all entries of a matrix, and 8-bit optimizers know no sharded tensors. FSDP2 leaves modules alone that declare to be
-replicated already; whoever replicates has to average gradients too, see `spiel_peft.cycle.parallel`.
+replicated already; their gradients then have to be averaged, which `spiel_peft.cycle.parallel` does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def declare_replicated(module_class: type[nn.Module]) -> None:
     """Have FSDP2 leave the parameters and buffers of all modules of a class as they are."""
     try:
         from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
-    except ImportError:  # no such thing in this PyTorch: whoever shards deltas is told in the first backward pass
+    except ImportError:  # not in this PyTorch: a model with sharded deltas raises an error in its first backward pass
         return
     # On the class, so that no instance has to be marked, copied or pickled with it.
     setattr(module_class, REGISTRY_KEY, {_REPLICATED: RegistryItem()})

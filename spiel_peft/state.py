@@ -1,4 +1,4 @@
-"""What one sparse delta remembers of its training run, and how that travels in a state dict."""
+"""Training state of one delta (step count, open window, SM3 accumulators) and the settings that it depends on."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class TrainingState:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its end: whoever steps the delta again begins a new one."""
+        """Whether the run has reached its end; another step of the delta begins a new one."""
         return 0 < self.total_steps <= self.step
 
     def tensors(self) -> dict[str, Tensor]:

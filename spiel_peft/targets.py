@@ -1,4 +1,4 @@
-"""What can be read off a model about the modules that an adapter targets."""
+"""The targets of an adapter in a model: modules, bare parameters, and putting a model back after a failed injection."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class StreamingTopK:
 
     def __init__(self, k: int, floor: float = 0.0) -> None:
         self.k = k
-        # A score must be above this: the floor, and later what k of the scores held reach. Whoever is equal to it
-        # loses, as those have lower positions.
+        # A score must be above this: the floor, and later what k of the scores held reach. A score equal to it
+        # loses, as those held have lower positions.
         self._bound = floor
         self._bounded = False
         self._scores: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Which layer an operator is about, and how operators are registered."""
+"""Adapted layers as operators that torch.compile keeps whole: what they do inside is decided when they run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from ..delta import SparseDelta
 from ..weights.folding import Pairs, WeightSource
 from .functions import gather_delta_gradients, look_up, no_autocast
 from .operations import ConvOp, EmbeddingGradient, LinearOp
+
+# Which layer an operator is about, and how operators are registered.
+
 
 NAMESPACE = "spiel_peft"
 

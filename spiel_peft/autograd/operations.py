@@ -1,4 +1,4 @@
-"""What layers do with their weight: forward, input gradient, weight gradient."""
+"""What layers do with their weight: forward pass, input gradient, and the weight gradient at selected positions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LinearOp:
         """What `gradient` shall be given of an input for k entries: itself, or its columns in the order of reading."""
         if x.device.type != "cpu" or runs_triton(x) or not sampled_pays(*weight_shape, k):
             return x
-        # The memory of a view is another tensor's, which somebody else may keep anyway, as attention keeps its output.
+        # The memory of a view is another tensor's, which may be kept anyway, as attention keeps its output.
         return x if x._is_view() else turned(x)
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
@@ -97,7 +97,7 @@ class ConvOp:
         return grad_out.transpose(0, 1).flatten(1).sum(1)
 
 
-# The gradient of a weight in one backward pass, computed only where somebody asks.
+# The gradient of a weight in one backward pass, computed only where it is asked for.
 
 
 class OuterGradient:

@@ -1,4 +1,4 @@
-"""Adapters combined as a whole: all their modules, and the config of the result."""
+"""Adapters combined into one: of files on disk, and in a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from ..targets import check_unmerged
 from .active import adapters_in, check_existing, containers, deltas_by_module, modules_of_type
 from .overlap import OverlapReport, overlap
 from .rules import Combination, Pair, check_adapter_names, check_weight_count, combine_deltas
+
+# Adapters combined as a whole: all their modules, and the config of the result.
+
 
 # Called with what is done, the total, and what it is about.
 Progress = Callable[[int, int, str], None]

@@ -226,7 +226,7 @@ class _Guard:
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:
-            # Somebody may evaluate with another language before the backward pass.
+            # An evaluation with another language may come before the backward pass.
             self.seen = self.active if layer.training else self.seen
         elif self.seen != self.active:
             raise RuntimeError(

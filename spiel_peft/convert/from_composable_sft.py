@@ -1,10 +1,4 @@
-"""From `pytorch_diff.bin`, the format of composable-sft (Ansell et al., 2022), into a SpIEL adapter.
-
-The file is a pickled dict of tables. ``diffs`` holds sparse differences by parameter name, ``abs`` the full values of
-parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values`` ``[k]`` and
-``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first* dimension runs
-fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch sparse tensors.
-"""
+"""Adapters of composable-sft (Ansell et al., 2022) and of the published SpIEL code into SpIEL adapters."""
 
 from __future__ import annotations
 
@@ -24,6 +18,15 @@ from ..files.base_tensors import Base, BaseTensors, open_base
 from .from_peft import PeftSource, need, read_peft_source
 from .in_full import TensorsInFull, dense_of
 from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
+
+# From `pytorch_diff.bin`, the format of composable-sft (Ansell et al., 2022), into a SpIEL adapter.
+#
+# The file is a pickled dict of tables. ``diffs`` holds sparse differences by parameter name, ``abs`` the full values of
+# parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values`` ``[k]`` and
+# ``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first* dimension
+# runs fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch sparse
+# tensors.
+
 
 FILE_NAME = "pytorch_diff.bin"
 # Entries of a tensor trained in full: no head or embedding has more, and a file could claim any number.

@@ -1,4 +1,4 @@
-"""Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run."""
+"""Adapters of other PEFT methods into SpIEL adapters, read as plain tensors; none of their code is needed or run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
 from ..files.base_tensors import Base, BaseTensors, open_base
 from ..files.checkpoint import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
+
+# Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run.
+
 
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 # PEFT saves these along when an adapter targets one of them.

@@ -1,8 +1,4 @@
-"""A SpIEL adapter as a sparse checkpoint patch, in the form in which vLLM's sparse weight transfer takes updates.
-
-A patch of one tensor is its name and full shape in the checkpoint, flat int32 positions, and the *absolute* values for
-them, in the checkpoint's dtype. Both tensors are contiguous: senders hand their memory on as it lies.
-"""
+"""A SpIEL adapter as a sparse checkpoint patch for vLLM, and as full tensors of differences."""
 
 from __future__ import annotations
 
@@ -22,6 +18,12 @@ from ..files.base_tensors import Base, BaseTensors, open_base
 from ..files.folder import whole_folder
 from .changes import Change, changes
 from .result import Conversion, Progress
+
+# A SpIEL adapter as a sparse checkpoint patch, in the form in which vLLM's sparse weight transfer takes updates.
+#
+# A patch of one tensor is its name and full shape in the checkpoint, flat int32 positions, and the *absolute* values
+# for them, in the checkpoint's dtype. Both tensors are contiguous: senders hand their memory on as it lies.
+
 
 SPARSE_PATCH = "sparse-patch"
 FILE_NAME = "sparse_patch.safetensors"

@@ -1,4 +1,4 @@
-"""Checksums of tensors, to compare across processes without sending the tensors."""
+"""Agreement of the ranks that train a delta together: what they compare at every step and at every close."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from ..growth import GrowthCriterion
 from ..state import TrainingState
 from .close import Exchange, decide_exchange, propose, prune_scores
 from .ranks import Ranks
+
+# Checksums of tensors, to compare across processes without sending the tensors.
+
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd 64-bit multipliers with well mixed bits; their products wrap around.
@@ -42,8 +45,8 @@ def checksum(tensor: Tensor) -> Tensor:
 
 # What the ranks that train together must agree on, and what happens if they do not.
 #
-# Ranks exchange a few numbers at every step and checksums at every close. Whoever compares them sees the same table, so
-# that all ranks go on or all raise; none is left waiting.
+# Ranks exchange a few numbers at every step and checksums at every close. Every rank compares the same table, so that
+# all ranks go on or all raise; none is left waiting.
 
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,4 @@
-"""When a cycle closes and what share of the deltas it replaces. Pure functions of step counts.
-
-Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the closes are
-at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, counted in optimizer steps instead of micro-batches).
-"""
+"""A close: when it is due, what share of the deltas it replaces, which are pruned and which grown, and its report."""
 
 from __future__ import annotations
 
@@ -18,6 +14,11 @@ from spiel_kernels.index_set import seeded_generator
 
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion, GrowthRequest, PruneRequest
+
+# When a cycle closes and what share of the deltas it replaces. Pure functions of step counts.
+#
+# Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the closes are
+# at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, counted in optimizer steps instead of micro-batches).
 
 
 def closes_at(step: int, regrow_every: int, accumulation_steps: int) -> bool:
@@ -59,7 +60,7 @@ def regrow_rate(schedule: str, initial: float, step: int, total_steps: int) -> f
 
 
 def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
-    """The rate when nobody knows the length of the run: it falls as the learning rate does."""
+    """The rate when the length of the run is not known: it falls as the learning rate does."""
     return initial * lr / max_lr if max_lr > 0 else initial
 
 

@@ -213,7 +213,7 @@ def _rule_by_name(optimizer: torch.optim.Optimizer, group: dict[str, Any], name:
 
 
 def _general_rule(row: Tensor) -> Rule:
-    """For a buffer that nobody knows.
+    """The rule for a buffer of an unknown optimizer.
 
     What is never negative (a sum of squares, a step size) divides or scales, and must not be zero; anything else adds
     up.

@@ -1,8 +1,4 @@
-"""How optimizers store what they keep per entry of a parameter: plainly, in rows, or quantized in blocks.
-
-A buffer is read as rows ``[rows, k]`` and written back as such. State that fits none of the layouts cannot follow a
-change of indices; it is refused by name.
-"""
+"""What optimizers keep per delta: how it is found, refused where it cannot follow the indices, and moved with them."""
 
 from __future__ import annotations
 
@@ -19,6 +15,12 @@ from ..delta import SparseDelta
 from ..growth import get_growth_criterion
 from .grown_seeds import GrownSeeds, Past, rules_of, seeds_for
 from .steps import inner_optimizers
+
+# How optimizers store what they keep per entry of a parameter: plainly, in rows, or quantized in blocks.
+#
+# A buffer is read as rows ``[rows, k]`` and written back as such. State that fits none of the layouts cannot follow a
+# change of indices; it is refused by name.
+
 
 _PLAIN_DTYPES = (
     torch.float64,

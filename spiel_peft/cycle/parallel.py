@@ -1,10 +1,4 @@
-"""Which ranks train a delta together: those whose DistributedDataParallel wrapper its gradients went through.
-
-A process group alone says nothing: every rank may train a model of its own, or one of them alone. So wrappers are
-noticed as they are built, by PyTorch's public hook on the registration of submodules, and their forward passes are
-counted: a step without one, as after unwrapping the model, is nobody else's business. A model whose weights FSDP2 has
-spread over ranks cannot be run by one of them alone.
-"""
+"""Training on several ranks: which ranks train a delta together, whose gradients are averaged here, what is refused."""
 
 from __future__ import annotations
 
@@ -25,6 +19,14 @@ from ..delta import AdapterRun, SparseDelta
 from ..sharding import is_plain, refuse_fsdp1, sharding_group
 from .agreement import check_same
 from .ranks import Ranks
+
+# Which ranks train a delta together: those whose DistributedDataParallel wrapper its gradients went through.
+#
+# A process group alone says nothing: every rank may train a model of its own, or one of them alone. So wrappers are
+# noticed as they are built, by PyTorch's public hook on the registration of submodules, and their forward passes are
+# counted: a step without one, as after unwrapping the model, concerns this process alone. A model whose weights FSDP2
+# has spread over ranks cannot be run by one of them alone.
+
 
 _handles: list[Any] = []
 
@@ -72,7 +74,7 @@ def ranks_of(delta: SparseDelta) -> Ranks | None:
 
 
 def averages_itself(delta: SparseDelta) -> bool:
-    """Whether this package has to average the delta's gradients, as nobody else does."""
+    """Whether this package has to average the delta's gradients, because no wrapper does."""
     return sharding_group(delta) is not None and not is_chosen(delta)
 
 
@@ -179,7 +181,7 @@ _COMPARED: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 def queue_average(delta: SparseDelta) -> None:
     """Called in a backward pass that reaches the delta: have the gradients of its run averaged when the pass is over.
 
-    Does nothing unless FSDP2 shards the base weight, and nobody has said that gradients are averaged otherwise.
+    Does nothing unless FSDP2 shards the base weight and `set_data_parallel_group` has not been called.
     """
     if not averages_itself(delta):
         return
@@ -232,7 +234,7 @@ def average_gradients(deltas: list[SparseDelta], ranks: Ranks) -> None:
     grads = [torch.zeros_like(d.values) if d.values.grad is None else d.values.grad.contiguous() for d in deltas]
     ranks.add_up([*grads, reached])
     torch._foreach_div_(grads, ranks.size)
-    # Whoever has a gradient of its own need not wait for the device to know that there is one.
+    # A rank with a gradient of its own need not wait for the device to know that there is one.
     anywhere = reached.tolist() if any(d.values.grad is None for d in deltas) else None
     for place, (delta, grad) in enumerate(zip(deltas, grads, strict=True)):
         if delta.values.grad is not None or (anywhere is not None and anywhere[place]):

@@ -97,7 +97,7 @@ def seek(delta: SparseDelta) -> None:
     loaded = _loaded_optimizers(values)
     if _contested(loaded, values):
         loaded.clear()
-        gc.collect()  # some of them may be held by nobody any more
+        gc.collect()  # optimizers that are out of use may still wait for the collector
         loaded = _loaded_optimizers(values)
     contested = _contested(loaded, values)
     for optimizer in loaded:

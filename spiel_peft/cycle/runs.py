@@ -15,8 +15,8 @@ from ..state import StepGradient, TrainingState
 from .close import in_window
 from .resume import carry, take_up
 
-# Which optimizer steps a delta. Keyed by its state: one that was just loaded belongs to nobody, so that whoever steps
-# it first continues it instead of beginning anew.
+# Which optimizer steps a delta, by the delta's training state. A state that was just loaded has no owner, so that the
+# optimizer that steps it first continues the run instead of beginning a new one.
 _OWNERS: weakref.WeakKeyDictionary[TrainingState, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
 # Optimizers that have stepped deltas: what they keep for them is of the indices of that time.
 _STEPPED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -95,7 +95,7 @@ def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: 
     """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
     trainer_starts = trainer is not None and trainer.global_step == 0
     if delta.state not in _OWNERS:
-        # Loaded with its training state: to be resumed. Unless that run was over, and nobody says it goes on.
+        # Loaded with its training state: to be resumed. Unless that run was over and no greater length was set.
         return trainer_starts or (delta.state.finished and trainer is None and not delta.state.with_optimizer)
     return owned_by_another(delta, optimizer) or (trainer_starts and (restarted or delta.state.finished))
 
@@ -186,6 +186,6 @@ def check_total_steps(total_steps: int | None) -> None:
 
 
 def set_total_steps(run: AdapterRun, total_steps: int | None) -> None:
-    """Somebody says how long the run is; None: nobody knows yet."""
+    """Set the length of a run in optimizer steps; None: not known yet."""
     run.total_steps = total_steps
     _ASKED.discard(run)

@@ -1,8 +1,4 @@
-"""Optimizers that step other optimizers: one training step, however many of them take part in it.
-
-Sharpness-aware minimization, Lookahead and PyTorch's ZeroRedundancyOptimizer are optimizers around an optimizer, both
-with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
-"""
+"""Optimizer steps: several optimizers that take part in one step, and what can be read off a step's gradients."""
 
 from __future__ import annotations
 
@@ -24,6 +20,12 @@ from spiel_kernels import sm3_accumulate_
 from ..delta import SparseDelta
 from ..growth import get_growth_criterion
 from .close import accumulators
+
+# Optimizers that step other optimizers: one training step, however many of them take part in it.
+#
+# Sharpness-aware minimization, Lookahead and PyTorch's ZeroRedundancyOptimizer are optimizers around an optimizer, both
+# with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
+
 
 _Reference = weakref.ref[torch.optim.Optimizer]
 # What runs the hooks around every step.
@@ -105,7 +107,7 @@ def _steps_on_the_call_stack() -> Counter[int]:
 
 
 def _around_without_hooks(took_part: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """Optimizers with state of their own in whose steps this one is, and that nobody hears of.
+    """Optimizers with state of their own whose `step` has called this one and which have no step hooks.
 
     Hooks come with `torch.optim.Optimizer.__init__`, which some optimizers around others do not call.
     """

@@ -1,7 +1,4 @@
-"""Candidates that several ranks choose together. Pure functions of tensors.
-
-Every rank proposes the positions of its own largest gradients; a position's score is the sum of what ranks said of it.
-"""
+"""Windows: candidates are chosen, alone or by several ranks together, and their gradients summed until the close."""
 
 from __future__ import annotations
 
@@ -25,6 +22,12 @@ from .parallel import is_chosen, queue_average, ranks_of, refuse_deepspeed
 from .ranks import Ranks, in_buckets
 from .resume import seek
 from .steps import gradient_at_probes
+
+# Candidates that several ranks choose together. Pure functions of tensors.
+#
+# Every rank proposes the positions of its own largest gradients; a position's score is the sum of what ranks said of
+# it.
+
 
 NO_POSITION = -1
 # Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
@@ -241,7 +244,7 @@ def _open_window(delta: SparseDelta, union: Tensor, sums: Tensor) -> None:
 
 _PROBES = 16
 _COMMON_PROBES = 256
-# Runs whose user has been told that nobody steps their deltas.
+# Runs whose user has been warned that no optimizer steps their deltas.
 _WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 

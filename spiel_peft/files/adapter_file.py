@@ -191,7 +191,7 @@ def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrit
         adapter.config.save_pretrained(str(work))
         save_file(_apart(tensors), work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (Path(folder) / CARD).is_file():
-            shutil.copyfile(Path(folder) / CARD, work / CARD)  # what somebody wrote in it is kept
+            shutil.copyfile(Path(folder) / CARD, work / CARD)  # what a user wrote in it is kept
         counts = {module: delta.k for module, delta in adapter.deltas.items()}
         update_card(work, [facts_of_counts(adapter.config, counts)])
 

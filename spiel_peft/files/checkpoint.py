@@ -1,4 +1,4 @@
-"""What the tensors of a checkpoint are called in the model that it is loaded into, and which of them are tied."""
+"""Checkpoints on disk: their tensors, the names of these in the model, and which of them are tied."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .tensors import MemoryTensor, StoredTensor, read_pickled, read_safetensors
+
+# What the tensors of a checkpoint are called in the model that it is loaded into, and which of them are tied.
+
 
 _HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

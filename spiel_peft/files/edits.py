@@ -1,4 +1,4 @@
-"""What adapters do to the parameters of a checkpoint."""
+"""Edits of a checkpoint's parameters: what adapters do to them, fused experts included, and how edits are spooled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection)."""
+"""The sparse adapter that lies between two checkpoints: the largest changes, and small tensors that go in full."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from .differences import Difference, Targets, adaptable_modules, compare, find_t
 from .edits import DiskSpool, MemorySpool
 from .folder import Cut, find_cut, refuse_existing, whole_folder
 from .tensors import StoredTensor
+
+# The sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection).
+
 
 Progress = Callable[[int, int, str], None]
 

@@ -1,4 +1,4 @@
-"""The files of a model's folder besides its weights."""
+"""Model folders: the files besides weights, writing a folder as a whole, and the positions of the largest entries."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import read_json
+
+# The files of a model's folder besides its weights.
+
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"),

@@ -1,4 +1,4 @@
-"""Adapters merged into a checkpoint on disk, tensor by tensor."""
+"""Adapters merged into a checkpoint on disk, tensor by tensor; into the weights that a quantized run saw, if asked."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, names_with_head,
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
 from .folder import copy_other_files, edit_config, refuse_existing, whole_folder
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
+
+# Adapters merged into a checkpoint on disk, tensor by tensor.
+
 
 Path_ = str | os.PathLike[str]
 Progress = Callable[[int, int, str], None]

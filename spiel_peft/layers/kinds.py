@@ -1,4 +1,4 @@
-"""Sparse deltas on linear layers: nn.Linear, transformers' Conv1D, bitsandbytes and other quantized layers."""
+"""Sparse deltas on linear layers, convolutions and embeddings: what is particular to each."""
 
 from __future__ import annotations
 

@@ -241,9 +241,7 @@ def test_a_total_that_the_patterns_use_up_is_refused() -> None:
 
 
 def test_patterns_that_cover_everything_contradict_a_total() -> None:
-    with pytest.raises(
-        ValueError, match="num_deltas=500 does not fit: .*match every module, leave 292 of it to nobody"
-    ):
+    with pytest.raises(ValueError, match="num_deltas=500 does not fit: .*match every module, leave 292 of it over"):
         adapted(num_deltas=500, rank_pattern={"q_proj": 2, "down_proj": 1})
     adapted(num_deltas=208, rank_pattern={"q_proj": 2, "down_proj": 1})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 from test_import_direction import FLOORS
 
 ROOT = Path(__file__).parents[2]
@@ -32,3 +33,12 @@ def test_the_direction_is_the_one_that_is_tested() -> None:
     lines = [set(re.findall(r"\w+", line)) for line in block[1].splitlines()]
     floors = [set(floor.split()) - {"__init__", "autoload"} for floor in FLOORS]
     assert lines[1:-1] == [floor for floor in floors if floor]
+
+
+@pytest.mark.parametrize("folder", ["spiel_peft", "kernels", "spiel_peft_cli", "benchmarks", "examples", "docs"])
+def test_sentences_name_their_subject(folder: str) -> None:
+    """A reader has to guess who "somebody", "whoever" and "nobody" are."""
+    files = [path for suffix in ("*.py", "*.md") for path in sorted((ROOT / folder).rglob(suffix))]
+    assert files
+    vague = re.compile(r"\b(somebody|whoever|nobody)\b", flags=re.IGNORECASE)
+    assert not [path.name for path in files if vague.search(path.read_text(encoding="utf-8"))]
