@@ -80,7 +80,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Answers:
-    """The most likely answers to a question: the base model's, and that with the adapter."""
+    """The most likely answers to a question, without and with the adapter; "..." ends one that was cut."""
 
     question: str
     before: str
@@ -276,7 +276,9 @@ def _answers(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 48
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        said = output[0, ids.shape[1] :]
+        text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        return f"{text} ..." if len(said) == max_new_tokens else text
 
     after = answer()
     with model.disable_adapter():
