@@ -32,7 +32,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Answers:
-    """The most likely answers to a question: the base model's, and that with the adapter."""
+    """The most likely answers to a question, without and with the adapter; "..." ends one that was cut."""
 
     question: str
     before: str
@@ -109,18 +109,17 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
             eval_dataset=Dataset.from_list(eval_rows) if evaluated else None,
             processing_class=tokenizer,
             peft_config=settings.config,
-            callbacks=[SpIELCallback(), *([_Report(progress)] if progress is not None else [])],
         )
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
+        _watch(trainer, progress)
         for old in checkpoints_in(settings.output_dir) if settings.overwrite else ():
             shutil.rmtree(old)  # else a resumption could go on from the earlier run
         train_loss = _train(trainer, checkpoint)
         before, after = _eval_losses(trainer) if evaluated else (None, None)
         model: Any = trainer.model
         trainable, total = model.get_nb_trainable_parameters()
+        _save_adapter(trainer, settings.output_dir)
         answers = [_answers(model, tokenizer, question) for question in settings.questions]
-        merged = _save(trainer, settings)
+        merged = _save_merged(trainer, settings.output_dir) if settings.merge else None
     except BaseException:
         remove_unfinished(settings.output_dir)
         raise
@@ -151,6 +150,15 @@ class AdapterTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing."""
+
+
+def _watch(trainer: SFTTrainer, progress: Progress | None) -> None:
+    """Log the cycle and report progress, instead of printing."""
+    for printing in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printing)
+    trainer.add_callback(SpIELCallback())
+    if progress is not None:
+        trainer.add_callback(_Report(progress))
 
 
 def _refuse_4bit(settings: RunSettings, source: Any) -> None:
@@ -220,27 +228,32 @@ def _answers(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 48
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        said = output[0, ids.shape[1] :]
+        text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        return f"{text} ..." if len(said) == max_new_tokens else text
 
     after = answer()
     with model.disable_adapter():
         return Answers(question, answer(), after)
 
 
-def _save(trainer: SFTTrainer, settings: RunSettings) -> Path | None:
-    """Save the adapter and the log, and the merged checkpoint if asked for; its folder."""
+def _save_adapter(trainer: SFTTrainer, folder: Path) -> None:
+    """Save the adapter with its tokenizer, and the log."""
     model: Any = trainer.model
-    with whole_folder(settings.output_dir / ADAPTER, overwrite=True) as work:
+    with whole_folder(folder / ADAPTER, overwrite=True) as work:
         # The vocabulary is never resized here, so PEFT need not look into the base model for that.
         model.save_pretrained(str(work), save_embedding_layers=False)
         trainer.processing_class.save_pretrained(str(work))
     trainer.save_state()
-    if not settings.merge:
-        return None
-    with whole_folder(settings.output_dir / MERGED, overwrite=True) as work:
+
+
+def _save_merged(trainer: SFTTrainer, folder: Path) -> Path:
+    """Save the base model with the deltas added, which ends the adapter in memory; the folder."""
+    model: Any = trainer.model
+    with whole_folder(folder / MERGED, overwrite=True) as work:
         model.merge_and_unload().save_pretrained(str(work))
         trainer.processing_class.save_pretrained(str(work))
-    return settings.output_dir / MERGED
+    return folder / MERGED
 
 
 class _Report(TrainerCallback):
