@@ -25,7 +25,16 @@ from ..files.folder import whole_folder
 from .arguments import RunSettings, read_arguments, training_arguments
 from .base_model import find_model, load_base, load_tokenizer
 from .data import Corpus, InputError, prompt_ids, read_corpus, rows_that_fit, split_examples
-from .run_folder import ADAPTER, MERGED, STATE, checkpoints_in, find_checkpoint, remove_unfinished, steps_of
+from .run_folder import (
+    ADAPTER,
+    MERGED,
+    STATE,
+    checkpoints_in,
+    find_checkpoint,
+    remove_merged,
+    remove_unfinished,
+    steps_of,
+)
 
 Progress = Callable[[int, int, str], None]
 
@@ -119,7 +128,11 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
         trainable, total = model.get_nb_trainable_parameters()
         _save_adapter(trainer, settings.output_dir)
         answers = [_answers(model, tokenizer, question) for question in settings.questions]
-        merged = _save_merged(trainer, settings.output_dir) if settings.merge else None
+        if settings.merge:
+            merged = _save_merged(trainer, settings.output_dir)
+        else:
+            merged = None
+            remove_merged(settings.output_dir)  # of an earlier adapter
     except BaseException:
         remove_unfinished(settings.output_dir)
         raise

@@ -53,3 +53,9 @@ def remove_unfinished(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
+
+
+def remove_merged(folder: Path) -> None:
+    """Remove the merged checkpoint of an earlier run, if there is one."""
+    if (folder / MERGED).is_dir():
+        shutil.rmtree(folder / MERGED)

@@ -30,7 +30,7 @@ from ..weights.base_weight import (
     onloaded,
     run_with_hooks,
 )
-from ..weights.folding import WEIGHT_CHANGED, WeightFold, WeightSource, WholeWeights
+from ..weights.folding import WEIGHT_CHANGED, WeightFold, WeightSource, WholeWeights, call_with, undo_swap
 from ..weights.merge_report import MergeLoss
 from ..weights.quantized import adapted_in_workspace
 from .merging import MergingMixin
@@ -222,7 +222,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
                 "device_map offloads it; keep this layer on a device"
             )
         weight = folded_weight(self.weight_source(), deltas)
-        return torch.func.functional_call(base, {"weight": weight}, (x, *args), kwargs)
+        return call_with(base, {"weight": weight}, (x, *args), kwargs)
 
     def weight_source(self, dtype: torch.dtype | None = None) -> WeightSource:
         """How the adapted weight is made.
@@ -270,8 +270,13 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
 
     # A weight that an interrupted operation has left adapted is put right before it is used.
 
+    def computing_module(self) -> nn.Module:
+        """The module whose forward pass computes with the weight."""
+        return self.get_base_layer()
+
     def undo_interrupted(self) -> None:
         self._fold.undo_interrupted()
+        undo_swap(self.computing_module)
 
     def get_base_weight(self) -> Tensor:
         """The base weight without deltas, dequantized if need be."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..autograd.module_weight import ModuleWeight, call_recording, call_without_recording
 from ..weights.base_weight import BaseInfo, offload_hook
-from ..weights.folding import WholeWeights
+from ..weights.folding import WholeWeights, call_with
 from .base import SpIELLayer
 
 
@@ -50,6 +50,9 @@ class SpIELParameter(SpIELLayer):
 
     def get_base_layer(self) -> Any:
         return self.base_layer
+
+    def computing_module(self) -> nn.Module:
+        return self.host.base_layer
 
     @property
     def host(self) -> SpIELParameters:
@@ -113,7 +116,7 @@ class SpIELParameters(WholeWeights, nn.Module, BaseTunerLayer):
             )
         weights = [ModuleWeight(part.parameter_name, part.weight_source(), deltas) for part, deltas in used.items()]
         call = call_recording if torch.is_grad_enabled() else call_without_recording
-        return call(weights, lambda adapted: torch.func.functional_call(self.base_layer, adapted, args, kwargs))
+        return call(weights, lambda adapted: call_with(self.base_layer, adapted, args, kwargs))
 
     # What PEFT asks of every layer with adapters: the parts are such layers themselves.
 

@@ -116,6 +116,72 @@ class WeightFold:
         self.undo_interrupted()
 
 
+class ParameterSwap:
+    """Runs a module with other tensors in place of some of its parameters.
+
+    `torch.func.functional_call` puts the parameters back, but an interrupt while it does leaves the other tensors in
+    the module. So the parameters are noted before the call, and put back by the next use of the module at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._own: dict[str, Any] | None = None
+        self._lock = threading.RLock()
+
+    def run(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The output of the module with these tensors; another thread that swaps its parameters waits."""
+        if self._lock._is_owned():  # the module calls itself: the outer call puts back
+            return torch.func.functional_call(module, tensors, args, kwargs)
+        with self._lock:
+            self._put_back(module)
+            try:
+                try:
+                    own = module._parameters
+                    self._own = {name: own[name] for name in tensors if name in own}
+                    return torch.func.functional_call(module, tensors, args, kwargs)
+                finally:
+                    self._put_back(module)
+            finally:
+                # Once more, for an interrupt during the first time.
+                self._put_back(module)
+
+    def undo_interrupted(self, module: nn.Module) -> None:
+        """Put back what an interrupted call has left out; does nothing during a call of this thread."""
+        if self._own is None or self._lock._is_owned():
+            return
+        with self._lock:
+            self._put_back(module)
+
+    def _put_back(self, module: nn.Module) -> None:
+        if self._own is not None:
+            module._parameters.update(self._own)
+            self._own = None
+
+
+_SWAPS: weakref.WeakKeyDictionary[nn.Module, ParameterSwap] = weakref.WeakKeyDictionary()
+
+
+def call_with(module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """`torch.func.functional_call`, safe against interrupts (see `ParameterSwap`)."""
+    if torch.compiler.is_compiling():
+        return torch.func.functional_call(module, tensors, args, kwargs)
+    swap = _SWAPS.get(module)
+    if swap is None:
+        swap = _SWAPS.setdefault(module, ParameterSwap())
+    return swap.run(module, tensors, args, kwargs)
+
+
+def undo_swap(find_module: Callable[[], nn.Module]) -> None:
+    """Put back the parameters of a module that an interrupted `call_with` has left out.
+
+    Args:
+        find_module: returns the module; not called while no module has ever been swapped, as this is asked often.
+    """
+    if torch.compiler.is_compiling():
+        return  # the table would become part of the graph
+    if _SWAPS and (swap := _SWAPS.get(module := find_module())) is not None:
+        swap.undo_interrupted(module)
+
+
 def can_fold(parameter: Tensor) -> bool:
     """Whether deltas may be written into a weight.
 

@@ -196,6 +196,9 @@ def test_questions_are_answered_with_and_without_the_adapter(shell: Shell, folde
     assert f"question  {question}" in text and "before    " in text and "run/merged" in text
     message = shell.fails(*run, "--overwrite", "--load-in-4bit", code=3)
     assert "--merge with --load-in-4bit" in message
+    # A merged checkpoint of an earlier adapter does not stay beside another one.
+    shell(*(part for part in run if part != "--merge"), "--overwrite", "--max-steps", "2")
+    assert (folders / "run" / "adapter").is_dir() and not (folders / "run" / "merged").exists()
 
 
 def test_without_trl_the_extra_is_named(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
