@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -229,12 +231,16 @@ def alarms() -> Iterator[None]:
                 raise KeyboardInterrupt
             frame = frame.f_back
 
+    # Python only reports what is raised in a destructor. A signal may interrupt pytest's report as well, which fails the
+    # test; this one is not written in Python.
+    report, sys.unraisablehook = sys.unraisablehook, deque(maxlen=0).append
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        sys.unraisablehook = report
 
 
 def interrupted(work: Callable[[], Any], after: float, again: float = 0.0) -> bool:
