@@ -231,8 +231,8 @@ def alarms() -> Iterator[None]:
                 raise KeyboardInterrupt
             frame = frame.f_back
 
-    # Python only reports what is raised in a destructor. A signal may interrupt pytest's report as well, which fails the
-    # test; this one is not written in Python.
+    # What is raised in a destructor is only reported. A signal may interrupt pytest's report as well, which fails the
+    # test; this report is not written in Python.
     report, sys.unraisablehook = sys.unraisablehook, deque(maxlen=0).append
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
