@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,18 +35,50 @@ class WeightGradient(Protocol):
 
 
 class Collector(Protocol):
-    """Receives each gradient of a delta and may ask for gradients at more positions; once per use of the layer."""
+    """Receives each gradient of a delta and may ask for gradients at more positions.
 
-    def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
-        """Sorted positions ``[c]`` at which the weight gradient of this use is wanted as well, if any.
+    A backward pass calls the three methods in this order, once for each use of the layer.
+    """
+
+    def prepare(self, delta: SparseDelta, gradient: WeightGradient) -> None:
+        """Do what has to be done before the delta's gradient is gathered.
 
         Args:
-            delta: whose values are about to get their gradient.
+            delta: its values are about to get their gradient.
             gradient: the weight gradient, to be asked for its largest entries.
         """
 
+    def wanted(self, delta: SparseDelta) -> Tensor | None:
+        """Sorted positions ``[c]`` at which the weight gradient of this use is wanted as well, if any. No effects."""
+
     def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
         """Receive the gradient of the delta's values ``[k]`` and that at the positions wanted ``[c]``, if any were."""
+
+
+@dataclass(eq=False)
+class RunRecord:
+    """What this process has found out about a run. It is neither copied nor pickled with the run.
+
+    Attributes:
+        trainer, trainer_state: the Hugging Face trainer of the run and its TrainerState, as weak references. Every
+            `train()` makes a new TrainerState.
+        length_from_trainer: whether the trainer told the length of the run; the next trainer is asked again.
+        ranks: the process group that the user chose with `set_data_parallel_group`, None for this process alone;
+            "auto" where the user chose nothing.
+        averaging: id of the autograd pass at whose end the gradients of the run will be averaged over the ranks.
+        ranks_compared: whether the ranks were found to start from the same deltas.
+        engine_checked: whether DeepSpeed's engines were searched for the deltas of the run.
+        warned_unheld: whether the user was warned that no optimizer steps the deltas.
+    """
+
+    trainer: weakref.ref[Any] | None = None
+    trainer_state: weakref.ref[Any] | None = None
+    length_from_trainer: bool = False
+    ranks: Any = "auto"
+    averaging: int | None = None
+    ranks_compared: bool = False
+    engine_checked: bool = False
+    warned_unheld: bool = False
 
 
 class AdapterRun:
@@ -57,6 +90,7 @@ class AdapterRun:
         total_steps: length of the run in optimizer steps, None while it is not known.
         log: one entry per close, see `spiel_peft.cycle.close.CycleReport`.
         refused: what was wrong with the file that the adapter was half loaded from; it cannot be used then.
+        record: what holds in this process only.
     """
 
     def __init__(self, config: SpIELConfig, adapter_name: str) -> None:
@@ -65,6 +99,14 @@ class AdapterRun:
         self.total_steps: int | None = config.total_steps
         self.log: list[Any] = []
         self.refused: str | None = None
+        self.record = RunRecord()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "record"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.record = RunRecord()
 
     def deltas(self) -> list[SparseDelta]:
         """The adapter's deltas, ordered by module name."""

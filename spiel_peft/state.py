@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,8 +83,13 @@ class TrainingState:
         current: contributions to the step in progress.
         unheld_steps: gradient accumulations seen since an optimizer last stepped this delta.
         saved_cycle: `regrow_every` and `accumulation_steps` of the run that a loaded state is of, if it says so.
-        sought: whether the optimizers alive have been asked if they were loaded with state for this delta.
+        sought: whether the live optimizers have been searched for loaded state of this delta.
         with_optimizer: whether an optimizer was loaded with the same state, and has not stepped since.
+        owner: the optimizer that stepped the delta last in this run. None for a state that was just loaded or copied:
+            the optimizer that steps it first continues its run.
+        compared: whether the ranks that train together have compared their settings for this state.
+
+    Copies and pickles leave out `owner` and `compared`, which hold in this process only.
     """
 
     step: int = 0
@@ -98,6 +105,11 @@ class TrainingState:
     saved_cycle: tuple[int, int] | None = None
     sought: bool = False
     with_optimizer: bool = False
+    owner: weakref.ref[torch.optim.Optimizer] | None = None
+    compared: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "owner": None, "compared": False}
 
     @property
     def finished(self) -> bool:

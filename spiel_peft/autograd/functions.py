@@ -37,7 +37,7 @@ def gather_delta_gradients(
     asked = [(delta, *pair) for delta, pair, need in zip(deltas, pairs, needed, strict=True) if need]
     if not asked:
         return [None] * len(pairs)
-    extra = [delta.collector.wanted(delta, gradient) if delta.collector is not None else None for delta, _, _ in asked]
+    extra = [_positions_wanted(delta, gradient) for delta, _, _ in asked]
     sets = [indices for _, indices, _ in asked] + [positions for positions in extra if positions is not None]
     gathered = iter(gradient.gather_sets(sets))
     active = [next(gathered) for _ in asked]
@@ -48,15 +48,22 @@ def gather_delta_gradients(
     return [next(grads) if need else None for need in needed]
 
 
+def _positions_wanted(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
+    collector = delta.collector
+    if collector is None:
+        return None
+    collector.prepare(delta, gradient)
+    return collector.wanted(delta)
+
+
 def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, values: Tensor) -> Tensor:
     """The same for the usual case. Every instruction counts: a large matrix product has just emptied the caches."""
-    collector = delta.collector
-    positions = collector.wanted(delta, gradient) if collector is not None else None
+    positions = _positions_wanted(delta, gradient)
     if positions is None:
         (own,) = gradient.gather_sets((indices,))
     else:
         own, at_positions = gradient.gather_sets((indices, positions))
-        collector.collect(delta, own, at_positions)
+        delta.collector.collect(delta, own, at_positions)
     return own if own.dtype == values.dtype else own.to(values.dtype)
 
 

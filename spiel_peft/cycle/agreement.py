@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion
-from ..state import TrainingState
 from .close import Exchange, decide_exchange, propose, prune_scores
 from .ranks import Ranks
 
@@ -66,8 +64,6 @@ _STEP_FIELDS = {
     "the adapter's settings or its training state": _SAME_RUN,
 }
 _FRESH_CODES = {None: -1, False: 0, True: 1}
-# States whose settings have been compared.
-_COMPARED: weakref.WeakSet[TrainingState] = weakref.WeakSet()
 
 
 def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> int:
@@ -98,7 +94,8 @@ def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> i
                 f"adapter {deltas[0].run.adapter_name!r}: the ranks that train it together disagree on {field}{shown}. "
                 f"To go on they have to be at the same step of the same run: {remedy}."
             )
-    _COMPARED.update(delta.state for delta in deltas)
+    for delta in deltas:
+        delta.state.compared = True
     outcomes = {of_rank[0] for of_rank in table}
     return outcomes.pop() if len(outcomes) == 1 else SKIPPED
 
@@ -106,7 +103,7 @@ def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> i
 def _place_in_run(deltas: list[SparseDelta]) -> list[int]:
     first = deltas[0].state
     window_steps = sum(1 + delta.state.window.steps for delta in deltas if delta.state.window is not None)
-    new = any(delta.state not in _COMPARED for delta in deltas)
+    new = not all(delta.state.compared for delta in deltas)
     return [
         first.step,
         first.closes,

@@ -50,8 +50,6 @@ class _Wrapped:
 
 
 _WRAPPED: weakref.WeakKeyDictionary[DistributedDataParallel, _Wrapped] = weakref.WeakKeyDictionary()
-# What users have said themselves.
-_CHOSEN: weakref.WeakKeyDictionary[AdapterRun, Any] = weakref.WeakKeyDictionary()
 
 
 def install() -> None:
@@ -64,8 +62,8 @@ def ranks_of(delta: SparseDelta) -> Ranks | None:
     """The ranks that take part in the step in progress of this delta; None if this process trains it alone."""
     if not dist.is_available() or not dist.is_initialized():
         return None
-    if delta.run in _CHOSEN:
-        group = _CHOSEN[delta.run]
+    if is_chosen(delta):
+        group = delta.run.record.ranks
     else:
         group = sharding_group(delta)
         if group is None:
@@ -80,7 +78,8 @@ def averages_itself(delta: SparseDelta) -> bool:
 
 def is_chosen(delta: SparseDelta) -> bool:
     """Whether the user has said which ranks train the delta together."""
-    return delta.run in _CHOSEN
+    ranks = delta.run.record.ranks
+    return not (isinstance(ranks, str) and ranks == "auto")
 
 
 def note_step(deltas: Iterable[SparseDelta]) -> None:
@@ -112,10 +111,7 @@ def set_data_parallel_group(model: nn.Module, group: Any | Literal["auto"]) -> N
     if group is not None and not isinstance(group, (str, getattr(dist, "ProcessGroup", str))):
         raise ValueError(f"group must be a torch.distributed process group, None or 'auto', got {group!r}")
     for run in runs:
-        if group == "auto":
-            _CHOSEN.pop(run, None)
-        else:
-            _CHOSEN[run] = group
+        run.record.ranks = group
 
 
 def _in_use(delta: SparseDelta) -> list[tuple[DistributedDataParallel, _Wrapped]]:
@@ -172,12 +168,6 @@ def _count_forward(wrapper: nn.Module, args: Any) -> None:
 # what is averaged already is itself, so micro-batches may be averaged one by one.
 
 
-# The autograd pass at whose end the gradients of a run will be averaged.
-_QUEUED: weakref.WeakKeyDictionary[AdapterRun, int] = weakref.WeakKeyDictionary()
-# Runs whose ranks have been found to start from the same deltas.
-_COMPARED: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
-
-
 def queue_average(delta: SparseDelta) -> None:
     """Called in a backward pass that reaches the delta: have the gradients of its run averaged when the pass is over.
 
@@ -186,24 +176,25 @@ def queue_average(delta: SparseDelta) -> None:
     if not averages_itself(delta):
         return
     task = torch._C._current_graph_task_id()
-    if _QUEUED.get(delta.run) == task:
+    run = delta.run
+    if run.record.averaging == task:
         return
-    _QUEUED[delta.run] = task
-    run, ranks = delta.run, ranks_of(delta)
+    run.record.averaging = task
+    ranks = ranks_of(delta)
     if ranks is not None:
         Variable._execution_engine.queue_callback(lambda: _average_run(run, ranks))
 
 
 def _average_run(run: AdapterRun, ranks: Ranks) -> None:
-    _QUEUED.pop(run, None)
+    run.record.averaging = None
     # All of them, also those that this rank's data did not reach: others may have reached them.
     deltas = [d for d in run.deltas() if d.values.requires_grad and sharding_group(d) is ranks.group]
     for delta in deltas:
         _check_plain(delta)
     with torch.no_grad():
-        if run not in _COMPARED:
+        if not run.record.ranks_compared:
             check_same(ranks, deltas)
-            _COMPARED.add(run)
+            run.record.ranks_compared = True
         average_gradients(deltas, ranks)
 
 
@@ -265,7 +256,6 @@ _INSTEAD = (
     "use FSDP2 (Accelerate: fsdp_version=2, see examples/accelerate/fsdp2.yaml) to spread the base model over GPUs, or "
     "DistributedDataParallel (examples/accelerate/ddp.yaml) where it fits on each"
 )
-_CHECKED: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
 def refuse_deepspeed(delta: SparseDelta, averaged_by_user: bool) -> None:
@@ -279,16 +269,16 @@ def refuse_deepspeed(delta: SparseDelta, averaged_by_user: bool) -> None:
     Raises:
         RuntimeError: a DeepSpeed engine trains the delta; nothing was changed then.
     """
-    if delta.run in _CHECKED or _ENGINES not in sys.modules:
+    if delta.run.record.engine_checked or _ENGINES not in sys.modules:
         return
     engine = _engine_of(delta)
     if engine is None:
-        _CHECKED.add(delta.run)
+        delta.run.record.engine_checked = True
         return
     stage = engine.zero_optimization_stage()
     if _keeps_parameters(engine, delta):
         if averaged_by_user:
-            _CHECKED.add(delta.run)
+            delta.run.record.engine_checked = True
             return
         raise RuntimeError(
             f"SpIEL under DeepSpeed (ZeRO stage {stage}): call spiel_peft.set_data_parallel_group(model, "

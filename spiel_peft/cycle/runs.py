@@ -15,22 +15,13 @@ from ..state import StepGradient, TrainingState
 from .close import in_window
 from .resume import carry, take_up
 
-# Which optimizer steps a delta, by the delta's training state. A state that was just loaded has no owner, so that the
-# optimizer that steps it first continues the run instead of beginning a new one.
-_OWNERS: weakref.WeakKeyDictionary[TrainingState, weakref.ref[torch.optim.Optimizer]] = weakref.WeakKeyDictionary()
-# Optimizers that have stepped deltas: what they keep for them is of the indices of that time.
+# Optimizers that have stepped deltas. Their state belongs to the indices that the deltas had then.
 _STEPPED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-# The trainer that a run is of, and its TrainerState, of which every `train()` makes a new one.
-_TRAINERS: weakref.WeakKeyDictionary[AdapterRun, tuple[weakref.ref[Any], weakref.ref[Any]]] = (
-    weakref.WeakKeyDictionary()
-)
-# Runs whose length a trainer told; the next trainer is asked again.
-_ASKED: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
 def owned_by_another(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bool:
     """Whether a different optimizer has stepped the delta in its present run, and did not hand its state over."""
-    owner = _OWNERS.get(delta.state)
+    owner = delta.state.owner
     return owner is not None and owner() is not optimizer and not delta.state.with_optimizer
 
 
@@ -58,12 +49,12 @@ def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
     joining = [
         d
         for d in deltas
-        if _OWNERS.get(d.state, lambda: None)() is not optimizer or d.state.finished or d.run in restarted
+        if d.state.owner is None or d.state.owner() is not optimizer or d.state.finished or d.run in restarted
     ]
     if not joining:
         return
     trainer = running_trainer()
-    for resumed in {d.run: d for d in joining if d.state not in _OWNERS and d.state.step}.values():
+    for resumed in {d.run: d for d in joining if d.state.owner is None and d.state.step}.values():
         _refuse_half_loaded([d for d in joining if d.run is resumed.run and d.untouched])
         _warn_of_another_cycle(resumed)
     for delta in joining:
@@ -74,12 +65,12 @@ def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
         else:
             _drop_misplaced_window(delta)
         _drop_moments_of_other_indices(delta, optimizer)
-    for run in {delta.run: None for delta in joining if delta.state not in _OWNERS or delta.run in restarted}:
+    for run in {delta.run: None for delta in joining if delta.state.owner is None or delta.run in restarted}:
         _learn_total_steps(run, trainer)
         _decide_freshness(run)
         _warn_if_nothing_will_close(run)
     for delta in joining:
-        _OWNERS[delta.state] = weakref.ref(optimizer)
+        delta.state.owner = weakref.ref(optimizer)
         delta.state.with_optimizer = False
     _STEPPED.add(optimizer)
     carry(optimizer)
@@ -87,14 +78,15 @@ def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
 
 def _trains_again(run: AdapterRun) -> bool:
     """Whether the trainer that the run is of has been told to train once more."""
-    trainer, seen = (reference() for reference in _TRAINERS.get(run, (lambda: None, lambda: None)))
-    return trainer is not None and trainer.state is not seen
+    record = run.record
+    trainer = record.trainer() if record.trainer is not None else None
+    return trainer is not None and trainer.state is not record.trainer_state()
 
 
 def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: Any, restarted: bool) -> bool:
     """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
     trainer_starts = trainer is not None and trainer.global_step == 0
-    if delta.state not in _OWNERS:
+    if delta.state.owner is None:
         # Loaded with its training state: to be resumed. Unless that run was over and no greater length was set.
         return trainer_starts or (delta.state.finished and trainer is None and not delta.state.with_optimizer)
     return owned_by_another(delta, optimizer) or (trainer_starts and (restarted or delta.state.finished))
@@ -151,10 +143,11 @@ def _decide_freshness(run: AdapterRun) -> None:
 def _learn_total_steps(run: AdapterRun, trainer: Any) -> None:
     state = trainer_state(trainer)
     if state is not None:
-        _TRAINERS[run] = weakref.ref(trainer), weakref.ref(state)
-        if run.total_steps is None or run in _ASKED:
+        record = run.record
+        record.trainer, record.trainer_state = weakref.ref(trainer), weakref.ref(state)
+        if run.total_steps is None or record.length_from_trainer:
             run.total_steps = int(state.max_steps)
-            _ASKED.add(run)
+            record.length_from_trainer = True
     if run.total_steps is None:
         # A resumed run is as long as it was.
         run.total_steps = max(delta.state.total_steps for delta in run.deltas()) or None
@@ -188,4 +181,4 @@ def check_total_steps(total_steps: int | None) -> None:
 def set_total_steps(run: AdapterRun, total_steps: int | None) -> None:
     """Set the length of a run in optimizer steps; None: not known yet."""
     run.total_steps = total_steps
-    _ASKED.discard(run)
+    run.record.length_from_trainer = False

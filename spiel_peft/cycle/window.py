@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-import weakref
 from itertools import islice
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from spiel_kernels import sorted_order
 from spiel_kernels.fold import accumulation_dtype
 
-from ..delta import AdapterRun, SparseDelta, WeightGradient
+from ..delta import SparseDelta, WeightGradient
 from ..growth import get_growth_criterion
 from ..state import CandidateWindow, StepGradient
 from .close import in_window, is_skipped, next_close, regrow_rate
@@ -244,33 +243,30 @@ def _open_window(delta: SparseDelta, union: Tensor, sums: Tensor) -> None:
 
 _PROBES = 16
 _COMMON_PROBES = 256
-# Runs whose user has been warned that no optimizer steps their deltas.
-_WARNED_UNHELD: weakref.WeakSet[AdapterRun] = weakref.WeakSet()
 
 
 class WindowCollector:
-    """Opens windows and fills them with what backward passes bring (a `spiel_peft.delta.Collector`)."""
+    """Chooses the candidates of a window and collects their gradients (a `spiel_peft.delta.Collector`)."""
 
-    def wanted(self, delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
-        """The candidates at which the open window, if any, wants this use's gradient; opens one that is due."""
+    def prepare(self, delta: SparseDelta, gradient: WeightGradient) -> None:
+        """Take up loaded training state, refuse DeepSpeed's ZeRO, and choose candidates where they are due."""
         if not delta.state.sought:
             seek(delta)
         refuse_deepspeed(delta, is_chosen(delta))
         queue_average(delta)
         _note_accumulation(delta)
+        if delta.state.window is None:
+            if ranks_of(delta) is not None:
+                _propose(delta, gradient)
+            elif gathers_at(delta, delta.state.step):
+                _open_own_window(delta, gradient)
+
+    def wanted(self, delta: SparseDelta) -> Tensor | None:
+        """The candidates ``[c]`` of the open window; before several ranks open one, those that this rank proposes."""
         state = delta.state
-        if state.window is None and ranks_of(delta) is not None:
-            return _proposed(delta, gradient)
-        if not gathers_at(delta, state.step):
-            return None
         if state.window is None:
-            positions = gradient.topk(candidate_count(delta))
-            if positions.numel() == 0:
-                return None  # an expert without tokens, a batch without labels: the next backward chooses
-            dtype = accumulation_dtype(delta.values)
-            zeros = torch.zeros(positions.numel(), dtype=dtype, device=positions.device)
-            state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
-        return state.window.positions
+            return state.current.proposed
+        return state.window.positions if gathers_at(delta, state.step) else None
 
     def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
         """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``."""
@@ -288,17 +284,24 @@ class WindowCollector:
         current.probe_sums += active[current.probe]
 
 
-def _proposed(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
-    """The positions that this rank proposes as candidates, found in the first backward pass of the step."""
+def _open_own_window(delta: SparseDelta, gradient: WeightGradient) -> None:
+    """Open the window of a process that trains alone, at the largest entries of the first gradient that has any.
+
+    An expert without tokens and a batch without labels have none: the next backward pass chooses then.
+    """
+    positions = gradient.topk(candidate_count(delta))
+    if positions.numel():
+        zeros = torch.zeros(positions.numel(), dtype=accumulation_dtype(delta.values), device=positions.device)
+        delta.state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
+
+
+def _propose(delta: SparseDelta, gradient: WeightGradient) -> None:
+    """Choose the positions that this rank proposes as candidates, in the first backward pass of the step."""
     current = delta.state.current
-    if not proposes_at(delta, delta.state.step):
-        return None
-    if current.proposed is None:
+    if current.proposed is None and proposes_at(delta, delta.state.step):
         positions = gradient.topk(candidate_count(delta))
-        if positions.numel() == 0:
-            return None
-        current.proposed = positions.to(delta.indices.dtype)
-    return current.proposed
+        if positions.numel():
+            current.proposed = positions.to(delta.indices.dtype)
 
 
 def candidate_count(delta: SparseDelta) -> int:
@@ -379,9 +382,9 @@ def drop_step(delta: SparseDelta) -> None:
 
 
 def _warn_unheld(delta: SparseDelta) -> None:
-    if delta.run in _WARNED_UNHELD:
+    if delta.run.record.warned_unheld:
         return
-    _WARNED_UNHELD.add(delta.run)
+    delta.run.record.warned_unheld = True
     warnings.warn(
         f"The deltas of adapter {delta.run.adapter_name!r} have been given gradients for a whole cycle "
         f"({delta.run.config.regrow_every} accumulations) while no torch.optim.Optimizer stepped them: the cycle does "
