@@ -69,6 +69,9 @@ class RunRecord:
         ranks_compared: whether the ranks were found to start from the same deltas.
         engine_checked: whether DeepSpeed's engines were searched for the deltas of the run.
         warned_unheld: whether the user was warned that no optimizer steps the deltas.
+        warned_unreached: whether it was looked, and warned, for deltas that got no gradient.
+        steps_without_gradient: optimizer steps for which no delta of the adapter had a gradient.
+        unfinished: finishes the close that an exception has interrupted, if one has.
     """
 
     trainer: weakref.ref[Any] | None = None
@@ -79,6 +82,9 @@ class RunRecord:
     ranks_compared: bool = False
     engine_checked: bool = False
     warned_unheld: bool = False
+    warned_unreached: bool = False
+    steps_without_gradient: int = 0
+    unfinished: Callable[[], None] | None = None
 
 
 class AdapterRun:
@@ -107,6 +113,11 @@ class AdapterRun:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.record = RunRecord()
+
+    def settle(self) -> None:
+        """Finish a close that an exception has interrupted, before deltas are used, stepped, saved or copied."""
+        if self.record.unfinished is not None:
+            self.record.unfinished()
 
     def deltas(self) -> list[SparseDelta]:
         """The adapter's deltas, ordered by module name."""
@@ -154,6 +165,10 @@ class SparseDelta(nn.Module):
         self.collector: Collector | None = None
         LIVE_DELTAS.add(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.run.settle()
+        return self.__dict__
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         LIVE_DELTAS.add(self)
@@ -178,6 +193,7 @@ class SparseDelta(nn.Module):
         """``(indices, values)``. A call, so that hooks which load offloaded tensors run."""
         if self.run.refused is not None:
             raise ValueError(self.run.refused)
+        self.run.settle()
         if "ds_id" in self.values.__dict__:
             raise RuntimeError(
                 "SpIEL does not work under DeepSpeed's ZeRO stage 3, which splits the deltas themselves: use FSDP2 "
@@ -257,6 +273,7 @@ class SparseDelta(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if not prepares_sharding():
+            self.run.settle()
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -309,6 +326,7 @@ class SparseDelta(nn.Module):
 
     def training_tensors(self) -> dict[str, Tensor]:
         """Training state as it is saved, with the settings it depends on; empty before the first step."""
+        self.run.settle()
         tensors = self.state.tensors()
         return {**tensors, **self.settings.tensors()} if tensors else {}
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
+from .checks import listed
 from .config import SpIELConfig
 from .delta import SparseDelta
 from .layers import SpIELLayer
@@ -192,12 +193,30 @@ def saved_entries(
         adapter_name: the adapter.
         state_dict: of the model, without other adapters.
         found: what PEFT has picked out of it.
+
+    Raises:
+        ValueError: deltas are NaN or infinite; names their modules. A good checkpoint must not make way for them.
     """
     out = dict(found)
     out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
+    _refuse_ruined_values(adapter_name, out)
     if not config.inference_mode:
         out.update(_training_entries(model, adapter_name))
     return own_names(model, out)
+
+
+def _refuse_ruined_values(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    finite = {
+        key.rpartition(MARKER)[0].removeprefix(_PEFT_PREFIX): tensor.isfinite().all()
+        for key, tensor in tensors.items()
+        if MARKER in key and key.endswith("values") and isinstance(tensor, Tensor) and not tensor.is_meta
+    }
+    names = [name for name, sound in finite.items() if not sound]
+    if names:
+        raise ValueError(
+            f"Adapter {adapter_name!r} is not saved: deltas of {len(names)} of {len(finite)} modules are NaN or "
+            f"infinite ({listed(names)}). Resume from the last checkpoint."
+        )
 
 
 def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

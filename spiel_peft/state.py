@@ -82,6 +82,7 @@ class TrainingState:
         row, col: SM3 accumulators ``[rows]`` and ``[cols]``, present once used.
         current: contributions to the step in progress.
         unheld_steps: gradient accumulations seen since an optimizer last stepped this delta.
+        reached: whether the values have had a gradient in a step of this run.
         saved_cycle: `regrow_every` and `accumulation_steps` of the run that a loaded state is of, if it says so.
         sought: whether the live optimizers have been searched for loaded state of this delta.
         with_optimizer: whether an optimizer was loaded with the same state, and has not stepped since.
@@ -102,6 +103,7 @@ class TrainingState:
     col: Tensor | None = None
     current: StepGradient = field(default_factory=StepGradient)
     unheld_steps: int = 0
+    reached: bool = False
     saved_cycle: tuple[int, int] | None = None
     sought: bool = False
     with_optimizer: bool = False

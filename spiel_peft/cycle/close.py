@@ -12,6 +12,7 @@ from torch import Tensor
 from spiel_kernels import sorted_order
 from spiel_kernels.index_set import seeded_generator
 
+from ..checks import listed
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion, GrowthRequest, PruneRequest
 
@@ -182,6 +183,19 @@ def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> 
         f"`prune_score` of growth criterion {criterion.name!r} must return one floating score per delta, without NaN; "
         f"for the {delta.k} deltas of {delta.module_name!r} it returned {problem}"
     )
+
+
+def refuse_ruined(deltas: list[SparseDelta]) -> None:
+    """Raise a FloatingPointError that names the modules whose deltas are NaN or infinite, if there are any."""
+    finite = torch.stack([delta.values.detach().isfinite().all().to(deltas[0].values.device) for delta in deltas])
+    names = [delta.module_name for delta, sound in zip(deltas, finite.tolist(), strict=True) if not sound]
+    if names:
+        raise FloatingPointError(
+            f"Adapter {deltas[0].run.adapter_name!r}: an optimizer step has made deltas of {len(names)} of "
+            f"{len(deltas)} modules NaN or infinite ({listed(names)}): its gradients were not finite, or the learning "
+            "rate is too high. They cannot be repaired, and saving refuses them: resume from the last checkpoint, with "
+            "a lower learning rate or without the batch that caused it."
+        )
 
 
 def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,16 @@
-"""The cycle itself: runs before and after every optimizer step that touches sparse deltas (Ansell et al., 2024).
+"""Runs the cycle before and after every optimizer step that touches sparse deltas (Ansell et al., 2024, section 3.2).
 
-It hangs on PyTorch's global optimizer step hooks, so no trainer has to know of it. Parameters are looked up at every
-step: trainers and PEFT replace Parameter objects and group dicts between steps.
+PyTorch's global optimizer step hooks call it, so no trainer has to know of it. It looks parameters up at every step,
+as trainers and PEFT replace Parameter objects and group dicts between steps.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +20,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from spiel_kernels import replace_positions
 
 from ..call_stack import is_rehearsal
+from ..checks import listed
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..growth import GrowthCriterion, get_growth_criterion
 from ..state import StepGradient
 from . import parallel, steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
-from .close import CycleReport, Exchange, closes_at, is_skipped, lr_following_rate, regrow_rate
+from .close import CycleReport, Exchange, closes_at, is_skipped, lr_following_rate, refuse_ruined, regrow_rate
 from .grown_seeds import GrownSeeds
-from .optimizer_buffers import check_optimizer, check_state, permute, reseed_states
+from .optimizer_buffers import check_optimizer, check_state, permute, reseeded_states
 from .parallel import note_step, ranks_of, refuse_mixed_groups
 from .ranks import Ranks
 from .resume import carry
@@ -45,25 +49,37 @@ def install() -> None:
         parallel.install()
 
 
-def held_deltas(optimizer: torch.optim.Optimizer) -> list[tuple[SparseDelta, dict[str, Any]]]:
-    """The live trainable deltas whose values `optimizer` steps, each with its parameter group, ordered by name."""
-    live = {id(delta.values): delta for delta in LIVE_DELTAS if delta.values.requires_grad}
+def held_deltas(optimizer: torch.optim.Optimizer, idle: bool = False) -> list[tuple[SparseDelta, dict[str, Any]]]:
+    """The deltas whose values `optimizer` steps, each with its parameter group, ordered by adapter and module name.
+
+    Args:
+        optimizer: any. One that holds no deltas costs a look at each live delta and at each of its own parameters.
+        idle: with deltas that can be trained and neither require a gradient nor have one now, as those of an adapter
+            that is not the active one.
+    """
+    # `delta.values` is a lookup through `nn.Module.__getattr__`, ten times slower, in every step of every optimizer.
+    live = {id(delta._parameters.get("values")): delta for delta in LIVE_DELTAS}
     if not live:
         return []
-    held = [
-        (live[id(parameter)], group)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if id(parameter) in live
-    ]
+    held = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            delta = live.get(id(parameter))
+            # `set_adapter` may have frozen an adapter between its backward pass and the step.
+            if delta is not None and (
+                parameter.requires_grad or parameter.grad is not None or (idle and not delta.run.config.inference_mode)
+            ):
+                held.append((delta, group))
     return sorted(held, key=lambda pair: (pair[0].run.adapter_name, pair[0].module_name))
 
 
 def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Begin a run where a delta sees its first step."""
+    """Begin a run where a delta sees its first step, and note the gradients that the step is given."""
     deltas = [delta for delta, _ in held_deltas(optimizer)]
     if not deltas or getattr(optimizer, "delegates_step", False):
         return None
+    for run in {delta.run: None for delta in deltas}:
+        run.settle()
     if is_rehearsal():
         carry(optimizer)
         return None
@@ -81,13 +97,18 @@ def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tup
 
 
 def after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Take the finished step into account, and close the cycle of every adapter that is due."""
+    """Take the finished step into account, and close the cycle of every adapter that is due.
+
+    Raises:
+        FloatingPointError: the step has made deltas NaN or infinite.
+        ValueError, TypeError: a close is refused, by the growth criterion's answers or the optimizer's state.
+    """
     if getattr(optimizer, "delegates_step", False) or is_rehearsal():
         return
-    parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
     optimizers = steps.end(optimizer)
     if not optimizers:
         return
+    parties: dict[tuple[int, Ranks | None], list[tuple[SparseDelta, dict[str, Any]]]] = {}
     held = held_deltas(optimizer)
     for delta, group in held:
         parties.setdefault((id(delta.run), ranks_of(delta)), []).append((delta, group))
@@ -101,41 +122,51 @@ def _after_step_of_run(
     optimizers: list[torch.optim.Optimizer], held: list[tuple[SparseDelta, dict[str, Any]]], ranks: Ranks | None
 ) -> None:
     deltas = [delta for delta, _ in held]
+    run = deltas[0].run
     outcome = _outcome(optimizers, deltas, ranks)
     if outcome == WITHOUT_GRADIENT:
+        _note_step_without_gradient(run, deltas)
         return
     if outcome == SKIPPED:
         for delta in deltas:
             drop_step(delta)
             delta.state.unheld_steps = 0
+        refuse_ruined(deltas)
         return
     commit_windows(deltas, ranks)
+    for delta in deltas:
+        accumulate_after_step(optimizers, delta)
     for delta, group in held:
-        _count_step(optimizers, delta, group)
-    run = held[0][0].run
+        _count_step(delta, group)
     config = run.config
     due = [
         (delta, group)
         for delta, group in held
         if closes_at(delta.state.step, config.regrow_every, config.accumulation_steps)
     ]
-    criterion = get_growth_criterion(config.growth)
-    if due and criterion.propose is not None:
-        _close(optimizers, run, criterion, due, ranks)
+    if due:
+        _warn_of_deltas_without_gradient(run, [delta for delta, _ in due])
+        criterion = get_growth_criterion(config.growth)
+        if criterion.propose is not None:
+            _close(optimizers, criterion, due, ranks)
 
 
 def _outcome(optimizers: list[torch.optim.Optimizer], deltas: list[SparseDelta], ranks: Ranks | None) -> int:
     """Whether the step counts; one wait for the device, however many matrices and ranks there are."""
     grads = [delta.values.grad for delta in deltas if delta.values.grad is not None]
+    if grads and all(delta.state.current.graph_task == -1 for delta in deltas):
+        # No backward pass has reached the adapter since its last step. Zeros are what zero_grad(set_to_none=False)
+        # leaves; anything else was put there by the training loop itself.
+        grads = grads if any(bool(grad.any()) for grad in grads) else []
     if ranks is None:
         return int(will_take_place(optimizers, grads)) if grads else WITHOUT_GRADIENT
     own = will_take_place(optimizers, grads) if grads else torch.tensor(WITHOUT_GRADIENT)
     return agree_on_step(ranks, deltas, own)
 
 
-def _count_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta, group: dict[str, Any]) -> None:
-    accumulate_after_step(optimizers, delta)
+def _count_step(delta: SparseDelta, group: dict[str, Any]) -> None:
     state = delta.state
+    state.reached = state.reached or delta.values.grad is not None
     state.current = StepGradient()
     state.step += 1
     state.total_steps = delta.run.total_steps or 0
@@ -150,37 +181,45 @@ def _learning_rate(group: dict[str, Any]) -> float:
     return float(group.get("lr") or 0.0)
 
 
+def _note_step_without_gradient(run: AdapterRun, deltas: list[SparseDelta]) -> None:
+    """Warn where a whole cycle of steps has gone by and no delta of the adapter has had a gradient yet."""
+    run.record.steps_without_gradient += 1
+    if run.record.steps_without_gradient == run.config.regrow_every + run.config.accumulation_steps:
+        _warn_of_deltas_without_gradient(run, deltas)
+
+
+def _warn_of_deltas_without_gradient(run: AdapterRun, deltas: list[SparseDelta]) -> None:
+    if run.record.warned_unreached:
+        return
+    run.record.warned_unreached = True
+    names = [delta.module_name for delta in deltas if not delta.state.reached]
+    if names:
+        warnings.warn(
+            f"Adapter {run.adapter_name!r}: {len(names)} of {len(deltas)} modules have had no gradient since the run "
+            f"began, so their deltas stay zero: {listed(names)}. Either the model does not call these modules for "
+            "this data, or it reads their weights past their forward pass (as Mamba's fused kernels do), where an "
+            "adapter has no effect. Leave them out of target_modules.",
+            stacklevel=2,
+        )
+
+
 def _close(
     optimizers: list[torch.optim.Optimizer],
-    run: AdapterRun,
     criterion: GrowthCriterion,
     due: list[tuple[SparseDelta, dict[str, Any]]],
     ranks: Ranks | None,
 ) -> None:
     deltas = [delta for delta, _ in due]
-    step = deltas[0].state.step
+    run, step = deltas[0].run, deltas[0].state.step
     if is_skipped(step, run.total_steps, run.config.stop_regrowing_at):
         if ranks is not None:
             check_same(ranks, deltas)
         for delta in deltas:
             delta.state.window = None
         return
-    # Everything is decided, and what a criterion proposes and the optimizer keeps is checked, before anything is
-    # changed.
-    for delta, _ in due:
-        check_state(optimizers, delta.values)
-    for delta in deltas:
-        narrow(delta)
-    rates = [_rate(delta, group) for delta, group in due]
-    counts = [math.floor(rate * delta.k) for delta, rate in zip(deltas, rates, strict=True)]
-    exchanges = decide(ranks, criterion, deltas, counts)
-    magnitude = sum(float(delta.values.abs().double().sum()) for delta, _ in due)
-    for (delta, _), exchange in zip(due, exchanges, strict=True):
-        _carry_out(optimizers, criterion, delta, exchange)
-    replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta, _ in due)
-    report = CycleReport(step, rates[0], replaced, total - replaced, magnitude / total)
-    run.log.append(report)
-    logger.info("adapter %s: step %d, %d of %d deltas moved", run.adapter_name, step, replaced, total)
+    close = _Close(optimizers, criterion, deltas, [_rate(delta, group) for delta, group in due], ranks)
+    run.record.unfinished = close.finish
+    close.finish()
 
 
 def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
@@ -193,20 +232,110 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
     return lr_following_rate(config.initial_regrow_rate, _learning_rate(group), state.max_lr)
 
 
-def _carry_out(
-    optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion, delta: SparseDelta, exchange: Exchange
-) -> None:
-    state = delta.state
-    if exchange.grown.numel():
-        new, source = replace_positions(delta.indices, exchange.drop, exchange.grown)
-        seeds = _seeds(criterion, delta, exchange.grown)
-        reseed_states(optimizers, delta.values, source, seeds)
-        delta.indices.copy_(new)
-        delta.values.copy_(permute(delta.values.detach(), source, 0.0))
-        if delta.values.grad is not None:
-            delta.values.grad.copy_(permute(delta.values.grad, source, 0.0))
-    state.closes += 1
-    state.window = None
+class _Close:
+    """One close of an adapter's cycle, which an exception may interrupt anywhere and `finish` completes.
+
+    All exchanges are decided before anything changes. Then matrix after matrix is changed, each by tensors that exist
+    whole before the first of them is written; writing them twice does no harm.
+
+    Args:
+        optimizers: that took part in the step, the outermost first.
+        criterion: the adapter's.
+        deltas: whose cycle closes, ordered by name.
+        rates: the share of each one's deltas that the schedule offers for replacement.
+        ranks: those that close together; None: this process alone.
+    """
+
+    def __init__(
+        self,
+        optimizers: list[torch.optim.Optimizer],
+        criterion: GrowthCriterion,
+        deltas: list[SparseDelta],
+        rates: list[float],
+        ranks: Ranks | None,
+    ) -> None:
+        self.optimizers, self.criterion, self.ranks = optimizers, criterion, ranks
+        self.deltas, self.rates, self.step = deltas, rates, deltas[0].state.step
+        self.moves: list[_Move] | None = None
+        self.report: CycleReport | None = None
+
+    def finish(self) -> None:
+        """Do what is left of the close: all of it, the first time.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: the close is refused and given up; nothing was changed.
+        """
+        record = self.deltas[0].run.record
+        with torch.no_grad():
+            if self.moves is None:
+                try:
+                    self.moves = self._decided()
+                except Exception as error:
+                    # Ranks decide together, once; a refusal would only be repeated.
+                    if self.ranks is not None or isinstance(error, (ValueError, TypeError, FloatingPointError)):
+                        for delta in self.deltas:
+                            delta.state.window = None
+                        record.unfinished = None
+                    raise
+            while self.moves:
+                self.moves[-1].carry_out(self.optimizers, self.criterion)
+                self.moves.pop()
+        log = self.deltas[0].run.log
+        if not any(entry is self.report for entry in log[-1:]):
+            log.append(self.report)
+        record.unfinished = None
+
+    def _decided(self) -> list[_Move]:
+        run, deltas = self.deltas[0].run, self.deltas
+        for delta in deltas:
+            check_state(self.optimizers, delta.values)
+        refuse_ruined(deltas)
+        for delta in deltas:
+            narrow(delta)
+        counts = [math.floor(rate * delta.k) for delta, rate in zip(deltas, self.rates, strict=True)]
+        exchanges = decide(self.ranks, self.criterion, deltas, counts)
+        magnitude = sum(float(delta.values.abs().double().sum()) for delta in deltas)
+        replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta in deltas)
+        self.report = CycleReport(self.step, self.rates[0], replaced, total - replaced, magnitude / total)
+        logger.info("adapter %s: step %d, %d of %d deltas move", run.adapter_name, self.step, replaced, total)
+        moves = [_Move(delta, exchange) for delta, exchange in zip(deltas, exchanges, strict=True)]
+        return moves[::-1]  # taken from the end
+
+
+class _Move:
+    """What a close does to one matrix.
+
+    Args:
+        delta: of the matrix.
+        exchange: what is pruned and grown.
+    """
+
+    def __init__(self, delta: SparseDelta, exchange: Exchange) -> None:
+        self.delta, self.exchange = delta, exchange
+        self.closes = delta.state.closes + 1
+        self.writes: list[Callable[[], Any]] | None = None
+
+    def carry_out(self, optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion) -> None:
+        """Compute everything that changes, then write it. May be called again after an exception."""
+        if self.writes is None:
+            self.writes = self._computed(optimizers, criterion)
+        for write in self.writes:
+            write()
+        self.delta.state.closes, self.delta.state.window = self.closes, None
+
+    def _computed(self, optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion) -> list[Callable[[], Any]]:
+        delta, grown = self.delta, self.exchange.grown
+        if not grown.numel():
+            return []
+        new, source = replace_positions(delta.indices, self.exchange.drop, grown)
+        seeds = _seeds(criterion, delta, grown)
+        writes = reseeded_states(optimizers, delta.values, source, seeds)
+        values, grad = delta.values.detach(), delta.values.grad
+        writes.append(partial(delta.indices.copy_, new))
+        writes.append(partial(values.copy_, permute(values, source, 0.0)))
+        if grad is not None:
+            writes.append(partial(grad.copy_, permute(grad, source, 0.0)))
+        return writes
 
 
 def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
@@ -226,11 +355,10 @@ def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> Gro
     return GrownSeeds(mean, mean_square, delta.state.step)
 
 
-# Ties an optimizer to the deltas of a model, for those who want to be sure, and to say how long the run is.
-
-
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:
     """Check that `optimizer` steps deltas of `model`, and set the length of their runs.
+
+    A run needs no attaching: its first step finds the deltas. This checks before the first step.
 
     Args:
         optimizer: it may be wrapped.
@@ -247,7 +375,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
     check_total_steps(total_steps)
     optimizer = _unwrapped(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
-    held = [delta for delta, _ in held_deltas(optimizer) if id(delta) in ours]
+    held = [delta for delta, _ in held_deltas(optimizer, idle=True) if id(delta) in ours]
     if not held:
         raise ValueError(
             "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "

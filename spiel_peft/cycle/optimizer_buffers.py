@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -240,40 +241,39 @@ def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
     return out
 
 
-def reseed_states(
+def reseeded_states(
     optimizers: list[torch.optim.Optimizer], parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
-) -> None:
+) -> list[Callable[[], Any]]:
     """Bring what all optimizers that took part in a step keep for one delta's values in line with its new indices.
 
     An optimizer around another one may share its state, as sharpness-aware minimization does: that is changed once, by
     the rules of the inner one, whose state it is.
 
     Args:
-        optimizers: the outermost first.
-        parameter, source, seeds: see `reseed_state`.
-    """
-    owners = {id(optimizer.state.get(parameter)): optimizer for optimizer in optimizers}
-    for optimizer in owners.values():
-        reseed_state(optimizer, parameter, source, seeds)
-
-
-def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None) -> None:
-    """Bring the state of one delta's values in line with its new indices.
-
-    Args:
-        optimizer: the one that has just stepped `parameter`.
+        optimizers: the outermost first; they have just stepped `parameter`.
         parameter: the values ``[k]``.
         source: int64 ``[k]`` from `spiel_kernels.replace_positions`.
         seeds: window statistics of the grown positions, in the order `source` numbers them; None without a window.
 
+    Returns:
+        The writes that are left to do, one per buffer. All results are computed; a write may be repeated.
+
     Raises:
-        TypeError: see `spiel_peft.cycle.optimizer_buffers.buffers_of`; nothing was changed then.
+        TypeError: see `buffers_of`.
     """
+    owners = {id(optimizer.state.get(parameter)): optimizer for optimizer in optimizers}
+    return [write for optimizer in owners.values() for write in _reseeded_state(optimizer, parameter, source, seeds)]
+
+
+def _reseeded_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
+) -> list[Callable[[], Any]]:
     buffers = buffers_of(optimizer, parameter)
     if not buffers:
-        return
+        return []
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     past = Past.of(group, optimizer.state[parameter], seeds.steps if seeds is not None else 0)
+    writes: list[Callable[[], Any]] = []
     for buffer in buffers:
         before = buffer.read()
         moves = source.to(before.device)
@@ -283,7 +283,8 @@ def reseed_state(optimizer: torch.optim.Optimizer, parameter: Tensor, source: Te
             for row, rule in zip(before, rules, strict=True)
         ]
         rows = torch.stack(after) if len(after) > 1 else after[0][None]
-        buffer.write(rows, [rule.positive for rule in rules])
+        writes.append(partial(buffer.write, rows, [rule.positive for rule in rules]))
+    return writes
 
 
 # Refuses optimizers whose state cannot follow the indices.

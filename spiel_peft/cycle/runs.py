@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..call_stack import running_trainer, trainer_state
+from ..checks import listed
 from ..delta import AdapterRun, SparseDelta
 from ..growth import get_growth_criterion
 from ..state import StepGradient, TrainingState
@@ -94,8 +95,7 @@ def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: 
 
 def _refuse_half_loaded(untouched: list[SparseDelta]) -> None:
     if untouched:
-        names = sorted(delta.module_name for delta in untouched)
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        shown = listed([delta.module_name for delta in untouched])
         raise ValueError(
             f"Adapter {untouched[0].run.adapter_name!r} cannot be resumed: the checkpoint has no deltas for {shown}. "
             "Resume on the model and with the target_modules that the checkpoint was made with."

@@ -80,7 +80,10 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
 
 
 def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Note that a step has ended: the optimizers that took part, outer ones first; none if it was part of another."""
+    """Note that a step has ended: the optimizers that took part, outer ones first.
+
+    None if the step was part of another one, or if no delta was held when it began.
+    """
     for step in _OPEN.stack:
         if step.optimizer() is optimizer:
             step.depth -= 1
@@ -92,7 +95,7 @@ def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
             return [*_around_without_hooks(took_part), *took_part]
         if any(part() is optimizer for part in step.parts):
             return []
-    return [*_around_without_hooks([optimizer]), optimizer]
+    return []
 
 
 def _steps_on_the_call_stack() -> Counter[int]:

@@ -83,7 +83,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         device, dtype = self._delta_device(), self._delta_dtype(config)
         twin = self._twin_of(config)
         if twin is not None and twin.k == num_deltas:
-            indices = twin.indices.detach().clone()
+            indices = twin()[0].detach().clone()
         else:
             generator = seeded_generator(config.seed, self.module_name, 0)
             positions = sample_positions(self.info.numel, num_deltas, generator)

@@ -28,7 +28,8 @@ class MergingMixin:
         """The adapter's delta as a dense tensor in the shape of the stored weight and the values' dtype."""
         delta = self.spiel_delta[adapter]
         dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
-        return write_entries(dense, delta.indices.to(torch.int64), delta.values.detach())
+        indices, values = delta()
+        return write_entries(dense, indices.to(torch.int64), values.detach())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
@@ -73,8 +74,8 @@ class MergingMixin:
         refuse_merge(getattr(self.get_base_layer(), "weight", None), self.module_name)
 
     def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        deltas = [self.spiel_delta[name] for name in adapter_names if name in self.spiel_delta]
-        return [(delta.indices, delta.values.detach()) for delta in deltas]
+        pairs = [self.spiel_delta[name]() for name in adapter_names if name in self.spiel_delta]
+        return [(indices, values.detach()) for indices, values in pairs]
 
     def _write_merged(self, adapter_names: list[str]) -> None:
         base = self.get_base_layer()

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from spiel_kernels import check_index_set
 from spiel_peft import CycleReport, SpIELConfig, SpIELLayer, growth
+from spiel_peft.cycle.grown_seeds import GrownSeeds
+from spiel_peft.cycle.optimizer_buffers import reseeded_states
 from spiel_peft.delta import SparseDelta
 
 Step = Callable[[int], Any]
@@ -134,3 +136,9 @@ def registered_criteria() -> Iterator[None]:
     finally:
         growth._CRITERIA.clear()
         growth._CRITERIA.update(before)
+
+
+def reseed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, source: Tensor, seeds: GrownSeeds | None) -> None:
+    """Move an optimizer's state for a delta's values as a close does."""
+    for write in reseeded_states([optimizer], parameter, source, seeds):
+        write()

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cycle.helpers import reseed
 from spiel_peft import SM3
 from spiel_peft.cycle.grown_seeds import GrownSeeds
-from spiel_peft.cycle.optimizer_buffers import check_state, reseed_state
+from spiel_peft.cycle.optimizer_buffers import check_state
 
 K = 40
 Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -101,7 +102,7 @@ def test_kept_entries_move_bit_for_bit_and_grown_ones_are_harmless(name: str, wi
     before, rest = copy.deepcopy(per_entry(state)), {n: v for n, v in state.items() if n not in per_entry(state)}
     rest = copy.deepcopy(rest)
     check_state([optimizer], parameter)
-    reseed_state(optimizer, parameter, source, seeds_of(m) if windowed else None)
+    reseed(optimizer, parameter, source, seeds_of(m) if windowed else None)
     kept = source >= 0
     for entry, tensor in per_entry(state).items():
         assert torch.equal(tensor[kept], before[entry][source[kept]]), entry
@@ -125,7 +126,7 @@ def test_seeds_make_the_corrected_estimates_the_window_means(name: str, steps: i
     optimizer, parameter = stepped(OPTIMIZERS[name], steps)
     source, m = exchange_of()
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     state, slots = optimizer.state[parameter], source < 0
     order = -1 - source[slots]
     torch.testing.assert_close(state["exp_avg"][slots] / (1 - 0.9**steps), seeds.mean[order])
@@ -152,7 +153,7 @@ def test_other_first_moments(name: str, entry: str, factor: float) -> None:
     optimizer, parameter = stepped(OPTIMIZERS[name])
     source, m = exchange_of()
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     got = optimizer.state[parameter][entry][source < 0]
     torch.testing.assert_close(got, seeds.mean[-1 - source[source < 0]] * factor)
 
@@ -164,7 +165,7 @@ def test_second_moments_without_correction_are_the_mean_square(name: str, entry:
     optimizer, parameter = stepped(OPTIMIZERS[name])
     source, m = exchange_of()
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     got = optimizer.state[parameter][entry][source < 0]
     torch.testing.assert_close(got, seeds.mean_square[-1 - source[source < 0]])
 
@@ -173,7 +174,7 @@ def test_adamax_norm_is_in_the_gradients_unit() -> None:
     optimizer, parameter = stepped(OPTIMIZERS["adamax"])
     source, m = exchange_of()
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     got = optimizer.state[parameter]["exp_inf"][source < 0]
     torch.testing.assert_close(got, seeds.mean_square.sqrt()[-1 - source[source < 0]])
 
@@ -192,7 +193,7 @@ def test_without_a_measure_the_mean_of_the_kept(name: str, entry: str, windowed:
     optimizer, parameter = stepped(OPTIMIZERS[name])
     source, m = exchange_of()
     kept = optimizer.state[parameter][entry][source[source >= 0]].mean()
-    reseed_state(optimizer, parameter, source, seeds_of(m) if windowed else None)
+    reseed(optimizer, parameter, source, seeds_of(m) if windowed else None)
     got = optimizer.state[parameter][entry][source < 0]
     torch.testing.assert_close(got, kept.expand(m))
 
@@ -203,7 +204,7 @@ def test_unknown_position_in_the_window() -> None:
     source, m = exchange_of()
     nan = torch.full((m,), float("nan"))
     kept = optimizer.state[parameter]["exp_avg_sq"][source[source >= 0]].mean()
-    reseed_state(optimizer, parameter, source, GrownSeeds(nan, nan, 3))
+    reseed(optimizer, parameter, source, GrownSeeds(nan, nan, 3))
     state = optimizer.state[parameter]
     assert (state["exp_avg"][source < 0] == 0).all()
     torch.testing.assert_close(state["exp_avg_sq"][source < 0], kept.expand(m))
@@ -213,14 +214,14 @@ def test_unknown_position_in_the_window() -> None:
 def test_second_moments_are_not_zero_in_low_precision(dtype: torch.dtype) -> None:
     optimizer, parameter = stepped(OPTIMIZERS["adamw"], dtype=dtype)
     source, m = exchange_of()
-    reseed_state(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), torch.full((m,), 1e-12), 3))
+    reseed(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), torch.full((m,), 1e-12), 3))
     assert (optimizer.state[parameter]["exp_avg_sq"] > 0).all()
 
 
 def test_all_replaced_takes_the_mean_of_what_was_there() -> None:
     optimizer, parameter = stepped(OPTIMIZERS["adamw"])
     mean = optimizer.state[parameter]["exp_avg_sq"].mean()
-    reseed_state(optimizer, parameter, -1 - torch.arange(K), None)
+    reseed(optimizer, parameter, -1 - torch.arange(K), None)
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg_sq"], mean.expand(K))
 
 
@@ -246,6 +247,6 @@ def test_state_that_cannot_be_permuted_is_refused_by_name(entry: str, tensor: An
 def test_a_single_delta_has_nothing_to_permute() -> None:
     optimizer, parameter = stepped(OPTIMIZERS["adamw"], k=1)
     check_state([optimizer], parameter)
-    reseed_state(optimizer, parameter, torch.tensor([-1]), GrownSeeds(torch.ones(1), torch.ones(1), 3))
+    reseed(optimizer, parameter, torch.tensor([-1]), GrownSeeds(torch.ones(1), torch.ones(1), 3))
     assert float(optimizer.state[parameter]["step"]) == 3
     torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.tensor([1 - 0.9**3]))

@@ -13,9 +13,9 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
+from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, reseed, trainable
 from spiel_peft.cycle.grown_seeds import GrownSeeds
-from spiel_peft.cycle.optimizer_buffers import buffers_of, reseed_state
+from spiel_peft.cycle.optimizer_buffers import buffers_of
 
 BLOCK = 256
 K = 4096 + 300
@@ -116,7 +116,7 @@ def check_quantized(name: str, k: int, device: str) -> None:
     before = {number: dequantized(state, number) for number in factors}
     source, m = exchange_of(k, device)
     seeds = seeds_of(m, device)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     for number, of_rows in factors.items():
         expected = expected_rows(before[number], source, seeds, of_rows)
         for row, (got, wanted) in enumerate(zip(dequantized(state, number), expected, strict=True)):
@@ -135,7 +135,7 @@ def test_state_in_32_bits_is_exact(name: str) -> None:
     before = {n: state[f"state{n}"].clone().view(-1, 300) for n in factors}
     source, m = exchange_of(300)
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     kept = source >= 0
     for number, of_rows in factors.items():
         got, expected = state[f"state{number}"].view(-1, 300), expected_rows(before[number], source, seeds, of_rows)
@@ -151,7 +151,7 @@ def test_a_scheduled_slow_average_is_what_steps_on_the_mean_make_it(t_beta3: int
     optimizer, parameter = stepped(bnb.optim.AdEMAMix, steps, k=40, t_beta3=t_beta3, t_alpha=5)
     source, m = exchange_of(40)
     seeds = seeds_of(m)
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     other = nn.Parameter(torch.zeros(m))
     reference = bnb.optim.AdEMAMix([other], lr=0.01, t_beta3=t_beta3, t_alpha=5)
     for _ in range(steps):
@@ -179,7 +179,7 @@ def test_a_tiny_second_moment_is_not_rounded_to_zero(monkeypatch: pytest.MonkeyP
     source, m = exchange_of(K)
     square = torch.full((m,), 1e-12)
     square[::2] = 1e6
-    reseed_state(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), square, STEPS))
+    reseed(optimizer, parameter, source, GrownSeeds(torch.full((m,), 1e-6), square, STEPS))
     assert (dequantized(optimizer.state[parameter], number) > 0).all()
 
 
@@ -191,7 +191,7 @@ def test_as_many_deltas_as_a_code_table_has_entries(kind: type[Any]) -> None:
     assert state["state1"].dtype == torch.uint8
     tables = {name: state[name].clone() for name in ("qmap1", "qmap2")}
     source, m = exchange_of(256)
-    reseed_state(optimizer, parameter, source, seeds_of(m))
+    reseed(optimizer, parameter, source, seeds_of(m))
     assert [buffer.name for buffer in buffers_of(optimizer, parameter)] == ["state1", "state2"]
     for name, table in tables.items():
         assert torch.equal(state[name], table)
@@ -203,7 +203,7 @@ def test_norms_are_left_alone() -> None:
     state["gnorm_vec"] = torch.arange(100.0)  # as long as the parameter, and of the whole update
     norm = state["unorm_vec"].clone()
     source, m = exchange_of(100)
-    reseed_state(optimizer, parameter, source, seeds_of(m))
+    reseed(optimizer, parameter, source, seeds_of(m))
     assert torch.equal(state["gnorm_vec"], torch.arange(100.0))
     assert torch.equal(state["unorm_vec"], norm)
 

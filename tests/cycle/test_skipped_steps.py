@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, loss_of, train, trainable
+from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, loss_of, mlp, train, trainable
 
 STEPS = 7
 GROWTHS = ["accumulated_gradient", "momentum"]
@@ -174,7 +177,8 @@ def test_non_finite_gradients_without_a_scaler_do_not_count(growth: str, value: 
             if number == bad_before:
                 values = [delta.values.detach().clone() for delta in deltas_of(model).values()]
                 (loss_of(model, BAD_BATCH) * value).backward()
-                optimizer.step()
+                with pytest.raises(FloatingPointError):
+                    optimizer.step()
                 optimizer.zero_grad()
                 for delta, before in zip(deltas_of(model).values(), values, strict=True):
                     delta.values.data.copy_(before)
@@ -233,3 +237,46 @@ def test_micro_batches_make_one_gradient_per_step(micro_batches: int) -> None:
         return first_delta(model).state.window.squares
 
     torch.testing.assert_close(window(micro_batches), window(1))
+
+
+@pytest.mark.parametrize("growth", [*GROWTHS, "random", "none"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_ruins_deltas_says_so_at_once(growth: str, value: float, tmp_path: Path) -> None:
+    """The modules are named, the adapter is not saved, and the last checkpoint resumes as if nothing had been."""
+    expected, model = fresh(growth), fresh(growth)
+    train(expected, adamw(expected), STEPS)
+    optimizer = adamw(model)
+    train(model, optimizer, 4)
+    model.save_pretrained(tmp_path / "good")
+    states = copy.deepcopy(optimizer.state_dict())
+    (loss_of(model, BAD_BATCH) * value).backward()
+    with pytest.raises(FloatingPointError, match="(?s)NaN or infinite.*'0', '2'.*resume from the last checkpoint"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="(?s)NaN or infinite.*'0'"):
+        model.save_pretrained(tmp_path / "bad")
+    assert not list((tmp_path / "bad").glob("*.safetensors"))
+    resumed = PeftModel.from_pretrained(mlp(), tmp_path / "good", is_trainable=True).train()
+    optimizer = adamw(resumed)
+    optimizer.load_state_dict(states)
+    train(resumed, optimizer, STEPS - 4, first=5)
+    assert_same_run(resumed, expected)
+
+
+def test_one_ruined_module_is_the_one_that_is_named() -> None:
+    model = fresh()
+    optimizer = adamw(model)
+    train(model, optimizer, 1)
+    loss_of(model, 2).backward()
+    deltas_of(model)["2"].values.grad[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"1 of 2 modules NaN or infinite \('2'\)"):
+        optimizer.step()
+
+
+def test_deltas_that_overflow_at_finite_gradients_are_found_at_the_close() -> None:
+    model = fresh("momentum")
+    optimizer = torch.optim.SGD(trainable(model), lr=1e30)
+    with pytest.raises(FloatingPointError, match="learning rate"):
+        for number in range(1, 4):
+            (loss_of(model, 1) if number == 1 else sum(p.sum() for p in trainable(model)) * 1e10).backward()
+            optimizer.step()
+            optimizer.zero_grad()

@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
+from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, reseed, trainable
 from torch import Tensor, nn
 
 from spiel_peft.cycle.grown_seeds import GrownSeeds
-from spiel_peft.cycle.optimizer_buffers import reseed_state
 
 K, STEPS, BLOCK = 8192, 4, 128
 TORCHAO = ["AdamW8bit", "AdamW4bit", "AdamWFp8"]
@@ -125,7 +124,7 @@ def test_entries_are_what_their_new_block_makes_of_them(name: str) -> None:
         expected[entry][~kept] = values[-1 - source[~kept]]
     other, another = stepped(name)
     fresh = other.state[another]
-    reseed_state(optimizer, parameter, source, seeds)
+    reseed(optimizer, parameter, source, seeds)
     for entry, wanted in expected.items():
         fresh[entry].copy_(wanted)
         allowed = (fresh[entry].dequantize() - wanted).abs()
@@ -145,7 +144,7 @@ def test_a_tiny_second_moment_is_not_rounded_to_zero(name: str) -> None:
     square = torch.full(seeds.mean.shape, 1e-12)
     square[::2] = 1e6
     before = optimizer.state[parameter]["exp_avg_sq"].dequantize()
-    reseed_state(optimizer, parameter, source, GrownSeeds(seeds.mean, square, STEPS))
+    reseed(optimizer, parameter, source, GrownSeeds(seeds.mean, square, STEPS))
     after = optimizer.state[parameter]["exp_avg_sq"].dequantize()
     assert (after[~kept] > 0).all()
     assert (after[kept][before[source[kept]] > 0] > 0).all()
@@ -157,7 +156,7 @@ def test_what_is_too_odd_to_be_quantized_stays_exact() -> None:
     state = optimizer.state[parameter]
     before = state["exp_avg"].clone()
     source = torch.randperm(K - 1)
-    reseed_state(optimizer, parameter, source, None)
+    reseed(optimizer, parameter, source, None)
     assert torch.equal(state["exp_avg"], before[source])
 
 
