@@ -32,10 +32,10 @@ $(VENV)/.test-installed: $(VENV)/.demo-installed
 	$(PIP) install -c constraints.txt -e ".[demo,test]"
 	@touch $@
 
-# Beside the environment, and without what it asks for: only the tests of its optimizers are to find it, as PEFT and
-# transformers behave differently where it is installed.
-$(VENV)/.torchao-installed: $(VENV)/.test-installed
-	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/torchao torchao
+# torchao and HQQ stand beside the environment, without their dependencies: only the tests of them are to find them, as
+# PEFT and transformers behave differently where they are installed.
+$(VENV)/.quantizers-installed: $(VENV)/.test-installed
+	$(PIP) install -c constraints.txt --no-deps --upgrade --target $(VENV)/quantizers torchao hqq termcolor
 	@touch $@
 
 # Passive waiting: where other programs want the cores too, OpenMP's spinning threads cost far more
@@ -47,10 +47,11 @@ demo: $(VENV)/.demo-installed
 # Not "python -m pytest", which puts the checkout on the import path, where other packages would take
 # the folder kernels/ for the package of that name. Triton's interpreter is chosen for a whole process,
 # so its tests have one of their own.
-test: lint $(VENV)/.torchao-installed
+test: lint $(VENV)/.quantizers-installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton $(PYTEST_ARGS)
-	PYTHONPATH=$(VENV)/torchao OMP_NUM_THREADS=1 $(BIN)/pytest tests/optimizers/test_low_bit.py $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/quantizers OMP_NUM_THREADS=1 $(BIN)/pytest tests/optimizers/test_low_bit.py \
+		tests/layers/test_other_quantizers.py $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -301,7 +301,7 @@ class SpIELModel(BaseTuner):
         before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             for layer, names in before:
                 if layer.merged_adapters != names:
                     layer._restore_originals()

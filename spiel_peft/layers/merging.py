@@ -48,13 +48,13 @@ class MergingMixin:
         before = list(self.merged_adapters)
         self.undo_interrupted()
         with writable(self):
-            # The sum is always taken from the originals, so the order and number of merges leave no trace.
-            self._restore_originals()
             try:
+                # The sum is always taken from the originals, so the order and number of merges leave no trace.
+                self._restore_originals()
                 if safe_merge:
                     self.check_finite(before + names)
                 self._write_merged(before + names)
-            except Exception:
+            except BaseException:  # Ctrl-C too
                 self._restore_originals()
                 if before:
                     self._write_merged(before)

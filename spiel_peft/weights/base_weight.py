@@ -235,11 +235,16 @@ class ParameterBackup:
 
 
 class QuantizedBackup:
-    """A quantized parameter with its packed bytes and quantization state, on the CPU while merged."""
+    """A quantized parameter with its packed bytes and quantization state, on the CPU while merged.
+
+    A layer of HQQ has no parameter `weight`; writing to it makes another layer, so the layer itself is kept.
+    """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        self.parameter = base.weight
+        self.parameter = getattr(base, "weight", None)
+        if self.parameter is None:
+            return
         # PEFT's way of writing a 4-bit weight edits the attributes of the parameter and the layer that it replaces.
         self.attributes = dict(vars(base.weight))
         self.quant_state = getattr(base, "quant_state", None)
@@ -248,11 +253,15 @@ class QuantizedBackup:
 
     def pack_away(self) -> None:
         """Free the device; called once the merged weight is in place."""
-        self._move(torch.device("cpu"))
+        if self.parameter is not None:
+            self._move(torch.device("cpu"))
 
     def restore(self, layer: Any) -> None:
+        if self.parameter is None:
+            layer.base_layer = self.base
+            return
         self._move(layer.get_base_layer().weight.device)
-        base = layer.base_layer = self.base  # HQQ replaces the whole layer
+        base = layer.base_layer = self.base
         vars(self.parameter).clear()
         vars(self.parameter).update(self.attributes)
         base.weight = self.parameter
