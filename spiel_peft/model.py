@@ -183,8 +183,8 @@ class SpIELModel(BaseTuner):
         return list(injection.parameters)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's version also assigns the child's weight to the new module, which fails for trained tokens and is not
-        # needed: the new module holds the child.
+        # PEFT's version also assigns the child's weight to the new module. That fails for trained tokens, and is not
+        # needed here: one of the two modules contains the other.
         setattr(parent, child_name, new_module)
 
     def _plan(self, injection: _Injection, config: SpIELConfig) -> None:

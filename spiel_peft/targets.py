@@ -237,7 +237,10 @@ def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
         return "is computed by a parametrization (4-bit experts are); load the model unquantized"
     parameter = module._parameters[name]
     if parameter.dtype not in FLOAT_DTYPES or resolve_quantization_backend(module) is not None:
-        return f"is stored as {parameter.dtype} and quantized, or no matrix of numbers; load the model unquantized"
+        return (
+            f"is stored as {parameter.dtype}, but only unquantized floating-point parameters can be adapted; load the "
+            "model unquantized"
+        )
     if isinstance(module, nn.RNNBase):
         return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
     if name == "weight" and getattr(module, "max_norm", None) is not None:
