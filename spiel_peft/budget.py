@@ -1,4 +1,4 @@
-"""How many deltas each targeted weight gets."""
+"""Splits the budget of an adapter: how many deltas each targeted weight gets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from peft.utils.other import get_pattern_key
 
+from .checks import first_of
 from .config import SpIELConfig
 from .weights.base_weight import BaseInfo
 
@@ -16,11 +17,11 @@ def allocate_deltas(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
     """Split the config's budget over the targeted modules.
 
     Args:
-        config: with exactly one budget; its patterns override it per module.
-        targets: full module name to the description of its base layer.
+        config: the config, with exactly one budget; its patterns override the budget of single modules.
+        targets: full module names and the descriptions of their base layers.
 
     Returns:
-        Full module name to number of deltas, at least 1 each and at most the weight's size.
+        Full module names and their numbers of deltas, each at least 1 and at most the size of the weight.
 
     Raises:
         ValueError: a `num_deltas` dict names a module that is not targeted, or a total is too small to give every
@@ -46,6 +47,7 @@ def density_count(density: float, numel: int) -> int:
 
 
 def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    """The counts of the modules that `rank_pattern` or `density_pattern` matches; warns about unused density keys."""
     counts: dict[str, int] = {}
     for name, info in targets.items():
         key = get_pattern_key(config.rank_pattern.keys(), name)
@@ -58,7 +60,7 @@ def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
                     f"rank_pattern and density_pattern both match module {name!r}; let one of them match it"
                 )
             counts[name] = density_count(config.density_pattern[key], info.numel)
-    # PEFT itself says so of rank_pattern.
+    # PEFT itself warns about unused keys of rank_pattern.
     used = {get_pattern_key(config.density_pattern.keys(), name) for name in targets}
     unused = sorted(set(config.density_pattern) - used)
     if unused:
@@ -71,6 +73,7 @@ def _pattern_counts(config: SpIELConfig, targets: Mapping[str, BaseInfo]) -> dic
 
 
 def _listed_counts(listed: dict[str, int], targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    """The counts of a `num_deltas` dict, which must name exactly the targets."""
     unknown = sorted(set(listed) - set(targets))
     missing = sorted(set(targets) - set(listed))
     if unknown:
@@ -83,7 +86,13 @@ def _listed_counts(listed: dict[str, int], targets: Mapping[str, BaseInfo]) -> d
 
 
 def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int]:
-    """Largest-remainder split in proportion to size: exact sum, at least one each, never more than a size allows."""
+    """Split a total in proportion to size by largest remainders, with an exact sum and at least one for each module.
+
+    Args:
+        total: number of deltas to split.
+        sizes: module names and the numbers of entries of their weights.
+        given: the `num_deltas` of the config, for errors.
+    """
     if total < len(sizes) or (total and not sizes):
         what = f"{len(sizes)} modules share {total} of it and need at least one each"
         if not sizes:
@@ -91,7 +100,7 @@ def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int
         raise ValueError(f"num_deltas={given} does not fit: {what}; change it, the patterns or the targets")
     counts: dict[str, int] = {}
     rest = dict(sizes)
-    # Who would get less than one gets one. That lowers the shares of the others, so look again.
+    # A module whose share is below one gets one. That lowers the shares of the others, so the test is repeated.
     while small := [name for name, size in rest.items() if (total - len(counts)) * size < sum(rest.values())]:
         counts.update(dict.fromkeys(small, 1))
         rest = {name: size for name, size in rest.items() if name not in counts}
@@ -104,11 +113,12 @@ def _split_total(total: int, sizes: dict[str, int], given: int) -> dict[str, int
 
 
 def _clamp(wanted: dict[str, int], targets: Mapping[str, BaseInfo]) -> dict[str, int]:
+    """Lower counts above the size of the weight to that size, with a warning."""
     too_many = [name for name, count in wanted.items() if count > targets[name].numel]
     if too_many:
-        shown = ", ".join(too_many[:5]) + (f" and {len(too_many) - 5} more" if len(too_many) > 5 else "")
         warnings.warn(
-            f"The budget asks for more deltas than some weights have elements; they are trained whole: {shown}.",
+            "The budget asks for more deltas than some weights have elements; they are trained whole: "
+            f"{first_of(too_many)}.",
             stacklevel=2,
         )
     return {name: min(count, targets[name].numel) for name, count in wanted.items()}

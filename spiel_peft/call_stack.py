@@ -1,22 +1,41 @@
-"""Looks at the call stack, for what other libraries do without a hook: all that does so is in this file."""
+"""Looks at the call stack to learn what other libraries are doing. No other file of the package looks at it.
+
+PyTorch, accelerate and the trainers offer no hook or registry for the questions that these functions answer.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
+
+import torch
+
+# At most so many calls lie between accelerate's `fsdp2_prepare_model` and a module deep inside the model.
+_PREPARING_DEPTH = 201
+# At most so many calls lie between PyTorch's `_init_optim_state` and a step hook: the wrappers that accelerate,
+# learning-rate schedulers and PyTorch put around `step`.
+_STEP_HOOK_DEPTH = 17
+
+_TRANSFORMERS = ("transformers.trainer",)
+# Lightning is published under two names.
+_LIGHTNING = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
+
+# The code of the function that PyTorch puts around the `step` of every optimizer to run its step hooks.
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 def is_running(module: str, function: str, depth: int) -> bool:
     """Whether a function is on the call stack of this thread.
 
     Args:
-        module: full name of the module that defines it.
-        function: its name.
-        depth: how many callers are looked at.
+        module: full name of the module that defines the function.
+        function: name of the function.
+        depth: number of callers to look at.
     """
     if module not in sys.modules:
         return False
@@ -30,35 +49,30 @@ def is_running(module: str, function: str, depth: int) -> bool:
     return False
 
 
-# Accelerate's `cpu_ram_efficient_loading`: only one process of a machine has read the base weights.
-#
-# Accelerate then takes the model to the meta device, has FSDP2 shard it there, and sends round what the first process
-# has. Every process has the deltas, which are not sharded: they stay as they are, and out of that state dict.
-
-
-# Calls between accelerate's function and a module deep inside the model.
-_PREPARING_DEPTH = 201
-
-
 def prepares_sharding() -> bool:
-    """Whether accelerate is preparing a model for FSDP2 right now."""
+    """Whether accelerate is preparing a model for FSDP2 right now.
+
+    With `cpu_ram_efficient_loading`, only one process of a machine has read the base weights. Accelerate moves the
+    model to the meta device, has FSDP2 shard it there, and sends the weights of that process to the others. Deltas are
+    not sharded and every process has them, so they must neither move nor be in that state dict.
+    """
     return is_running("accelerate.utils.fsdp_utils", "fsdp2_prepare_model", _PREPARING_DEPTH)
 
 
-# Finds the trainer that is running: it knows how many optimizer steps the run has, and takes log entries.
+def is_rehearsal() -> bool:
+    """Whether the optimizer step in progress is the dummy step of torch.distributed.checkpoint.
 
-
-_TRANSFORMERS = ("transformers.trainer",)
-# Both names under which it is published.
-_LIGHTNING = ("lightning.pytorch.trainer.trainer", "pytorch_lightning.trainer.trainer")
+    That step, with zero gradients and a learning rate of zero, creates optimizer state for a checkpoint to be loaded.
+    """
+    return is_running("torch.distributed.checkpoint.state_dict", "_init_optim_state", _STEP_HOOK_DEPTH)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is asked of a transformers `TrainerState`, as another trainer answers it.
+    """The two fields of a transformers `TrainerState` that the cycle reads, for another trainer.
 
     Attributes:
-        max_steps: optimizer steps of the whole run; 0 if it cannot say.
+        max_steps: optimizer steps of the whole run; 0 if the trainer does not know.
         global_step: optimizer steps done.
     """
 
@@ -67,7 +81,7 @@ class Progress:
 
 
 class LightningRun:
-    """A Lightning Trainer in the form of a transformers one."""
+    """A Lightning Trainer with the `state` that a transformers Trainer has."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -82,7 +96,7 @@ class LightningRun:
             type(callback).__name__ == "GradientAccumulationScheduler" for callback in self.trainer.callbacks
         )
         if module is None or not module.automatic_optimization or accumulation_changes:
-            # Its estimate counts batches then, which need not be steps.
+            # Lightning's estimate then counts batches, and a step may take several of them.
             return 0
         steps = self.trainer.estimated_stepping_batches
         return int(steps) if math.isfinite(steps) and steps > 0 else 0
@@ -91,8 +105,8 @@ class LightningRun:
 def running_trainer() -> Any:
     """The transformers Trainer whose method is on the call stack, or a `LightningRun`; None if there is neither.
 
-    An optimizer or callback does not know who calls it, and a trainer offers no registry; but it is on the call stack,
-    and looking there spares users of Trainer, TRL and Lightning an argument.
+    Optimizers and callbacks are not told which trainer calls them. Looking at the call stack spares users of Trainer,
+    TRL and Lightning an argument.
     """
     transformers_classes, lightning_classes = tuple(_classes(_TRANSFORMERS)), tuple(_classes(_LIGHTNING))
     if not transformers_classes and not lightning_classes:
@@ -109,7 +123,7 @@ def running_trainer() -> Any:
 
 
 def _classes(modules: tuple[str, ...]) -> Iterator[type]:
-    """The `Trainer` of each module that has been imported; who runs one has."""
+    """The class `Trainer` of each of these modules that has been imported."""
     for name in modules:
         found = getattr(sys.modules.get(name), "Trainer", None)
         if isinstance(found, type):
@@ -117,18 +131,39 @@ def _classes(modules: tuple[str, ...]) -> Iterator[type]:
 
 
 def trainer_state(trainer: Any) -> Any:
-    """The `TrainerState` (or `Progress`) of a trainer that says how long it trains, else None."""
+    """The `TrainerState` or `Progress` of a trainer; None if there is no trainer or it does not know its length."""
     state = getattr(trainer, "state", None)
     return state if state is not None and state.max_steps > 0 else None
 
 
-# Detects the dummy step with which torch.distributed.checkpoint creates optimizer state.
+def running_steps() -> Counter[int]:
+    """How many calls of `step` with step hooks are running for each optimizer, by the optimizer's id."""
+    found: Counter[int] = Counter()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            found[id(frame.f_locals.get("self"))] += 1
+        frame = frame.f_back
+    return found
 
 
-# Frames between PyTorch's function and a step hook: wrappers of accelerate, of schedulers, of the step itself.
-_STEP_HOOK_DEPTH = 17
+def optimizers_without_hooks(known: Set[int]) -> list[torch.optim.Optimizer]:
+    """Optimizers whose `step` is running without step hooks and that have state of their own, outermost first.
 
+    PyTorch adds step hooks in `torch.optim.Optimizer.__init__`, which some optimizers around others do not call.
 
-def is_rehearsal() -> bool:
-    """Whether the step in progress is one with zero gradients and a learning rate of zero, before state is loaded."""
-    return is_running("torch.distributed.checkpoint.state_dict", "_init_optim_state", _STEP_HOOK_DEPTH)
+    Args:
+        known: ids of optimizers to leave out.
+    """
+    found: dict[int, torch.optim.Optimizer] = {}
+    hooked = set(known)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _HOOKED_STEP:
+            hooked.add(id(frame.f_locals.get("self")))
+        elif frame.f_code.co_name == "step":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, torch.optim.Optimizer) and "state" in vars(owner):
+                found[id(owner)] = owner
+        frame = frame.f_back
+    return [optimizer for number, optimizer in reversed(found.items()) if number not in hooked]

@@ -14,16 +14,17 @@ from .delta import AdapterRun, SparseDelta
 
 
 class SpIELCallback(TrainerCallback):
-    """Optional: the cycle runs without it. It knows the exact number of steps and logs every close as it happens.
+    """Sets the exact length of the run and logs every close when it happens. The cycle runs without this callback too.
 
-    Logged are `spiel/rate` (share offered for replacement), `spiel/replaced`, `spiel/kept` (numbers of deltas),
-    `spiel/churn` (share that moved) and `spiel/mean_abs_delta`.
+    It logs `spiel/rate` (share of the deltas that the close could replace), `spiel/replaced` and `spiel/kept` (numbers
+    of deltas), `spiel/churn` (share of the deltas that moved) and `spiel/mean_abs_delta`.
 
     Args:
-        total_steps: optimizer steps of the run; by default the config's, else the trainer's `max_steps`.
+        total_steps: optimizer steps of the run; None: the config's, else the trainer's `max_steps`.
 
     Raises:
-        ValueError: at the start of training, if the trainer's optimizer holds no SpIEL values.
+        ValueError: `total_steps` is no positive int; or, when training starts, the trainer's optimizer holds no values
+            of the model's deltas.
     """
 
     def __init__(self, *, total_steps: int | None = None) -> None:
@@ -35,7 +36,7 @@ class SpIELCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        # After a trainer's cast to bf16, before data-parallel wrapping looks at dtypes.
+        # The trainer may have cast the deltas to bfloat16. Data-parallel wrapping looks at dtypes after this call.
         for module in model.modules() if model is not None else ():
             if isinstance(module, SparseDelta):
                 module.restore_dtype()
@@ -59,7 +60,7 @@ class SpIELCallback(TrainerCallback):
         self._logged = {id(run): len(run.log) for run in self._runs}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # The handler of an entry takes the trainer's own, still to come, for done.
+        # Logging an entry resets `should_log`, and the trainer's own entry for this step would be left out.
         should_log = control.should_log
         for run in self._runs:
             for report in run.log[self._logged.get(id(run), 0) :]:
@@ -69,7 +70,7 @@ class SpIELCallback(TrainerCallback):
 
 
 def _log(state: TrainerState, report: CycleReport) -> None:
-    """An entry of its own: asking the trainer to log would shift the spans over which it averages the loss."""
+    """Log a close as a separate entry: setting `should_log` would change the steps over which the loss is averaged."""
     entry = {
         "spiel/rate": report.rate,
         "spiel/replaced": report.replaced,
@@ -81,7 +82,7 @@ def _log(state: TrainerState, report: CycleReport) -> None:
 
     trainer = running_trainer()
     if isinstance(trainer, Trainer):
-        # The base class's own: subclasses add what they have gathered since their last entry, and forget it.
+        # The method of the base class, because those of subclasses add their metrics to the entry and reset them.
         Trainer.log(trainer, entry)
     else:
         state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})

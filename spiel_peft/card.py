@@ -1,8 +1,8 @@
-"""The part of a model card (README.md) that says what a SpIEL adapter is and how to load it.
+"""Adds a section to model cards (README.md) that describes the SpIEL adapters and how to load them.
 
-PEFT writes the card; this adds one section, between two markers, and leaves everything else as it is. PEFT has no hook
-for that, so `install` wraps the two methods of `PeftModel` that write and upload cards. They act on models with SpIEL
-adapters only.
+PEFT writes the card; this module adds or replaces one section between two markers and changes nothing else in the text.
+PEFT has no hook for that, so `install` wraps the two methods of `PeftModel` that write and upload cards. The wrapped
+methods change only cards of models with SpIEL adapters.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _AUTO_CLASSES = {
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of one adapter.
+    """The facts about one adapter that a card states.
 
     Attributes:
-        name: of the adapter; all but "default" lie in a folder of that name.
-        config: its config.
-        num_deltas: values of all modules.
-        num_modules: modules with deltas.
-        num_weights: entries of those modules' weights, None if unknown.
-        base: name or path of the base model, None if unknown.
+        name: name of the adapter; every adapter but "default" is saved in a folder of its name.
+        config: config of the adapter.
+        num_deltas: number of deltas in all modules.
+        num_modules: number of modules with deltas.
+        num_weights: number of entries of these modules' weights; None if unknown.
+        base: name or path of the base model; None if unknown.
     """
 
     name: str
@@ -60,7 +60,7 @@ class CardFacts:
 
 
 def facts_of_model(model: PeftModel) -> list[CardFacts]:
-    """What there is to say of a model's SpIEL adapters; nothing for adapters of other methods."""
+    """The facts about a model's SpIEL adapters. Adapters of other methods are left out."""
     facts = []
     for name, config in model.peft_config.items():
         if not isinstance(config, SpIELConfig):
@@ -73,20 +73,19 @@ def facts_of_model(model: PeftModel) -> list[CardFacts]:
 
 
 def facts_of_counts(config: SpIELConfig, counts: Mapping[str, int]) -> CardFacts:
-    """The same for an adapter that is in no model, from its number of deltas by module."""
+    """The facts about an adapter on disk, given its config and its number of deltas by module."""
     return CardFacts("default", config, sum(counts.values()), len(counts), None, config.base_model_name_or_path)
 
 
 def update_card(folder: str | os.PathLike[str], adapters: Sequence[CardFacts], place: str | None = None) -> None:
-    """Write what adapters are into the card of a folder; the card is made if there is none.
+    """Write the section about SpIEL adapters into README.md of a folder, which is created if there is none.
 
-    Only the section between the markers is replaced; of the metadata, tags are added, `library_name` is set, and
-    `base_model` where it is missing.
+    Outside the section only metadata change: tags are added, `library_name` is set, and `base_model` if it is missing.
 
     Args:
-        folder: holds README.md.
-        adapters: at least one.
-        place: where users will load the adapter from, if it is known.
+        folder: the folder of README.md.
+        adapters: facts about the adapters, at least one.
+        place: folder or hub id from which users will load the adapters; None: a placeholder.
     """
     path = Path(folder) / FILE_NAME
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: peft\n---\n\n# Model card\n")
@@ -100,7 +99,7 @@ def update_card(folder: str | os.PathLike[str], adapters: Sequence[CardFacts], p
 
 
 def with_section(text: str, new: str) -> str:
-    """Put the section into a card's text: where it was, else below the first title, else at the top."""
+    """The text of a card with a new section: in place of the old one, else below the first title, else at the top."""
     lines = text.splitlines()
     if BEGIN in lines and END in lines[lines.index(BEGIN) :]:
         start = lines.index(BEGIN)
@@ -118,7 +117,7 @@ def with_section(text: str, new: str) -> str:
 
 
 def section(adapters: Sequence[CardFacts], place: str | None = None) -> str:
-    """The section's text, markers included."""
+    """The text of the section with its markers. Arguments as in `update_card`."""
     lines = [
         BEGIN,
         "## SpIEL adapter",
@@ -199,15 +198,16 @@ def _quoted(text: str) -> str:
 
 
 def install() -> None:
-    """Make `PeftModel` write the section. Safe to call any number of times, and after an anew import."""
+    """Make `PeftModel` write the section. Safe to call any number of times, and after this module was reloaded."""
     _wrap("create_or_update_model_card", _after_writing)
     _wrap("_upload_modified_files", _before_upload)
 
 
 def _wrap(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a method of `PeftModel` by what `make` makes of the original one."""
     method = getattr(PeftModel, name, None)
     if method is None:
-        return  # a version of PEFT or transformers that does it in another way
+        return  # this version of PEFT or transformers writes cards in another way
     original = getattr(method, _ORIGINAL, method)
     wrapped = functools.wraps(original)(make(original))
     setattr(wrapped, _ORIGINAL, original)
@@ -226,7 +226,7 @@ def _after_writing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _before_upload(original: Callable[..., Any]) -> Callable[..., Any]:
-    # `push_to_hub` saves the model and then writes the hub's card, or an empty one, over the card that this has made.
+    # `push_to_hub` saves the model and then writes the hub's card, or an empty one, over the card with the section.
     def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         facts = facts_of_model(self)
         if facts:

@@ -1,4 +1,4 @@
-"""`SpIELConfig`: the fields of a SpIEL adapter and their checks. No tensors, no model."""
+"""`SpIELConfig`: the settings of a SpIEL adapter and their checks. Nothing here needs a tensor or a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from . import checks as check
-from .checks import short
 from .growth import get_growth_criterion
 from .registration import spiel_type
 
@@ -28,17 +27,16 @@ _REGEX_REMEDY = "Escape special characters, or pass a list of module names."
 
 
 class RefusesLoraFields:
-    """Mixin: LoRA-only keyword arguments raise a ValueError that says what to use instead.
+    """Mixin of configs that refuses keyword arguments of LoraConfig with a ValueError that says what to use instead.
 
-    `__new__` rather than `__init__`, for two reasons: the generated `__init__` of every subclass stays as it
-    is, so PEFT still reads the fields from its signature, and unknown names still raise the TypeError that
-    PEFT turns into a warning when it loads a file of a later version.
+    The check is in `__new__` so that the generated `__init__` stays as it is: PEFT reads the fields from its signature,
+    and its TypeError for an unknown name becomes PEFT's warning about a file of a later version.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         own = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         errors = [
-            f"`{name}` is a field of LoraConfig that {cls.__name__} must not be given, got {short(value)}. "
+            f"`{name}` is a field of LoraConfig that {cls.__name__} must not be given, got {check.short(value)}. "
             f"{LORA_ONLY_FIELDS[name]}"
             for name, value in kwargs.items()
             if name in LORA_ONLY_FIELDS and name not in own
@@ -50,9 +48,9 @@ class RefusesLoraFields:
 
 @dataclass
 class SpIELConfig(RefusesLoraFields, PeftConfig):
-    """Configuration of a SpIEL adapter: sparse deltas to the pretrained weights that move while training.
+    """Configuration of a SpIEL adapter: sparse deltas to the pretrained weights, whose positions move while training.
 
-    Give one budget at most: `r`, `density` or `num_deltas`. Every wrong value raises a ValueError here.
+    Give one budget at most: `r`, `density` or `num_deltas`. A wrong value raises a ValueError that names the field.
 
     Args:
         r (`int`, *optional*): As many trainable values per module as LoRA of this rank would have there,
@@ -209,18 +207,17 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         metadata={"help": "Type of the deltas. None: float32 under `autocast_adapter_dtype=True`, else the base's."},
     )
 
-    # Without annotations, so that these are no fields and are not saved.
-    # True on configs that were read from a file.
+    # True on configs that were read from a file. Without an annotation it is no field, and is not saved.
     _from_checkpoint = False
 
     def __post_init__(self) -> None:
-        # PeftConfig.from_pretrained, which is not ours to override, passes the file's contents to the
-        # constructor. Only a file has both keys, and only there is the type still a plain string.
+        # `PeftConfig.from_pretrained` passes the contents of a file to the constructor without saying so. Only a file
+        # has both keys, and only in a file is the type a plain string.
         if type(self.peft_type) is str and self.peft_version is not None:
             self._from_checkpoint = True
         super().__post_init__()
         self.peft_type = spiel_type()
-        # PEFT's names for what a tuner finds tied in the model. Not fields either.
+        # PEFT's tuners store the names of tied modules in these two. They are no fields, and are not saved.
         self.modules_to_tie = None
         self.target_modules_to_tie = None
         self._check_budget()
@@ -308,18 +305,18 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
                 check.regex(name, value, _REGEX_REMEDY)
             elif value is not None:
                 setattr(self, name, set(check.names(name, value, remedy)))
-        # PEFT fails on `name in None` where `target_modules` and this one are None.
+        # Where `target_modules` is None, PEFT tests `name in target_parameters`, which fails if that is None too.
         remedy = "Pass a list of parameter names such as ['experts.gate_up_proj', 'experts.down_proj'], or None."
         wanted = self.target_parameters if self.target_parameters is not None else []
         self.target_parameters = sorted(set(check.names("target_parameters", wanted, remedy)))
         if isinstance(self.num_deltas, dict):
             modules = {name: k for name, k in self.num_deltas.items() if not self.names_parameter(name)}
-            # A set although the field says list: LoraConfig has it so, and PEFT expects it.
+            # A set although the annotation says list: as in LoraConfig, and as PEFT expects it.
             self.target_modules = _targets_of_counts(modules, self.target_modules)  # type: ignore
 
     def names_parameter(self, name: str) -> bool:
         """Whether an entry of `target_parameters` names the parameter with this full name."""
-        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters or ())
+        return any(names_module(target, name) for target in self.target_parameters or ())
 
     def _check_layers(self) -> None:
         remedy = "Pass the indices of the layers to adapt, such as [0, 1], or None for all."
@@ -359,6 +356,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
 
 
 def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
+    """Check a `num_deltas` dict; returns it with plain ints."""
     if not num_deltas:
         check.refuse("num_deltas", "must name at least one module when it is a dict", num_deltas, _COUNT_REMEDY)
     counts = check.mapping("num_deltas", num_deltas, _COUNT_REMEDY)
@@ -366,10 +364,12 @@ def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
 
 
 def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) -> set[str]:
-    """The names in `counts`, provided that `targets` says the same.
+    """The module names in `counts`. Refuses `targets` that name other modules or leave some out.
 
-    PEFT shortens 20 names or more to the suffixes that tell them from the model's other modules and saves
-    those, so suffixes that cover all the names, and nothing but these, count as the same.
+    Args:
+        counts: full module names and their numbers of deltas.
+        targets: `target_modules`. Suffixes are accepted too, because PEFT replaces 20 names or more by suffixes that
+            tell them from other modules, and saves those.
     """
     remedy = "Leave `target_modules` out: the dict selects the targets."
     if targets is None:
@@ -392,11 +392,13 @@ def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) 
 
 
 def _suffixes(name: str) -> set[str]:
+    """All suffixes of a module's name, the full name included: {"a.b", "b"} for "a.b"."""
     parts = name.split(".")
     return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def _token_indices(value: Any) -> list[int] | dict[str, list[int]]:
+    """Check `trainable_token_indices`; returns plain ints."""
     remedy = "Pass token ids, such as [0, 1], or a dict such as {'embed_tokens': [0, 1]}."
     if not isinstance(value, dict):
         return check.integers("trainable_token_indices", value, remedy)
@@ -406,14 +408,12 @@ def _token_indices(value: Any) -> list[int] | dict[str, list[int]]:
     }
 
 
-# Fields of PEFT's LoraConfig that mean nothing to SpIEL, and what to do instead of passing them.
-
-
 _NO_SCALING = "SpIEL's deltas are added to the weight as they are: drop it, and tune the learning rate instead."
 _NO_FACTORS = "It configures a variant of LoRA's two factors, which SpIEL does not have: drop it."
 _INIT = "Drop it. Deltas start at zero; `init_weights=False` starts them at random values, for tests."
 _MEGATRON = "SpIEL does not adapt Megatron's parallel layers: drop it."
 
+# Fields of PEFT's LoraConfig that SpIEL does not have, and what to do instead of passing them.
 LORA_ONLY_FIELDS: dict[str, str] = {
     "lora_alpha": _NO_SCALING,
     "alpha_pattern": _NO_SCALING,
@@ -442,5 +442,5 @@ LORA_ONLY_FIELDS: dict[str, str] = {
 
 
 def names_module(target: str, key: str) -> bool:
-    """Whether an entry of `target_modules` names the module `key`."""
+    """Whether `target`, a full name or a suffix of one, names the module or parameter with the full name `key`."""
     return key == target or key.endswith("." + target)

@@ -1,6 +1,6 @@
 """Growth criteria: which inactive positions a close may grow, and which deltas it prunes for them.
 
-The contracts of a criterion, the registry, and the built-in ones, which are pure functions of a `GrowthRequest`.
+This module holds the contract of a criterion, the registry, and the built-in criteria.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from spiel_kernels import sample_positions, sorted_order, top_outer_positions
 
 @dataclass(frozen=True, eq=False)
 class GrowthRequest:
-    """What a growth criterion may look at when a cycle of one matrix closes. All tensors are read-only.
+    """The input of a growth criterion when a cycle of one matrix closes. All tensors are read-only.
 
     Shapes and dtypes:
         indices: int64 [k], the sorted flat positions (row-major in the weight as stored) active before the
@@ -32,8 +32,8 @@ class GrowthRequest:
             the criterion gathers.
         row: float [rows], SM3's row accumulator; None unless the criterion accumulates.
         col: float [cols], SM3's column accumulator; None unless the criterion accumulates.
-        generator: a CPU generator seeded from the config's seed, the module name and the cycle number. Draw
-            from nothing else, or runs are not reproducible and ranks drift apart.
+        generator: a CPU generator seeded from the config's seed, the module name and the cycle number. With another
+            source of random numbers runs are not reproducible, and ranks choose different positions.
     """
 
     indices: torch.Tensor
@@ -49,12 +49,12 @@ class GrowthRequest:
 
 @dataclass(frozen=True, eq=False)
 class PruneRequest:
-    """What a prune score may look at when a cycle of one matrix closes. All tensors are read-only.
+    """The input of a prune score when a cycle of one matrix closes. All tensors are read-only.
 
     Shapes and dtypes:
         module_name: full name of the adapted module.
         indices: int64 [k], the sorted flat positions active before the close.
-        values: float [k], their deltas.
+        values: float [k], the deltas at these positions.
         gradient: float [k], the gradient of `values` at the step that closes, as the optimizer got it; None if there
             was none.
         count: m, how many deltas the close wants to prune.
@@ -73,21 +73,21 @@ PruneScore = Callable[[PruneRequest], torch.Tensor]
 
 @dataclass(frozen=True)
 class GrowthCriterion:
-    """A named way to choose what grows.
+    """A named rule that chooses which positions a close grows and which deltas it prunes.
 
     Attributes:
-        name: what `SpIELConfig(growth=...)` says.
-        propose: from a `GrowthRequest` to int64 positions in `[0, numel)`, without repeats, best first, as
-            many as it likes. An active position is allowed and means "keep it if it would be pruned". None:
-            never grow, so the close neither prunes nor grows.
-        gathers: `propose` needs `candidates` and `candidate_sums`, gathered over `accumulation_steps` steps.
-        accumulates: `propose` needs SM3's `row` and `col`.
-        prune_score: from a `PruneRequest` to float [k], without NaN; the lowest scores are pruned, ties at the lowest
-            position first. An infinite score is pruned last. None: the absolute value of the delta (Ansell et al.,
-            2024, section 3.1).
-        candidates_per_grown: candidates of a window for each delta that its close can grow, where the rate of that
-            close is known in advance; never more than there are deltas. None: as many as deltas. (Several ranks narrow
-            their common candidates to the number of deltas.)
+        name: the value of `SpIELConfig(growth=...)` that selects the criterion.
+        propose: function from a `GrowthRequest` to int64 positions in `[0, numel)`, without repeats, best first, any
+            number of them. An active position is allowed and means "keep it if it would be pruned". None: the close
+            neither prunes nor grows.
+        gathers: whether `propose` needs `candidates` and `candidate_sums`, gathered over `accumulation_steps` steps.
+        accumulates: whether `propose` needs SM3's `row` and `col`.
+        prune_score: function from a `PruneRequest` to float [k] without NaN. The deltas with the lowest scores are
+            pruned, among equal scores that at the lowest position first; those with an infinite score last. None: the
+            absolute value of the delta (Ansell et al., 2024, section 3.1).
+        candidates_per_grown: number of candidates in a window for each delta that its close can grow, if the rate of
+            that close is known in advance; never more candidates than deltas. None: as many candidates as deltas.
+            (Several ranks reduce their common candidates to the number of deltas.)
     """
 
     name: str
@@ -154,7 +154,7 @@ def register_growth_criterion(
 
 
 def get_growth_criterion(name: str) -> GrowthCriterion:
-    """The criterion registered as `name`; ValueError naming the registered ones if there is none."""
+    """The criterion registered as `name`. Raises a ValueError with the registered names if there is none."""
     criterion = _CRITERIA.get(name) if isinstance(name, str) else None
     if criterion is None:
         raise ValueError(
@@ -170,6 +170,7 @@ def growth_criteria() -> list[str]:
 
 
 def _check_candidates(name: str, candidates_per_grown: Any, gathers: bool) -> None:
+    """Raise a ValueError for a wrong `candidates_per_grown`."""
     if candidates_per_grown is None:
         return
     is_number = isinstance(candidates_per_grown, (int, float)) and not isinstance(candidates_per_grown, bool)
@@ -193,37 +194,37 @@ def _require_bool(name: str, flag: str, value: Any) -> None:
         )
 
 
-# The built-in growth criteria: which positions are best to grow. Pure functions of a `GrowthRequest`.
-
-
 def accumulated_gradient(request: GrowthRequest) -> Tensor:
-    """SpIEL-AG (Ansell et al., 2024, section 3.2): candidates by the absolute sum of their gradients.
+    """SpIEL-AG (Ansell et al., 2024, section 3.2): the candidates, those with the largest absolute gradient sum first.
 
-    Zero sums are no candidates; ties go to the lowest position.
+    Candidates with a sum of zero are left out. Among equal sums the lowest position comes first.
     """
     if request.candidates is None or request.candidate_sums is None:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
     scores = request.candidate_sums.abs()
-    # Candidates are in ascending order, so a stable sort settles ties.
+    # Candidates are in ascending order, so a stable sort puts the lowest position first among equal sums.
     order = sorted_order(scores, descending=True)
     return request.candidates.index_select(0, order[: int(torch.count_nonzero(scores > 0))])
 
 
 def momentum(request: GrowthRequest) -> Tensor:
-    """SpIEL-MA (Ansell et al., 2024, section 3.3): inactive positions by log row + log col of SM3's accumulators."""
+    """SpIEL-MA (Ansell et al., 2024, section 3.3): the inactive positions with the largest log row + log col.
+
+    `row` and `col` are SM3's accumulators. Positions where one of them is zero are left out.
+    """
     if request.row is None or request.col is None:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
     return top_outer_positions(request.row, request.col, request.indices, request.count)
 
 
 def random(request: GrowthRequest) -> Tensor:
-    """Inactive positions, uniformly."""
+    """Inactive positions, drawn uniformly."""
     inactive = request.numel - request.indices.numel()
     count = min(request.count, inactive)
     ranks = sample_positions(inactive, count, request.generator)
     active = request.indices.cpu()
-    # The r-th inactive position is r plus the active positions at or below it: active[j] - j never falls, so count
-    # how many of these offsets are at most r.
+    # The r-th inactive position is r plus the number of active positions below it. active[j] - j is the number of
+    # inactive positions below active[j] and never falls, so that number is the count of offsets that are at most r.
     offsets = active - torch.arange(active.numel())
     positions = ranks + torch.searchsorted(offsets, ranks, right=True)
     return positions[torch.randperm(count, generator=request.generator)].to(request.indices.device)

@@ -1,4 +1,4 @@
-"""`SpIELModel`: finds the modules to adapt, splits the budget over them and builds the layers."""
+"""`SpIELModel`: every hook of PEFT's tuners, for injection, merging, saving, loading and combining."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .layers.merging import report_merge_loss
 from .saving import AdapterLoading, check_live_state_dict, saved_entries
 from .targets import (
+    BYPASSED,
     BareParameter,
     ModelStructure,
     bypassed_by,
@@ -42,7 +43,17 @@ _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
 
 
 class _Injection:
-    """One call of `inject_adapter`: what is to be adapted, and with how many deltas."""
+    """The targets of one call of `inject_adapter` and their numbers of deltas.
+
+    Attributes:
+        run: the run of the new adapter.
+        module_names: the modules in the state dict that the adapter is injected from; None without a state dict.
+        file_counts: numbers of deltas in that state dict, by module.
+        infos: the targeted modules and the descriptions of their base layers.
+        parameters: the targeted bare parameters with their descriptions.
+        counts: number of deltas of each target; None before the targets have been checked.
+        shared: the targets whose weight is tied, with the names of the modules that it is tied to.
+    """
 
     def __init__(self, run: AdapterRun, module_names: set[str] | None, counts: dict[str, int]) -> None:
         self.run = run
@@ -57,8 +68,8 @@ class _Injection:
 class SpIELModel(BaseTuner):
     """A model with SpIEL layers in place of its targeted modules.
 
-    Built by PEFT (`get_peft_model`, `inject_adapter_in_model`, ...), see `peft.tuners.tuners_utils.BaseTuner` for the
-    arguments.
+    PEFT builds it in `get_peft_model`, `inject_adapter_in_model` and others. The arguments are those of
+    `peft.tuners.tuners_utils.BaseTuner`.
     """
 
     prefix = "spiel_"
@@ -75,10 +86,10 @@ class SpIELModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """PEFT's `inject_adapter`; on any error the model is left as it was.
+        """Add an adapter, as PEFT's `inject_adapter` does. On any error the model is left as it was.
 
         Raises:
-            ValueError: an unsupported or shared target, an impossible budget, or an adapter is merged.
+            ValueError: a target is not supported or a budget is impossible, or an adapter is merged.
         """
         check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
@@ -95,7 +106,7 @@ class SpIELModel(BaseTuner):
             )
         except Exception:
             before.restore()
-            # PEFT has put the config there already, in place of that of an adapter of the same name.
+            # PEFT has already replaced the config of an adapter with the same name.
             replaced = [run.config for run in before.runs if run.adapter_name == adapter_name]
             self.peft_config.pop(adapter_name, None)
             self.peft_config.update({adapter_name: replaced[0]} if replaced else {})
@@ -103,9 +114,9 @@ class SpIELModel(BaseTuner):
         finally:
             del self._injection
         if isinstance(config.num_deltas, dict):
-            # PEFT may have shortened the names to suffixes; the config must still match the counts when reloaded.
+            # PEFT may have shortened the names to suffixes. A saved config must name the modules that have counts.
             config.target_modules = {name for name in config.num_deltas if not config.names_parameter(name)}
-        # PEFT leaves this to `PeftModel`; an adapter that is injected directly shall have the same precision.
+        # PEFT casts adapters in `PeftModel` only. An adapter that is injected without it gets the same precision here.
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not config.target_parameters:
             warn_about_fused_experts(model)
@@ -122,7 +133,7 @@ class SpIELModel(BaseTuner):
     ) -> None:
         injection = self._injection
         if injection.counts is None:
-            # The first of all targets: nothing has been changed yet, so this is where everything is checked.
+            # At the first target nothing has been changed yet, so all targets are checked now.
             self._plan(injection, peft_config)
         if isinstance(target, SpIELLayer):
             layer = target
@@ -156,7 +167,7 @@ class SpIELModel(BaseTuner):
     def _inject_parameters(
         self, peft_config: SpIELConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        # PEFT's own version goes by the names that nested wrappers have, which do not tell parameters apart in files.
+        # PEFT's version names parameters after nested wrappers, and in files these names do not tell parameters apart.
         injection = self._injection
         if injection.counts is None:
             self._plan(injection, peft_config)
@@ -172,7 +183,8 @@ class SpIELModel(BaseTuner):
         return list(injection.parameters)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # One of the two holds the other. PEFT's version assigns its weight anew, which fails for trained tokens.
+        # PEFT's version also assigns the child's weight to the new module. That fails for trained tokens, and is not
+        # needed here: one of the two modules contains the other.
         setattr(parent, child_name, new_module)
 
     def _plan(self, injection: _Injection, config: SpIELConfig) -> None:
@@ -184,10 +196,7 @@ class SpIELModel(BaseTuner):
             base = module.get_base_layer() if isinstance(module, SpIELLayer) else module
             info = inspect_base(base, kwargs)
             if bypassed_by(self.model.get_submodule(name.rpartition(".")[0])):
-                info = (
-                    "belongs to nn.TransformerEncoderLayer, whose inference path reads weights without calling the "
-                    "layer; call torch.backends.mha.set_fastpath_enabled(False) first"
-                )
+                info = BYPASSED
             if isinstance(info, str):
                 problems.append(f"{name} ({type(base).__module__}.{type(base).__qualname__}) {info}")
                 continue
@@ -215,7 +224,7 @@ class SpIELModel(BaseTuner):
             )
 
     def _targets(self, injection: _Injection, config: SpIELConfig) -> Iterator[tuple[str, nn.Module]]:
-        """The modules PEFT is about to hand to `_create_and_replace`, in its order."""
+        """The modules that PEFT will pass to `_create_and_replace`, in the same order."""
         inside: list[str] = []
         for name, module in self.model.named_modules():
             if not name or any(name.startswith(prefix) for prefix in inside):
@@ -230,9 +239,10 @@ class SpIELModel(BaseTuner):
             if matched:
                 yield name, module
 
-    # Tied weights (`ensure_weight_tying`): the input embedding is adapted, the modules tied to it share its delta.
+    # Tied weights (`ensure_weight_tying`): the input embedding is adapted, and the modules tied to it share its delta.
 
     def _tied_source(self, config: SpIELConfig, key: str) -> SpIELLayer | None:
+        """The adapted input embedding if the module is tied to it and is to share its delta, else None."""
         if not self._check_tied_module_exists(config, key):
             return None
         source = self.model.get_input_embeddings()
@@ -241,7 +251,7 @@ class SpIELModel(BaseTuner):
         return source
 
     def _add_targets_to_tie(self, peft_config: SpIELConfig, tied_weight_keys: list[str]) -> None:
-        # A second adapter finds the tied modules wrapped by the first one.
+        # The first adapter has wrapped the tied modules that a second one finds.
         tied_weight_keys = [key.removesuffix(".base_layer") for key in tied_weight_keys]
         peft_config.target_modules_to_tie = set(tied_weight_keys)
         embedding = find_parameter_name_by_module(self.model, self.model.get_input_embeddings())
@@ -279,23 +289,34 @@ class SpIELModel(BaseTuner):
     # Inspection
 
     def cycle_log(self, adapter_name: str | None = None) -> list[Any]:
-        """What every close of an adapter's cycle did so far, oldest first (`CycleReport`)."""
+        """The reports (`CycleReport`) of all closes of an adapter's cycle so far, oldest first.
+
+        Args:
+            adapter_name: name of the adapter; None: the first active one.
+
+        Raises:
+            ValueError: no layer has an adapter of this name.
+        """
         name = adapter_name if adapter_name is not None else self.active_adapters[0]
         for layer in self._spiel_layers():
             if name in layer.spiel_delta:
                 return list(layer.spiel_delta[name].run.log)
         raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(self.peft_config)}")
 
-    # Merging: all layers, or none
+    # Merging
 
     def _spiel_layers(self) -> list[SpIELLayer]:
         return [m for m in self.model.modules() if isinstance(m, SpIELLayer)]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base weights; all layers or, on an error, none.
+        """Merge adapters into the base weights of all layers. On an error no layer is changed.
+
+        Args:
+            adapter_names: adapters to merge; None: the active ones.
+            safe_merge: refuse results that are not finite.
 
         Raises:
-            ValueError: an unknown adapter, or (with `safe_merge`) a result that is not finite.
+            ValueError: an adapter is unknown, or with `safe_merge` a result is not finite.
         """
         self._check_before_merge(adapter_names, safe_merge)
         before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
@@ -368,7 +389,7 @@ class SpIELModel(BaseTuner):
         return loading.named(remapped)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Runs before the same method of any layer.
+        # PyTorch calls this method of the model before that of any layer.
         check_live_state_dict(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -388,22 +409,22 @@ class SpIELModel(BaseTuner):
     ) -> OverlapReport:
         """Add an adapter whose deltas are a weighted combination of those of other adapters.
 
-        The new adapter is an ordinary SpIEL adapter: frozen and inactive until it is set, saved with the number of its
-        deltas per module. Active adapters and what is in training stay as they are. A module that one of the adapters
-        has saved in full, and its trained tokens, are taken over as they are, without a weight.
+        The new adapter is frozen and inactive until `set_adapter`, and is saved with its number of deltas per module.
+        The active adapters and the trainable parameters stay the same. Modules that one of the adapters saves in full
+        and its trained tokens are copied without a weight.
 
         Args:
-            adapters: names of SpIEL adapters, distinct.
-            weights: one number each, negative ones too.
+            adapters: names of SpIEL adapters, all different.
+            weights: one number for each adapter; it may be negative.
             adapter_name: name of the new adapter.
             combination_type, density, majority_sign_method, seed, drop_zeros: see `Combination`.
 
         Returns:
-            What the adapters have in common.
+            How far the positions of the adapters overlap.
 
         Raises:
-            ValueError: adapters that do not exist or do not go together, a name that is taken, merged adapters, or a
-                result that is not finite or empty. Nothing has changed then.
+            ValueError: an adapter does not exist, the adapters do not fit together, the name is taken, an adapter is
+                merged, or the result is not finite or empty. The model is unchanged then.
         """
         how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
         return add_combination(self, adapters, adapter_name, how)

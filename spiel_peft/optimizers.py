@@ -1,4 +1,4 @@
-"""`SpIELOptimizer`, which ties any optimizer to a model's SpIEL adapter, and `SM3`."""
+"""`SpIELOptimizer`, which attaches any optimizer to a model's cycle, and `SM3`, an optimizer with little state."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from .cycle.engine import attach, held_deltas
 
 
 class SpIELOptimizer(torch.optim.Optimizer):
-    """Wraps an optimizer and checks that it trains the model's deltas; sets the exact length of the run.
+    """Wraps an optimizer, checks that it trains the model's deltas, and sets the exact length of the run.
 
-    The cycle itself runs on the wrapped optimizer's step, as it does without this class: attaching twice runs it
-    once.
+    The cycle runs on the steps of the wrapped optimizer, as it does without this class. Attaching an optimizer twice
+    runs the cycle once.
 
     Args:
-        base_optimizer: the optimizer that steps the model's trainable parameters.
+        base_optimizer: the optimizer of the model's trainable parameters.
         model: the adapted model.
-        total_steps: optimizer steps of the run; overrides the config's.
+        total_steps: optimizer steps of the run; replaces the config's `total_steps`.
 
     Raises:
         TypeError: `base_optimizer` is no `torch.optim.Optimizer`.
-        ValueError: it holds no values of the model's SpIEL deltas, or `total_steps` is not a positive int.
+        ValueError: `base_optimizer` holds no values of the model's deltas, or `total_steps` is no positive int.
     """
 
-    # The engine's hooks act on the wrapped optimizer, not on this one.
+    # The hooks of the cycle act on the wrapped optimizer's step and ignore this one.
     delegates_step = True
 
     def __init__(
@@ -39,13 +39,13 @@ class SpIELOptimizer(torch.optim.Optimizer):
         if not isinstance(base_optimizer, torch.optim.Optimizer):
             raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {type(base_optimizer).__name__}")
         attach(base_optimizer, model, total_steps)
-        # Any: a GradScaler hangs attributes on it that torch does not declare.
+        # Typed as Any because a GradScaler adds attributes to it that PyTorch does not declare.
         self.base_optimizer: Any = base_optimizer
-        # Not super().__init__: groups, state and defaults are those of the wrapped optimizer, looked up every time, and
-        # its step runs the hooks.
+        # `super().__init__` is not called: it would make a second set of groups, state and step hooks. The properties
+        # below pass on those of the wrapped optimizer.
 
     def __getattr__(self, name: str) -> Any:
-        # Hook dictionaries and the like that torch's own Optimizer methods expect to find.
+        # Methods of `torch.optim.Optimizer` read attributes that its `__init__` creates, such as hook dictionaries.
         if name == "base_optimizer":
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
@@ -74,7 +74,7 @@ class SpIELOptimizer(torch.optim.Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base_optimizer.defaults = defaults
 
-    # What a GradScaler tells an optimizer that unscales in its own kernel.
+    # A GradScaler sets these two on optimizers that unscale gradients in their own kernel.
 
     @property
     def grad_scale(self) -> Any:
@@ -126,18 +126,15 @@ class SpIELOptimizer(torch.optim.Optimizer):
         return f"SpIELOptimizer({self.base_optimizer!r})"
 
 
-# SM3 (Anil, Gupta, Koren and Singer, 2019, algorithm SM3-II) for sparse deltas.
-
-
 class SM3(torch.optim.Optimizer):
-    """Adaptive steps with O(rows + cols) state per matrix instead of one or two numbers per delta.
+    """SM3-II (Anil, Gupta, Koren and Singer, 2019): adaptive steps with one number per row and column of a matrix.
 
-    For a sparse delta, ``nu = min(row, col) + g**2`` at its active positions; row and column accumulators then take
-    the maxima of nu. They live with the delta, are shared with momentum growth (SpIEL-MA) and need no care at a
-    close. A parameter that is no delta gets one accumulator per index of each of its dimensions.
+    For a sparse delta, ``nu = min(row, col) + g**2`` at its positions; afterwards the row and column accumulators are
+    the maxima of nu. They belong to the delta and not to this optimizer, are shared with momentum growth (SpIEL-MA),
+    and stay the same at a close. Any other parameter has one accumulator for each index of each of its dimensions.
 
-    Update: ``u = g / (sqrt(nu) + eps)``; with momentum ``m = beta * m + (1 - beta) * u`` takes its place; weight decay
-    is decoupled: ``p <- p * (1 - lr * weight_decay) - lr * u``.
+    The update is ``u = g / (sqrt(nu) + eps)``, or with momentum ``m``, where ``m <- beta * m + (1 - beta) * u``. Weight
+    decay is decoupled: ``p <- p * (1 - lr * weight_decay) - lr * u``.
 
     Args:
         params: parameters or groups.
@@ -150,7 +147,7 @@ class SM3(torch.optim.Optimizer):
         ValueError: a setting is out of range.
     """
 
-    # The engine leaves the accumulators of deltas to this optimizer.
+    # The cycle does not update the accumulators of deltas that this optimizer steps.
     updates_spiel_accumulators = True
 
     def __init__(
@@ -173,7 +170,7 @@ class SM3(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one step; `closure`, if given, recomputes the loss and is run with gradients enabled."""
+        """Perform one step. If `closure` is given, it recomputes the loss with gradients enabled; returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -207,7 +204,15 @@ class SM3(torch.optim.Optimizer):
 
 
 def _dense_accumulate_(state: dict[str, Any], gradient: Tensor) -> Tensor:
-    """SM3-II on a dense tensor, covered by the slices of each dimension; returns nu in the gradient's shape."""
+    """Update the SM3-II accumulators of a dense tensor, one per index of each dimension; returns nu.
+
+    Args:
+        state: the optimizer's state of the parameter, in which the accumulators are created and updated.
+        gradient: the gradient of the parameter, of any shape.
+
+    Returns:
+        nu in the gradient's shape, in float32 or wider.
+    """
     wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     if wide.dim() == 0:
         wide = wide.reshape(1)
@@ -223,6 +228,3 @@ def _dense_accumulate_(state: dict[str, Any], gradient: Tensor) -> Tensor:
         others = [d for d in range(wide.dim()) if d != dim]
         state[f"accumulator_{dim}"].copy_(nu.amax(others) if others else nu)
     return nu.reshape(gradient.shape)
-
-
-# Optimizers: SM3 for sparse deltas, and a wrapper that ties any optimizer to a model's cycle.

@@ -1,8 +1,7 @@
-"""Makes peft_type "SPIEL" known to PEFT, in memory only. Nothing else in this package touches PEFT's enum.
+"""Makes peft_type "SPIEL" known to PEFT, in memory only. No other file of the package changes PEFT's enum.
 
-PEFT has no entry point for third-party methods: `register_peft_method` demands a member of the enum
-`PeftType`, and PEFT and transformers rely on it being one (`PeftType(...)`, `.value`, `in list(PeftType)`).
-So a real member is added.
+PEFT has no entry point for methods of other packages: `register_peft_method` demands a member of the enum `PeftType`,
+and PEFT and transformers use it as one (`PeftType(...)`, `.value`, `in list(PeftType)`). So this file adds a member.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ def spiel_type() -> PeftType:
             member = PeftType.__members__.get(_TYPE)
             if member is None:
                 member = _add_member(PeftType, _TYPE)
-                # Unpickled in a process that has not imported this package, PeftType("SPIEL") would fail.
+                # By default the enum pickles a member as PeftType("SPIEL"), which fails in a process that has not
+                # imported this package.
                 member.__reduce_ex__ = lambda protocol: (spiel_type, ())
     return member
 
@@ -48,7 +48,7 @@ def register_classes(config_cls: type, model_cls: type) -> None:
 
 
 def _forget_reloaded(peft_type: PeftType, config_cls: type) -> None:
-    """Drop what an earlier import of this package registered (`importlib.reload`, a cleared sys.modules)."""
+    """Remove what an earlier import of this package registered, before `importlib.reload` or a cleared sys.modules."""
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if known is not None and _full_name(known) == _full_name(config_cls):
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
@@ -56,6 +56,7 @@ def _forget_reloaded(peft_type: PeftType, config_cls: type) -> None:
 
 
 def _require_free(peft_type: PeftType) -> None:
+    """Raise a RuntimeError if another package has registered the type or the prefix."""
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING):
         if peft_type in mapping:
             raise RuntimeError(
@@ -75,17 +76,16 @@ def _full_name(cls: Any) -> str:
 
 
 def _add_member(enum_cls: Any, name: str) -> Any:
-    """Add member `name`, with `name` as its value, to a `str` enum. Works on Python 3.10 to 3.14.
+    """Add the member `name`, with `name` as its value, to an enum of strings. Works on Python 3.10 to 3.14.
 
-    The name table comes last: it is what `__members__` reads, so that another thread never finds a half-made
-    member.
+    The table of names, which `__members__` reads, is written last, so that no other thread finds an unfinished member.
     """
     member = str.__new__(enum_cls, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = enum_cls
     member._sort_order_ = len(enum_cls._member_names_)
-    type.__setattr__(enum_cls, name, member)  # EnumMeta's own __setattr__ guards members, this is what it calls
+    type.__setattr__(enum_cls, name, member)  # EnumMeta.__setattr__ refuses members
     enum_cls._value2member_map_[name] = member
     hashable_values = getattr(enum_cls, "_hashable_values_", None)  # Python 3.13 and later
     if hashable_values is not None:

@@ -1,4 +1,4 @@
-"""What goes into an adapter's file, and the checks of a file as a whole before any tensor of a model changes."""
+"""Saves and loads adapters: chooses an adapter file's tensors, and refuses a bad file before the model changes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
-from .checks import listed
+from .checks import first_of, listed
 from .config import SpIELConfig
 from .delta import SparseDelta
-from .layers import SpIELLayer
+from .files.adapter_file import PREFIX
+from .layers import SpIELLayer, SpIELParameter
 from .state import STATE_KEYS
-from .targets import check_unmerged, discard_unloaded
+from .targets import check_unmerged, put_module, remove_empty_hosts
 
-# What PyTorch's wrapper for activation checkpoints adds to a module's path, and leaves out of state dicts.
+# PyTorch's wrapper for activation checkpoints adds this to the names of modules, but not to the keys of state dicts.
 CHECKPOINTED = "_checkpoint_wrapped_module."
 _ANOTHER_BUDGET = ", another budget (r, density or num_deltas)"
 
 
 def checkpointed_entries(model: nn.Module, state_dict: Mapping[str, Tensor], biases: bool) -> dict[str, Tensor]:
-    """The deltas in blocks under activation checkpoints, which PEFT overlooks as it goes by the names of modules.
+    """The deltas of modules under activation checkpoints, which PEFT misses: their names and state dict keys differ.
 
     Args:
-        model: with the adapter.
-        state_dict: of the model, without other adapters.
-        biases: with the biases of their layers.
+        model: the adapted model.
+        state_dict: state dict of the model, without other adapters.
+        biases: whether to add the biases of these modules.
     """
     paths = [name for name, module in model.named_modules() if isinstance(module, SparseDelta) and CHECKPOINTED in name]
     keys = []
@@ -40,9 +41,9 @@ def checkpointed_entries(model: nn.Module, state_dict: Mapping[str, Tensor], bia
 
 
 def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under the names that their modules have in the base model.
+    """Rename tensors to the names that their modules have in the base model.
 
-    Layers that another method's adapters were put around later (LoRA on the same module) have a longer one.
+    A module that has adapters of another method too, such as LoRA, has a longer name in the adapted model.
     """
     within = [
         f"{name}.base_layer{MARKER}" for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -56,8 +57,10 @@ def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what a file has for modules whose values it lacks: PEFT reports missing keys, new indices for old
-    values would go unnoticed."""
+    """Leave out the tensors of modules whose values are not in the file.
+
+    PEFT reports the missing keys. Loading indices without values would go unnoticed.
+    """
     kept = {}
     for key, tensor in tensors.items():
         parts = split_file_key(key)
@@ -67,12 +70,12 @@ def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, SparseDelta]) -> None:
-    """Refuse a damaged or hostile adapter file, and the training state of another run than the model's.
+    """Refuse a damaged or malicious adapter file, and training state that does not fit the model.
 
     Args:
-        tensors: the file: keys ``<module>.spiel_delta.values``, ``.indices`` and optional training state.
-        deltas: the model's deltas by the same module path; modules of the file that the model lacks are checked for
-            what can be known without it. A file with training state must not have others.
+        tensors: the tensors of the file: ``<module>.spiel_delta.values``, ``.indices`` and optional training state.
+        deltas: the model's deltas by module name. Modules of the file that the model lacks are checked as far as that
+            is possible without a weight; a file with training state must not have any.
 
     Raises:
         ValueError: names the first bad tensor and what is wrong with it.
@@ -83,7 +86,7 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
         if parts is not None:
             modules.setdefault(parts[0], {})[parts[1]] = tensor
         elif MARKER in key:
-            # PEFT would load it as it stands, into whichever adapter it names.
+            # PEFT would load such a tensor into the adapter that its key names.
             raise ValueError(f"The adapter file is refused, nothing was loaded: tensor '{key}' names an adapter")
     for module, entries in modules.items():
         problem = _check_module(entries, deltas.get(module))
@@ -95,7 +98,8 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
-    # A file of another budget is PEFT's "size mismatch" (see `size_mismatches`), not a damaged one.
+    """The name of a bad tensor among the entries of one module and what is wrong with it, or None."""
+    # PEFT's "size mismatch" (see `size_mismatches`) reports a file of another budget, which is not damaged.
     indices = entries.get("indices")
     fits = delta is not None and indices is not None and delta.k == indices.numel()
     problem = check_indices_and_values(entries, delta.numel if fits else None)
@@ -105,24 +109,29 @@ def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tupl
 
 
 def _refuse_more_modules(names: list[str]) -> None:
-    # Modules that the file lacks are PEFT's "missing keys"; a run that is resumed with them missing is refused later.
+    """Raise a ValueError if a file with training state has modules that the adapter lacks.
+
+    PEFT reports modules that the file lacks as missing keys, and resuming refuses them.
+    """
     if names:
-        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise ValueError(
             "The adapter file is refused, nothing was loaded: it is of a run that trained modules which this adapter "
-            f"lacks ({shown}); resume on the model and with the target_modules that the checkpoint was made with"
+            f"lacks ({first_of(names)}); resume on the model and with the target_modules that the checkpoint was made "
+            "with"
         )
 
 
 def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Refuse a state dict as a whole before `load_state_dict` copies its first tensor.
 
-    torch copies what fits and reports the rest at the end, which would leave deltas of two runs in one model.
+    PyTorch copies the tensors that fit and reports the others at the end, which would leave deltas of two runs in one
+    model.
 
     Args:
         model: a module that contains deltas.
-        state_dict: keys as in `model.state_dict()`, behind `prefix`. Keys of other modules are ignored, and missing
-            ones are left to torch, which does not tell here whether they are wanted.
+        state_dict: a state dict whose keys are those of `model.state_dict()` after `prefix`. Keys of other modules are
+            ignored. Missing keys are left to PyTorch, which alone knows whether `strict` was given.
+        prefix: beginning of the model's keys.
 
     Raises:
         RuntimeError: lists what does not fit.
@@ -136,13 +145,13 @@ def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefi
 
 
 class SizeCheck:
-    """A one-shot hook that raises PEFT's "size mismatch" before `load_state_dict` copies its first tensor.
+    """A hook for one call that raises PEFT's "size mismatch" before `load_state_dict` copies its first tensor.
 
-    torch copies what fits and reports the rest at the end; here nothing may change unless everything fits. It runs
-    after PEFT's `ignore_mismatched_sizes` has taken out what the user does not want.
+    PyTorch copies the tensors that fit and reports the others at the end. This hook changes nothing unless all tensors
+    fit. It runs after PEFT's `ignore_mismatched_sizes` has taken out the tensors that are not to be loaded.
 
     Args:
-        model: whose next `load_state_dict` is to be checked.
+        model: the model whose next `load_state_dict` is checked.
         on_mismatch: called before the error is raised.
     """
 
@@ -159,7 +168,7 @@ class SizeCheck:
 
 
 def size_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> list[str]:
-    """Describe every tensor of `state_dict` whose shape differs from the model's."""
+    """A sentence for every tensor of `state_dict` whose shape differs from that in the module."""
     problems = []
     for name, tensor in module.state_dict().items():
         found = state_dict.get(prefix + name)
@@ -172,12 +181,6 @@ def size_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix:
     return problems
 
 
-# The part of `SpIELModel` that saves and loads: what is in an adapter file, and refusing it as a whole.
-
-
-_PEFT_PREFIX = "base_model.model."
-
-
 def saved_entries(
     model: nn.Module,
     config: SpIELConfig,
@@ -185,14 +188,14 @@ def saved_entries(
     state_dict: Mapping[str, Tensor],
     found: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by key.
+    """The tensors of an adapter file, by key.
 
     Args:
-        model: with the adapter; its names are those of `state_dict`.
-        config: of the adapter; one for inference is saved without training state.
-        adapter_name: the adapter.
-        state_dict: of the model, without other adapters.
-        found: what PEFT has picked out of it.
+        model: the adapted model, with the module names that `state_dict` has.
+        config: config of the adapter; with `inference_mode` the file has no training state.
+        adapter_name: name of the adapter.
+        state_dict: state dict of the model, without other adapters.
+        found: the tensors that PEFT has chosen from `state_dict`.
 
     Raises:
         ValueError: deltas are NaN or infinite; names their modules. A good checkpoint must not make way for them.
@@ -207,7 +210,7 @@ def saved_entries(
 
 def _refuse_ruined_values(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     finite = {
-        key.rpartition(MARKER)[0].removeprefix(_PEFT_PREFIX): tensor.isfinite().all()
+        key.rpartition(MARKER)[0].removeprefix(PREFIX): tensor.isfinite().all()
         for key, tensor in tensors.items()
         if MARKER in key and key.endswith("values") and isinstance(tensor, Tensor) and not tensor.is_meta
     }
@@ -220,8 +223,8 @@ def _refuse_ruined_values(adapter_name: str, tensors: Mapping[str, Tensor]) -> N
 
 
 def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The training state of an adapter by key. It is not in `model.state_dict()`, whose keys must not depend on it."""
     out = {}
-    # Not part of `model.state_dict()`: a trained and a loaded model have the same keys there.
     for name, layer in model.named_modules():
         if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta:
             for key, tensor in layer.spiel_delta[adapter_name].training_tensors().items():
@@ -230,16 +233,16 @@ def _training_entries(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 class AdapterLoading:
-    """One adapter file on its way into a model: checked as a whole before the first tensor of the model changes.
+    """Loads one adapter file, which is checked as a whole before the first tensor of the model changes.
 
     Args:
-        model: with the adapter, still untrained.
-        config: of the adapter; with ``inference_mode`` training state in the file is left out.
-        adapter_name: the adapter.
-        state_dict: the file's tensors.
+        model: the model, with the new and untrained adapter.
+        config: config of the adapter; with `inference_mode` training state in the file is left out.
+        adapter_name: name of the adapter.
+        state_dict: the tensors of the file.
 
     Raises:
-        ValueError: the file is damaged or of another run; the adapter is taken out of the model again.
+        ValueError: the file is damaged or of another run. The new adapter is removed from the model.
     """
 
     def __init__(
@@ -248,7 +251,7 @@ class AdapterLoading:
         check_unmerged(model, adapter_name, "loaded")
         self.model, self.adapter_name = model, adapter_name
         deltas = {
-            name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(_PEFT_PREFIX): layer.spiel_delta[
+            name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(PREFIX): layer.spiel_delta[
                 adapter_name
             ]
             for name, layer in model.named_modules()
@@ -258,28 +261,50 @@ class AdapterLoading:
         if config.inference_mode:
             tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in STATE_KEYS}
         self.tensors = tensors
-        self._discard = partial(discard_unloaded, model, config, adapter_name, list(deltas.values()))
+        self._discard = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
         try:
-            check_adapter_tensors({k.removeprefix(_PEFT_PREFIX): v for k, v in tensors.items()}, deltas)
+            check_adapter_tensors({k.removeprefix(PREFIX): v for k, v in tensors.items()}, deltas)
         except ValueError:
             self._discard()
             raise
 
     def named(self, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What PEFT has made of `tensors` for this model, with training state; sizes are checked as it is loaded."""
+        """Add the training state to the tensors that PEFT has renamed for this model, and have their sizes checked."""
         SizeCheck(self.model, self._discard)
         return _name_training_state(self.model, self.adapter_name, remapped)
 
 
 def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give saved training state the adapter's name; PEFT maps only keys that the model already has."""
-    prefixed = any(name.startswith(_PEFT_PREFIX) for name, _ in model.named_modules())
+    """Rename saved training state for an adapter. PEFT renames only keys that the model's state dict has."""
+    prefixed = any(name.startswith(PREFIX) for name, _ in model.named_modules())
     out = {}
     for key, tensor in state_dict.items():
         module, _, name = key.rpartition(MARKER)
         if name in STATE_KEYS:
             if not prefixed:
-                module = module.removeprefix(_PEFT_PREFIX)
+                module = module.removeprefix(PREFIX)
             key = f"{module}{MARKER}{adapter_name}.{name}"
         out[key] = tensor
     return out
+
+
+def _discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]) -> None:
+    """Remove the adapter that PEFT has added for a file that was then refused.
+
+    The adapter is kept if it is the only one of the model, was not made for a file, or has been trained or loaded.
+
+    Args:
+        model: the adapted model.
+        config: config of the adapter.
+        adapter_name: name of the adapter.
+        deltas: deltas of the adapter.
+    """
+    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
+    fresh = all(delta.untouched for delta in deltas)
+    if not (config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter")):
+        return
+    model.delete_adapter(adapter_name)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SpIELLayer) and not isinstance(layer, SpIELParameter) and not layer.spiel_delta:
+            put_module(model, name, layer.base_layer)
+    remove_empty_hosts(model)

@@ -1,9 +1,9 @@
-"""What the deltas need to know of a base model whose weights FSDP2 (`fully_shard`) spreads over ranks.
+"""Deltas under FSDP2 (`fully_shard`), which spreads the weights of the base model over ranks.
 
-Base weights are sharded as in any model: they are whole between the hooks that gather and free them, which is where the
-layers read them. Deltas stay whole on every rank, as they do under `DistributedDataParallel`: pruning and regrowth look
-at all entries of a matrix, and 8-bit optimizers know no sharded tensors. FSDP2 leaves modules alone that declare to be
-replicated already; their gradients then have to be averaged, which `spiel_peft.cycle.parallel` does.
+FSDP2 shards the base weights as in any model. Layers read a base weight between the hooks that gather it and free it,
+while it is whole. Deltas stay whole on every rank, as under `DistributedDataParallel`: pruning and regrowing need all
+deltas of a matrix, and 8-bit optimizers do not support sharded tensors. FSDP2 does not shard modules that are declared
+as replicated. It does not average their gradients either; `spiel_peft.cycle.parallel` does.
 """
 
 from __future__ import annotations
@@ -18,35 +18,39 @@ from torch import Tensor, nn
 
 from .delta import SparseDelta
 
-# How FSDP2 calls the modules it is in charge of.
+# FSDP2 sets this attribute on the modules that it manages.
 MANAGED = "_is_fsdp_managed_module"
 _REPLICATED = "replicate"
 
-# The processes over which the base weight of a delta is spread.
+# The process group over which FSDP2 spreads the base weight of each delta.
 _GROUPS: weakref.WeakKeyDictionary[SparseDelta, Any] = weakref.WeakKeyDictionary()
 
 
 def declare_replicated(module_class: type[nn.Module]) -> None:
-    """Have FSDP2 leave the parameters and buffers of all modules of a class as they are."""
+    """Keep FSDP2 from sharding the parameters and buffers of all modules of a class."""
     try:
         from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
-    except ImportError:  # not in this PyTorch: a model with sharded deltas raises an error in its first backward pass
+    except ImportError:  # in this version of PyTorch, sharded deltas raise an error in the first backward pass
         return
-    # On the class, so that no instance has to be marked, copied or pickled with it.
+    # The mark is set on the class, so that no instance has to be marked, copied or pickled with it.
     setattr(module_class, REGISTRY_KEY, {_REPLICATED: RegistryItem()})
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether FSDP2 is in charge of a module."""
+    """Whether FSDP2 manages a module."""
     return bool(getattr(module, MANAGED, False))
 
 
 def note_sharded(delta: SparseDelta, layer: nn.Module) -> None:
-    """From now on the layer that this delta adapts is under FSDP2; moves the delta to where that computes.
+    """Record that FSDP2 manages the layer that a delta adapts, and move the delta to the device of the mesh.
+
+    Args:
+        delta: the delta.
+        layer: the adapted layer.
 
     Raises:
-        ValueError: the base weight is split within a layer too, or not over all processes, or the deltas themselves
-            were to be sharded.
+        ValueError: tensor parallelism has split the base weight too, the mesh has several dimensions and not all
+            processes, or `fully_shard` was called on the delta itself.
     """
     _refuse_own_unit(delta)
     mesh = _mesh_of(layer)
@@ -57,6 +61,7 @@ def note_sharded(delta: SparseDelta, layer: nn.Module) -> None:
 
 
 def _refuse_own_unit(delta: SparseDelta) -> None:
+    """Raise a ValueError if `fully_shard` was called on the delta itself."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(delta, FSDPModule):
@@ -68,7 +73,7 @@ def _refuse_own_unit(delta: SparseDelta) -> None:
 
 
 def is_sharded(delta: SparseDelta) -> bool:
-    """Whether the weight that this delta is added to is spread over ranks by FSDP2."""
+    """Whether FSDP2 spreads the base weight of a delta over ranks."""
     return delta in _GROUPS
 
 
@@ -78,6 +83,7 @@ def sharding_group(delta: SparseDelta) -> Any | None:
 
 
 def _mesh_of(layer: nn.Module) -> Any | None:
+    """The device mesh over which the layer's parameters are spread; None if they are whole."""
     parameters = [parameter for parameter in layer.parameters() if hasattr(parameter, "device_mesh")]
     for parameter in parameters:
         if sum(not placement.is_replicate() for placement in parameter.placements) > 1:
@@ -89,6 +95,7 @@ def _mesh_of(layer: nn.Module) -> Any | None:
 
 
 def _group_of(mesh: Any | None, module_name: str) -> Any:
+    """The process group of a device mesh: all processes without a mesh."""
     if mesh is None or mesh.size() == dist.get_world_size():
         return dist.group.WORLD
     if mesh.ndim == 1:
@@ -100,10 +107,15 @@ def _group_of(mesh: Any | None, module_name: str) -> Any:
 
 
 def refuse_fsdp1(wrapper: nn.Module, wrapped: nn.Module) -> None:
-    """Raise a ValueError if the first generation of FSDP is about to spread a model with deltas over processes."""
+    """Raise a ValueError if FSDP1 is about to spread a model with deltas over several processes.
+
+    Args:
+        wrapper: the module that is being created around another one, perhaps by FSDP1.
+        wrapped: the module inside.
+    """
     module = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
     if module is None or not isinstance(wrapper, module.FullyShardedDataParallel) or dist.get_world_size() == 1:
-        return  # one process keeps everything: loading and saving there works, as PEFT's own tests demand
+        return  # one process keeps whole weights: loading and saving works, and PEFT's own tests need it
     if any(isinstance(child, SparseDelta) for child in wrapped.modules()):
         raise ValueError(
             "SpIEL does not work under FullyShardedDataParallel (FSDP1), which flattens all parameters of a block into "
@@ -114,7 +126,7 @@ def refuse_fsdp1(wrapper: nn.Module, wrapped: nn.Module) -> None:
 
 
 class ManagedFlag:
-    """The attribute `_is_fsdp_managed_module` of a layer: FSDP2 sets it, and the layer's deltas learn of it."""
+    """The attribute `_is_fsdp_managed_module` of adapted layers. When FSDP2 sets it, `note_sharded` is called."""
 
     def __get__(self, layer: Any, owner: type | None = None) -> bool:
         return layer is not None and bool(layer.__dict__.get(MANAGED, False))
@@ -132,7 +144,7 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def gathered(weight: Tensor, module_name: str) -> Tensor:
-    """The base weight as it is; raises a RuntimeError if a forward pass has found it sharded."""
+    """Return a base weight that is whole; raise a RuntimeError if it is sharded."""
     if not is_plain(weight):
         raise RuntimeError(
             f"{module_name}: its base weight is sharded. Call the module that was given to fully_shard, whose hooks "
@@ -143,7 +155,7 @@ def gathered(weight: Tensor, module_name: str) -> Tensor:
 
 
 def refuse_merge(weight: Tensor | None, module_name: str) -> None:
-    """Raise a ValueError if a base weight that is to be overwritten is sharded."""
+    """Raise a ValueError if the base weight to merge into is sharded."""
     if weight is not None and not is_plain(weight):
         raise ValueError(
             f"{module_name}: cannot merge into a sharded base weight, nothing was changed; save the adapter and merge "

@@ -1,4 +1,4 @@
-"""The targets of an adapter in a model: modules, bare parameters, and putting a model back after a failed injection."""
+"""The targets of an adapter in a model: modules and bare parameters; restores a model after a failed injection."""
 
 from __future__ import annotations
 
@@ -16,25 +16,36 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from .adapter_format import split_file_key
-from .config import SpIELConfig
+from .checks import first_of
+from .config import SpIELConfig, names_module
 from .delta import SparseDelta
 from .layers import SpIELLayer, SpIELParameter, SpIELParameters
 from .weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 
+# Continues the name of a target whose parent is `bypassed_by`.
+BYPASSED = (
+    "belongs to nn.TransformerEncoderLayer, whose inference path reads weights without calling the layer; call "
+    "torch.backends.mha.set_fastpath_enabled(False) first"
+)
+
 
 def bypassed_by(parent: nn.Module) -> bool:
-    """Whether a parent module may compute with its children's weights without calling them."""
+    """Whether a module may compute with the weights of its children without calling them."""
     return isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled()
 
 
 def modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, dict[str, int]]:
-    """Module names in a state dict that adapters are injected from, and how many deltas each has there."""
+    """The modules of a state dict from which PEFT injects an adapter.
+
+    Returns:
+        The names of the modules, None without a state dict; and the number of deltas of each SpIEL module.
+    """
     if state_dict is None:
         return None, {}
     names: set[str] = set()
     counts: dict[str, int] = {}
     for key, tensor in state_dict.items():
-        # The way PEFT itself reads module names off a state dict.
+        # PEFT finds the module names in a state dict in the same way.
         name = key.rsplit(".spiel_", 1)[0].removeprefix("_orig_mod.")
         names.add(name)
         parts = split_file_key(key)
@@ -44,7 +55,7 @@ def modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, d
 
 
 def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, ...]]:
-    """For every target whose weight other modules use too: the names of those modules."""
+    """The targets whose weight is tied to other modules, each with the names of those modules."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = module._parameters.get("weight")
@@ -58,7 +69,7 @@ def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, 
 
 
 def warn_about_fused_experts(model: nn.Module) -> None:
-    """Mixture-of-experts weights fused into one 3-D parameter are out of `target_modules`' reach: say so."""
+    """Warn about mixture-of-experts weights fused into 3-D parameters, which `target_modules` cannot reach."""
     missed = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, BaseTunerLayer)) or ".base_layer" in name:
@@ -68,28 +79,24 @@ def warn_about_fused_experts(model: nn.Module) -> None:
             if parameter.dim() == 3 and "expert" in full.lower():
                 missed.append(full)
     if missed:
-        shown = ", ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
         suffixes = sorted({".".join(name.split(".")[-2:]) for name in missed})
         warnings.warn(
             f"These fused expert parameters are not modules, so target_modules cannot reach them and they stay frozen: "
-            f"{shown}. To adapt them, name them: target_parameters={suffixes[:6]}.",
+            f"{first_of(missed, 4)}. To adapt them, name them: target_parameters={suffixes[:6]}.",
             stacklevel=2,
         )
 
 
-# Bare parameters as targets (`target_parameters`): finding them in a model, and giving them their deltas.
-
-
 @dataclass(frozen=True)
 class BareParameter:
-    """A parameter of a model, by the module that holds it.
+    """A parameter of a model and the module that holds it: a possible entry of `target_parameters`.
 
     Attributes:
-        path: of that module in the model, without what adapters put in between.
-        name: of the parameter in it.
-        module: that module; for one that has adapters already, what they are wrapped around.
-        parent: the module that holds that one, None if that is the model itself.
-        around: the adapters that it has, or that it lies within.
+        path: name of the module in the model without adapters.
+        name: name of the parameter in the module.
+        module: the module itself, not an adapted layer around it.
+        parent: the module that holds `module`; None if `module` is the model.
+        around: the outermost adapted layer around the module; None if there is none.
     """
 
     path: str
@@ -100,21 +107,23 @@ class BareParameter:
 
     @property
     def full_name(self) -> str:
+        """Name of the parameter in the model without adapters."""
         return f"{self.path}.{self.name}" if self.path else self.name
 
     @property
     def host(self) -> SpIELParameters | None:
+        """The wrapper that carries deltas of the module's parameters; None if there is none."""
         return self.around if isinstance(self.around, SpIELParameters) else None
 
 
 def bare_parameters(model: nn.Module) -> Iterator[BareParameter]:
-    """All parameters of a model but those of adapters, with the names that they had without adapters."""
+    """All parameters of a model that do not belong to adapters, with their names in the model without adapters."""
     yield from _walk(model, "", None, None)
 
 
 def _walk(module: nn.Module, path: str, parent: nn.Module | None, around: nn.Module | None) -> Iterator[BareParameter]:
     if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        # Whatever else there is in such a layer belongs to its adapters.
+        # Everything else in such a layer belongs to its adapters.
         base = module._modules.get("base_layer") or module._modules.get("original_module")
         if base is not None:
             yield from _walk(base, path, parent, around or module)
@@ -128,7 +137,10 @@ def _walk(module: nn.Module, path: str, parent: nn.Module | None, around: nn.Mod
 
 
 def name_listed_parameters(config: SpIELConfig, model: nn.Module) -> None:
-    """Sort out which keys of a `num_deltas` dict are parameters: files that were combined or extracted do not say."""
+    """Move the keys of a `num_deltas` dict that name parameters from `target_modules` to `target_parameters`.
+
+    The configs of combined and extracted adapters list modules and parameters together.
+    """
     if not isinstance(config.num_deltas, dict):
         return
     modules = {
@@ -144,22 +156,24 @@ def name_listed_parameters(config: SpIELConfig, model: nn.Module) -> None:
 def find_target_parameters(
     model: nn.Module, config: SpIELConfig, targets: set[str]
 ) -> tuple[dict[str, tuple[BareParameter, BaseInfo]], list[str]]:
-    """The parameters that `target_parameters` names, in the model's order, and what is wrong with some of them.
+    """The parameters that `target_parameters` names, in the model's order.
 
     Args:
-        model: without the adapter.
-        targets: full names of the modules that `target_modules` reaches.
+        model: the model without the adapter.
+        config: the adapter's config.
+        targets: full names of the modules that `target_modules` matches.
 
     Returns:
-        Each parameter with its description, by full name; and for each that cannot be adapted a phrase that says why.
+        The parameters that can be adapted, with their descriptions, by full name; and for each other one a phrase that
+        names it and says why it cannot be adapted.
 
     Raises:
-        ValueError: an entry of `target_parameters` that names nothing.
+        ValueError: an entry of `target_parameters` names no parameter of the model.
     """
     everything = list(bare_parameters(model)) if config.target_parameters else []
     wanted = [parameter for parameter in everything if config.names_parameter(parameter.full_name)]
     names = [parameter.full_name for parameter in wanted]
-    unknown = [t for t in config.target_parameters if not any(n == t or n.endswith(f".{t}") for n in names)]
+    unknown = [target for target in config.target_parameters if not any(names_module(target, name) for name in names)]
     if unknown:
         known = sorted(
             {
@@ -192,6 +206,7 @@ def find_target_parameters(
 def _inspect(
     parameter: BareParameter, config: SpIELConfig, targets: set[str], wanted: list[BareParameter]
 ) -> BaseInfo | str:
+    """Describe a parameter that can be adapted in this model, or say in a phrase why it cannot."""
     path = parameter.path
     if not path or parameter.parent is None:
         return "belongs to the model itself, which cannot be wrapped; put the model into a module of your own"
@@ -207,25 +222,25 @@ def _inspect(
     if inside:
         return f"belongs to a module that has targets inside ({min(inside)}), which it would rename; leave one out"
     if bypassed_by(parameter.parent):
-        return (
-            "belongs to nn.TransformerEncoderLayer, whose inference path reads weights without calling the layer; call "
-            "torch.backends.mha.set_fastpath_enabled(False) first"
-        )
+        return BYPASSED
     return inspect_parameter(parameter.module, parameter.name)
 
 
 def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
-    """Describe a bare parameter that can carry a sparse delta, or say in a phrase why it cannot.
+    """Describe a bare parameter that can carry deltas, or say in a phrase why it cannot.
 
     Args:
-        module: that holds the parameter and computes with it.
-        name: of the parameter in it.
+        module: the module that holds the parameter and computes with it.
+        name: name of the parameter in the module.
     """
     if name in getattr(module, "parametrizations", ()):
         return "is computed by a parametrization (4-bit experts are); load the model unquantized"
     parameter = module._parameters[name]
     if parameter.dtype not in FLOAT_DTYPES or resolve_quantization_backend(module) is not None:
-        return f"is stored as {parameter.dtype} and quantized, or no matrix of numbers; load the model unquantized"
+        return (
+            f"is stored as {parameter.dtype}, but only unquantized floating-point parameters can be adapted; load the "
+            "model unquantized"
+        )
     if isinstance(module, nn.RNNBase):
         return f"belongs to {type(module).__name__}, which reads its weights from a list of its own"
     if name == "weight" and getattr(module, "max_norm", None) is not None:
@@ -241,12 +256,11 @@ def inspect_parameter(module: nn.Module, name: str) -> BaseInfo | str:
 
 
 def part_of(model: nn.Module, parameter: BareParameter, info: BaseInfo) -> SpIELParameter:
-    """The layer that carries the deltas of a parameter, put in place if it is not there yet."""
+    """The layer that carries the deltas of a parameter; it is put into the model if it is not there yet."""
     host = model.get_submodule(parameter.path)
     if not isinstance(host, SpIELParameters):
         host = SpIELParameters(host)
-        parent, _, child = parameter.path.rpartition(".")
-        setattr(model.get_submodule(parent), child, host)
+        put_module(model, parameter.path, host)
     part = host._modules.get(parameter.name)
     if part is None:
         part = SpIELParameter(host, parameter.name, info, parameter.full_name)
@@ -256,7 +270,7 @@ def part_of(model: nn.Module, parameter: BareParameter, info: BaseInfo) -> SpIEL
 
 
 def remove_empty_hosts(model: nn.Module) -> None:
-    """Take wrappers out of a model whose parameters have no deltas any more."""
+    """Remove the wrappers of bare parameters that no longer have deltas."""
     for name, host in list(model.named_modules()):
         if not isinstance(host, SpIELParameters):
             continue
@@ -265,19 +279,25 @@ def remove_empty_hosts(model: nn.Module) -> None:
                 part.undo_interrupted()
                 del host._modules[part.parameter_name]
         if not host.parts():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, host.base_layer)
+            put_module(model, name, host.base_layer)
 
 
-# The modules of a model around an adapter that cannot be added: what stops it, and how they become what they were.
+def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the module with this full name in a model."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
-# What adding an adapter changes in existing layers and in PEFT's wrappers of whole modules, besides their children.
+# The attributes that adding an adapter changes in existing layers and in PEFT's wrappers of whole modules.
 _ATTRIBUTES = ("_active_adapter", "_adapters", "shared_with", "tied_to")
 
 
 class ModelStructure:
-    """The modules of a model and what an injection changes in them, to be put back if it fails."""
+    """A copy of everything that an injection changes in a model's modules, to restore the model if it fails.
+
+    Args:
+        model: the model before the injection.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.children = [(module, dict(module._modules)) for module in model.modules()]
@@ -290,6 +310,7 @@ class ModelStructure:
         self.runs = [delta.run for delta in model.modules() if isinstance(delta, SparseDelta)]
 
     def restore(self) -> None:
+        """Put children, attributes and `requires_grad` back to what they were."""
         for module, children in self.children:
             module._modules.clear()
             module._modules.update(children)
@@ -300,6 +321,13 @@ class ModelStructure:
 
 
 def check_unmerged(model: nn.Module, adapter_name: str, what: str) -> None:
+    """Raise a ValueError if any adapter is merged.
+
+    Args:
+        model: the adapted model.
+        adapter_name: the adapter that cannot be changed then, for the error.
+        what: the change as a participle, such as "added", for the error.
+    """
     layers = [layer for layer in model.modules() if isinstance(layer, SpIELLayer)]
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     if merged:
@@ -307,17 +335,3 @@ def check_unmerged(model: nn.Module, adapter_name: str, what: str) -> None:
             f"Adapter {adapter_name!r} cannot be {what} while {merged} are merged into the base weights; call "
             "unmerge_adapter() first"
         )
-
-
-def discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]) -> None:
-    """Remove the empty adapter that PEFT added for a file that turned out to be bad."""
-    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
-    fresh = all(delta.untouched for delta in deltas)
-    if not (config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter")):
-        return
-    model.delete_adapter(adapter_name)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SpIELLayer) and not isinstance(layer, SpIELParameter) and not layer.spiel_delta:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-    remove_empty_hosts(model)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from spiel_kernels import sm3_accumulate_
 
+from ..call_stack import optimizers_without_hooks, running_steps
 from ..delta import SparseDelta
 from ..growth import get_growth_criterion
 from .close import accumulators
@@ -28,8 +26,6 @@ from .close import accumulators
 
 
 _Reference = weakref.ref[torch.optim.Optimizer]
-# What runs the hooks around every step.
-_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda optimizer: None).__code__
 
 
 @dataclass(eq=False)
@@ -62,7 +58,7 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
     """
     if _OPEN.stack:
         # Steps that an exception has ended are not on the call stack any more; the one that begins is.
-        running = _steps_on_the_call_stack()
+        running = running_steps()
         running[id(optimizer)] -= 1
         open_steps = [(step, step.optimizer()) for step in _OPEN.stack]
         _OPEN.stack = [step for step, other in open_steps if other is not None and running[id(other)] > 0]
@@ -92,40 +88,10 @@ def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
             _OPEN.stack.remove(step)
             parts = [part() for part in step.parts]
             took_part = [optimizer, *dict.fromkeys(part for part in parts if part is not None)]
-            return [*_around_without_hooks(took_part), *took_part]
+            return [*optimizers_without_hooks({id(part) for part in took_part}), *took_part]
         if any(part() is optimizer for part in step.parts):
             return []
     return []
-
-
-def _steps_on_the_call_stack() -> Counter[int]:
-    """How many steps of each optimizer, by id, are running."""
-    found: Counter[int] = Counter()
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _HOOKED_STEP:
-            found[id(frame.f_locals.get("self"))] += 1
-        frame = frame.f_back
-    return found
-
-
-def _around_without_hooks(took_part: list[torch.optim.Optimizer]) -> list[torch.optim.Optimizer]:
-    """Optimizers with state of their own whose `step` has called this one and which have no step hooks.
-
-    Hooks come with `torch.optim.Optimizer.__init__`, which some optimizers around others do not call.
-    """
-    found: dict[int, torch.optim.Optimizer] = {}
-    heard = {id(optimizer) for optimizer in took_part}
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is _HOOKED_STEP:
-            heard.add(id(frame.f_locals.get("self")))
-        elif frame.f_code.co_name == "step":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.optim.Optimizer) and "state" in vars(owner):
-                found[id(owner)] = owner
-        frame = frame.f_back
-    return [optimizer for number, optimizer in reversed(found.items()) if number not in heard]
 
 
 def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.optim.Optimizer]]:

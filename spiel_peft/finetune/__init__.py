@@ -1,1 +1,1 @@
-"""Fine-tuning a causal language model on a file of pairs, chats or texts: what `spiel-peft train` runs."""
+"""Fine-tunes a causal language model on a file of pairs, chats or texts, for the command `spiel-peft train`."""

@@ -1,4 +1,4 @@
-"""Settings of a run, and the arguments of TRL's SFTTrainer that follow from them and from a file of `--config`."""
+"""The settings of a run, and the arguments of TRL's SFTTrainer made from them and from the file of `--config`."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from .data import InputError
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is trained on what, and how; every length in optimizer steps.
+    """Model, data and training settings of one run. All lengths are in optimizer steps.
 
     Attributes:
         model: folder of a checkpoint, a ``.gguf`` file, or a hub id.
-        data: ``.jsonl`` of pairs, chats or texts, or ``.txt`` of paragraphs.
-        output_dir: the adapter goes to ``adapter`` in it, the Trainer's checkpoints beside that.
+        data: ``.jsonl`` file of pairs, chats or texts, or ``.txt`` file of paragraphs.
+        output_dir: folder for the adapter (in ``adapter``) and the Trainer's checkpoints.
         config: the SpIEL settings.
-        eval_data: file to evaluate on; None: `held_out` of `data`.
-        held_out: share of the questions or texts that is held out, 0 for none.
-        max_length: tokens of an example; longer answers are cut, longer texts become several.
+        eval_data: file to evaluate on; None: the held-out share of `data`.
+        held_out: share of the questions or texts that is held out for evaluation; 0: none.
+        max_length: tokens of an example; longer answers are cut, longer texts become several examples.
         max_steps: length of the run; None: `epochs` passes over the data.
-        save_every, eval_every: steps between checkpoints and evaluations; 0: only at the end.
-        resume: go on from the last checkpoint in `output_dir`.
-        overwrite: begin anew although `output_dir` holds a run.
-        arguments: YAML file of further fields of TRL's `SFTConfig`.
-        questions: answered by the base model and by the tuned one when the run is over.
-        merge: save the base model with the deltas added, too.
+        save_every: steps between checkpoints; 0: no checkpoints.
+        eval_every: steps between evaluations; 0: only before and after the run.
+        resume: resume the run in `output_dir` from its last checkpoint.
+        overwrite: replace the run in `output_dir`.
+        arguments: YAML file with further fields of TRL's `SFTConfig`.
+        questions: questions that the model answers after the run, with and without the adapter.
+        merge: save the merged model too, in ``merged`` of `output_dir`.
     """
 
     model: str
@@ -65,7 +66,7 @@ class RunSettings:
     merge: bool = False
 
 
-# Fields that a file of --config must not set, since an option or the kind of data does.
+# Fields of SFTConfig that a --config file must not set, and what sets them instead.
 TAKEN = {
     "output_dir": "--output-dir",
     "learning_rate": "--learning-rate",
@@ -91,7 +92,11 @@ TAKEN = {
 
 
 def read_arguments(path: Path) -> dict[str, Any]:
-    """Further fields of `SFTConfig` from a YAML file. Raises InputError, which names the field."""
+    """Read fields of `SFTConfig` from a YAML file.
+
+    Raises:
+        InputError: the file cannot be read, or a field is unknown, of the wrong type, or set by an option.
+    """
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,7 +117,7 @@ def read_arguments(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any, field: dataclasses.Field[Any], path: Path) -> Any:
-    """The value, as a float where the field is one: YAML reads 1e-4, without a point, as a string."""
+    """Convert a string to a float if the field is one: YAML reads 1e-4, without a point, as a string."""
     if not isinstance(field.default, float) or not isinstance(value, str):
         return value
     try:
@@ -122,21 +127,26 @@ def _number(value: Any, field: dataclasses.Field[Any], path: Path) -> Any:
 
 
 def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, more: Mapping[str, Any]) -> SFTConfig:
-    """The arguments of a run.
+    """The arguments of TRL's SFTTrainer for a run.
 
-    bf16, gradient checkpointing, learning rate and length are always given: TRL's defaults are not transformers'.
+    bf16, gradient checkpointing, learning rate and length are always set, because TRL's defaults differ from those of
+    transformers.
 
     Args:
-        texts: the data are plain texts.
-        evaluated: there are held-out data.
-        more: what `read_arguments` read.
+        settings: the settings of the run.
+        texts: whether the data are plain texts.
+        evaluated: whether there are evaluation data.
+        more: fields from `read_arguments`; they replace the defaults made here.
+
+    Raises:
+        InputError: SFTConfig refuses the fields in `more`.
     """
     on_gpu = torch.cuda.is_available()
     arguments: dict[str, Any] = {
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "per_device_eval_batch_size": 2 * settings.batch_size,
-        # Reentrant checkpoints need an input with a gradient, which a frozen embedding does not give.
+        # Reentrant checkpoints need an input that requires a gradient; the output of a frozen embedding does not.
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if settings.gradient_checkpointing else None,
         "logging_steps": 1,
         "disable_tqdm": True,
@@ -158,9 +168,9 @@ def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, m
             max_length=settings.max_length,
             bf16=settings.bf16,
             gradient_checkpointing=settings.gradient_checkpointing,
-            use_cpu=not on_gpu,  # without which the Trainer refuses bf16 on a CPU
+            use_cpu=not on_gpu,  # the Trainer refuses bf16 on a CPU otherwise
             seed=settings.seed,
-            # The loss before the first step belongs to the log; a resumed run has it already.
+            # The log begins with the loss before the first step; the log of a resumed run has it already.
             eval_on_start=evaluated and not settings.resume,
             eval_strategy="steps" if settings.eval_every and evaluated else "no",
             eval_steps=settings.eval_every or None,

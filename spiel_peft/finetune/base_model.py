@@ -1,4 +1,4 @@
-"""Base models to fine-tune: finding and loading them."""
+"""Finds and loads the base model of a run and its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from .data import InputError
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model is read from: a folder or hub id, and the GGUF file in it if it is one."""
+    """Where a base model is read from.
+
+    Attributes:
+        path: a folder or a hub id.
+        gguf_file: name of the GGUF file in the folder; None for a transformers checkpoint.
+    """
 
     path: str
     gguf_file: str | None = None
 
     @property
     def kwargs(self) -> dict[str, str]:
-        """The argument that every ``from_pretrained`` needs for a GGUF file."""
+        """Arguments for transformers' ``from_pretrained``: the name of the GGUF file, if the model is one."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
     def __str__(self) -> str:
@@ -29,7 +34,11 @@ class ModelSource:
 
 
 def find_model(name: str) -> ModelSource:
-    """The source that ``--model`` names: a folder, a .gguf file, or a hub id. Raises InputError."""
+    """The source that ``--model`` names: a folder, a .gguf file, or a hub id.
+
+    Raises:
+        InputError: there is no such file or folder, or no model in it.
+    """
     path = Path(name)
     if path.is_dir():
         return model_in_folder(path, name)
@@ -37,14 +46,22 @@ def find_model(name: str) -> ModelSource:
         if path.suffix != ".gguf":
             raise InputError(f"--model {name}: a file that is not a .gguf; give the folder that it is in")
         return ModelSource(str(path.parent), path.name)
-    # A hub id is "name" or "owner/name"; anything else was meant as a path.
+    # A hub id is "name" or "owner/name". Any other name must be a path that does not exist.
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise InputError(f"--model {name}: no such file or folder")
     return ModelSource(name)
 
 
 def model_in_folder(path: Path, name: str) -> ModelSource:
-    """The model in a folder: a transformers checkpoint, or else the only GGUF file in it."""
+    """The model in a folder: a transformers checkpoint, or else the only GGUF file in the folder.
+
+    Args:
+        path: the folder.
+        name: how errors call the folder.
+
+    Raises:
+        InputError: the folder has no ``config.json`` and not exactly one GGUF file.
+    """
     if (path / "config.json").is_file():
         return ModelSource(str(path))
     files = sorted(path.glob("*.gguf"))
@@ -54,7 +71,11 @@ def model_in_folder(path: Path, name: str) -> ModelSource:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer. Raises InputError for a model that is unknown or cannot be read; no weights are loaded."""
+    """Load the tokenizer, without the model's weights. If it has no padding token, the end token takes its place.
+
+    Raises:
+        InputError: the model is unknown or cannot be read, or its tokenizer has neither of these tokens.
+    """
     try:
         AutoConfig.from_pretrained(source.path, **source.kwargs)
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
@@ -69,7 +90,13 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 
 def load_base(source: ModelSource, *, bf16: bool, load_in_4bit: bool) -> Any:
-    """The frozen base model, in float32 unless ``bf16``, on the GPU if there is one."""
+    """Load the base model onto the GPU if there is one, else onto the CPU.
+
+    Args:
+        source: where the model is.
+        bf16: load and compute in bfloat16 instead of float32.
+        load_in_4bit: quantize the weights with bitsandbytes (NF4, double quantization).
+    """
     dtype = torch.bfloat16 if bf16 else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = dict(source.kwargs, dtype=dtype)
@@ -83,8 +110,8 @@ def load_base(source: ModelSource, *, bf16: bool, load_in_4bit: bool) -> Any:
         )
     model: Any = AutoModelForCausalLM.from_pretrained(source.path, **kwargs)
     if source.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
-        # The weights were dequantized while loading, but transformers still marks the model as
-        # quantized, which would keep it from being trained and saved.
+        # transformers dequantizes a GGUF file while loading it, but still marks the model as quantized and would then
+        # refuse to train and save it.
         model.hf_quantizer.remove_quantization_config(model)
     if not load_in_4bit:
         model.to(device)

@@ -1,4 +1,4 @@
-"""Data to fine-tune on: reads and splits files of pairs, chats or texts, and makes the rows that TRL trains on."""
+"""The training data of a run: reads and splits files of pairs, chats or texts, and makes TRL's rows of them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, str]
-# A row of TRL's: {"text": ...}, or {"prompt": ..., "completion": ...}, both of them strings or lists of messages.
+# A row of TRL's data: {"text": ...}, or {"prompt": ..., "completion": ...} with two strings or two lists of messages.
 Row = dict[str, Any]
 
 
 class InputError(ValueError):
-    """An option or a file cannot be used; the message is one line that names it."""
+    """An option or a file of the user's cannot be used. The message is one line that names the option or file."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One answer to learn, and the conversation that leads up to it; without one, plain text to learn."""
+    """One answer to learn and the conversation before it, or one plain text to learn.
 
-    prompt: tuple[tuple[str, str], ...]  # (role, content), ending with a turn that is not the assistant's
+    Attributes:
+        prompt: turns (role, content), the last one not the assistant's; empty for plain text.
+        answer: the answer, or the plain text.
+    """
+
+    prompt: tuple[tuple[str, str], ...]
     answer: str
 
     @property
     def question(self) -> str:
-        """The turn that the answer replies to; plain text itself."""
+        """The turn that the answer replies to, or the plain text."""
         return self.prompt[-1][1] if self.prompt else self.answer
 
     @property
@@ -41,7 +46,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The distinct examples of one source, all of them answers or all of them texts, and what was left out of it."""
+    """The distinct examples of one file or package: all of them answers, or all of them plain texts.
+
+    Attributes:
+        source: how errors and reports call the data.
+        examples: the distinct examples, at least one.
+        blank: number of blank examples that were left out.
+        duplicates: number of repeated examples that were left out.
+    """
 
     source: str
     examples: list[Example]
@@ -50,7 +62,7 @@ class Corpus:
 
     @property
     def kind(self) -> str:
-        """What the examples are, for errors."""
+        """How errors call the examples: "question-answer pairs" or "texts"."""
         return _kind(self.examples[0])
 
 
@@ -62,12 +74,20 @@ def _kind(example: Example) -> str:
 
 
 def read_corpus(path: Path) -> Corpus:
-    """The distinct examples of a file: text whose paragraphs are divided by blank lines (``.txt``), or jsonl."""
+    """Read the distinct examples of a ``.txt`` file (see `read_texts`) or of a jsonl file (see `read_jsonl`).
+
+    Raises:
+        InputError: the file cannot be read, is malformed, or has no usable example.
+    """
     return distinct(str(path), read_texts(path) if path.suffix == ".txt" else read_jsonl(path))
 
 
 def distinct(source: str, examples: Sequence[Example]) -> Corpus:
-    """Leave out blank examples and repetitions. Raises InputError if nothing is left."""
+    """Make a corpus without the blank and repeated examples.
+
+    Raises:
+        InputError: no example is left.
+    """
     filled = [e for e in examples if e.question.strip() and e.answer.strip()]
     kept = list(dict.fromkeys(filled))
     if not kept:
@@ -76,7 +96,7 @@ def distinct(source: str, examples: Sequence[Example]) -> Corpus:
 
 
 def read_texts(path: Path) -> list[Example]:
-    """The paragraphs of a text file."""
+    """Read a text file: one example for each paragraph. Blank lines divide the paragraphs."""
     try:
         text = _read(path).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -89,6 +109,7 @@ def read_texts(path: Path) -> list[Example]:
 
 
 def _read(path: Path) -> bytes:
+    """The bytes of a file; an InputError with its name if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -96,11 +117,14 @@ def _read(path: Path) -> bytes:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """All examples of a jsonl file with one object per line: texts, or pairs and chats in any mixture.
+    """Read a jsonl file with one object per line: texts, or pairs and chats in any mixture.
 
-    A text is ``{"text": ...}``. A pair is ``{"question": ..., "answer": ...}`` or ``{"prompt": ..., "completion":
-    ...}``.
-    A chat is ``{"messages": [{"role": ..., "content": ...}, ...]}``; it gives one example per assistant turn.
+    - A text is ``{"text": ...}``.
+    - A pair is ``{"question": ..., "answer": ...}`` or ``{"prompt": ..., "completion": ...}``.
+    - A chat is ``{"messages": [{"role": ..., "content": ...}, ...]}``; it gives one example per assistant turn.
+
+    Raises:
+        InputError: names the file and the line.
     """
     lines = _read(path).splitlines()
     examples: list[Example] = []
@@ -108,7 +132,7 @@ def read_jsonl(path: Path) -> list[Example]:
         where = f"{path}:{number}"
         for example in _parse_line(line, where):
             if examples and _kind(example) != _kind(examples[0]):
-                # Texts are packed into blocks, answers are not, and TRL does either for a whole data set.
+                # Texts are packed into blocks and answers are not. TRL packs a data set as a whole or not at all.
                 raise InputError(
                     f"{where}: {_kind(example)} after {_kind(examples[0])}; put them in a file and a run of their own"
                 )
@@ -119,7 +143,7 @@ def read_jsonl(path: Path) -> list[Example]:
 
 
 def _parse_line(line: bytes, where: str) -> Iterator[Example]:
-    """The examples in one line of a jsonl file; ``where`` is its file and number, for errors."""
+    """The examples in one line of a jsonl file. Errors call the line `where`."""
     try:
         text = line.decode("utf-8-sig")  # some editors begin a file with a byte order mark
         if not text.strip():
@@ -146,7 +170,7 @@ def _parse_line(line: bytes, where: str) -> Iterator[Example]:
 
 
 def _parse_messages(messages: Any, where: str) -> Iterator[Example]:
-    """One example per assistant turn of a conversation, each with the turns before it as its prompt."""
+    """One example per assistant turn of a conversation; the turns before it are its prompt."""
     if not isinstance(messages, list):
         raise InputError(f'{where}: "messages" must be a list, got {type(messages).__name__}')
     turns: list[tuple[str, str]] = []
@@ -160,7 +184,7 @@ def _parse_messages(messages: Any, where: str) -> Iterator[Example]:
 
 
 def _text(value: Any, key: str, where: str) -> str:
-    """``value`` if it is a string; an error that names the key and the line otherwise."""
+    """The string `value` without surrounding spaces; an InputError with key and line if it is no string."""
     if not isinstance(value, str):
         raise InputError(f'{where}: "{key}" must be a string, got {type(value).__name__}')
     return value.strip()
@@ -170,10 +194,10 @@ def _text(value: Any, key: str, where: str) -> str:
 
 
 def split_position(example: Example) -> float:
-    """Where an example falls in [0, 1): a hash of its opening question, the same on every machine.
+    """A number in [0, 1) that decides on which side of the split an example is: a hash of its first question.
 
-    Case, punctuation and spacing do not count, so a question that comes several times, with several
-    answers or in several spellings, is on one side of the split with all of them.
+    The hash is the same on every machine. It ignores case, punctuation and spacing, so that all answers to a question
+    and all its spellings are on the same side.
     """
     opening = next((content for role, content in example.prompt if role == "user"), example.question)
     words = " ".join(re.findall(r"\w+", opening.casefold())) or opening
@@ -181,10 +205,12 @@ def split_position(example: Example) -> float:
 
 
 def split_examples(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples; ``held_out`` is the share of the questions that is held out.
+    """Split examples into training and held-out ones; `held_out` is the share of the questions that is held out.
 
-    The held-out examples come in the order of their hash, so that any number of them from the front
-    is a fixed and mixed sample.
+    The held-out examples are sorted by their hash, so that the first n of them are a fixed random sample.
+
+    Raises:
+        InputError: one of the two sides is empty.
     """
     kept = [e for e in examples if split_position(e) >= held_out]
     out = sorted((e for e in examples if split_position(e) < held_out), key=split_position)
@@ -201,7 +227,10 @@ def split_examples(examples: Sequence[Example], held_out: float) -> tuple[list[E
 
 
 def as_row(example: Example, tokenizer: Any) -> Row:
-    """The example as TRL takes it: a text, or a prompt with its completion in the form that the tokenizer has."""
+    """The example as a row for TRL: a text, or prompt and completion.
+
+    Prompt and completion are lists of messages if the tokenizer has a chat template, else strings.
+    """
     if not example.prompt:
         return {"text": example.answer}
     if tokenizer.chat_template:
@@ -210,12 +239,12 @@ def as_row(example: Example, tokenizer: Any) -> Row:
 
 
 def plain_prompt(messages: Sequence[Message]) -> str:
-    """The turns of a conversation as lines, for models without a chat template."""
+    """The turns of a conversation as lines of text, for models without a chat template."""
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
-    """The tokens from which an answer is generated."""
+    """The token ids after which the model generates its answer."""
     if tokenizer.chat_template:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
     ids = list(tokenizer(plain_prompt(messages))["input_ids"])
@@ -223,10 +252,16 @@ def prompt_ids(messages: Sequence[Message], tokenizer: Any) -> list[int]:
 
 
 def rows_that_fit(corpus: Sequence[Example], tokenizer: Any, max_length: int, side: str) -> list[Row]:
-    """The examples as rows, without those whose prompt alone fills ``max_length`` tokens.
+    """Rows for TRL of all examples but those whose prompt alone has `max_length` tokens or more.
+
+    Args:
+        corpus: the examples.
+        tokenizer: the model's tokenizer.
+        max_length: longest example in tokens.
+        side: "training" or "held-out", for errors.
 
     Raises:
-        InputError: none is left.
+        InputError: no example is left.
     """
     fitting = [e for e in corpus if not e.prompt or len(prompt_ids(e.messages, tokenizer)) < max_length]
     if not fitting:

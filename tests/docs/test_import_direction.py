@@ -102,6 +102,12 @@ def test_only_kernels_import_triton(path: Path) -> None:
     assert path.is_relative_to(KERNELS) or not uses(path, "triton")
 
 
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_one_file_looks_at_the_call_stack(path: Path) -> None:
+    looks = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert path.name == "call_stack.py" or not looks & {"_getframe", "f_back", "currentframe"}
+
+
 def test_every_part_has_a_floor() -> None:
     assert {part_of(path) for path in PLUGIN.rglob("*.py")} == FLOOR_OF.keys()
     assert len(list(PLUGIN.glob("*.py"))) <= 18
