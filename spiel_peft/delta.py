@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spiel_kernels import index_dtype
+from spiel_kernels import index_dtype, sample_positions
+from spiel_kernels.index_set import seeded_generator
 
 from .adapter_format import check_indices_and_values, check_training_state
 from .call_stack import prepares_sharding
@@ -134,6 +135,9 @@ class SparseDelta(nn.Module):
         indices: ``[k]`` sorted, unique flat positions in that weight, int32 below 2**31 elements, else int64.
         values: ``[k]`` floating, the differences.
 
+    `scale` is a factor of the deltas wherever they are used, 1 unless a user sets another one (diffusers'
+    `set_adapters(..., weights)`). It is not saved.
+
     The parameter `values` and the persistent buffer `indices` keep their length for life; training changes both in
     place. Training state (see `TrainingState`) travels in adapter files under optional keys that start with ``spiel_``
     and is taken back by `load_state_dict`.
@@ -141,6 +145,7 @@ class SparseDelta(nn.Module):
 
     values: nn.Parameter
     indices: Tensor
+    scale: float = 1.0
 
     def __init__(
         self,
@@ -190,7 +195,7 @@ class SparseDelta(nn.Module):
         return self.indices.numel()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """``(indices, values)``. A call, so that hooks which load offloaded tensors run."""
+        """``(indices, values)``, the values times `scale`. A call, so that hooks which load offloaded tensors run."""
         if self.run.refused is not None:
             raise ValueError(self.run.refused)
         self.run.settle()
@@ -199,7 +204,7 @@ class SparseDelta(nn.Module):
                 "SpIEL does not work under DeepSpeed's ZeRO stage 3, which splits the deltas themselves: use FSDP2 "
                 "(Accelerate: fsdp_version=2, see examples/accelerate/fsdp2.yaml)"
             )
-        return self.indices, self.values
+        return self.indices, self.values if self.scale == 1.0 else self.values * self.scale
 
     def extra_repr(self) -> str:
         return f"num_deltas={self.k}, density={self.k / self.numel:.4g}"
@@ -233,9 +238,12 @@ class SparseDelta(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseDelta:
         if prepares_sharding():
             return self
-        before = self.values.data
+        before, keeps_contents = self.values.data, _keeps_contents(fn, self.indices)
         super()._apply(fn, recurse)
         device = self.values.device
+        if device.type != "meta" and not keeps_contents:
+            self._start_again()
+            return self
         if device.type != "meta":
             self.state.move(lambda tensor: tensor.to(device))
         if self.values.dtype == before.dtype:
@@ -244,6 +252,15 @@ class SparseDelta(nn.Module):
         elif before.dtype == self.keep_dtype:
             self._uncast = before
         return self
+
+    def _start_again(self) -> None:
+        """Draw the positions anew, with values as at the start; `to_empty` has left tensors without contents."""
+        positions = first_positions(self.run.config, self.module_name, self.numel, self.k)
+        with torch.no_grad():
+            self.indices.copy_(positions)
+            self.values.copy_(first_values(self.run.config, self.k))
+        self.state = TrainingState()
+        self.untouched = True
 
     # State dict
 
@@ -329,6 +346,30 @@ class SparseDelta(nn.Module):
         self.run.settle()
         tensors = self.state.tensors()
         return {**tensors, **self.settings.tensors()} if tensors else {}
+
+
+def first_positions(config: SpIELConfig, module_name: str, numel: int, k: int) -> Tensor:
+    """The positions of a new delta: int64 ``[k]`` on the CPU, sorted, drawn by the config's seed and the module."""
+    with torch.device("cpu"):  # a model may be built under another default device, "meta" for one
+        return sample_positions(numel, k, seeded_generator(config.seed, module_name, 0))
+
+
+def first_values(config: SpIELConfig, k: int) -> Tensor:
+    """The values of a new delta: float32 ``[k]``, zeros, or random with ``init_weights=False``.
+
+    They come from the global generator, as for every PEFT method: two adapters of one config differ.
+    """
+    return torch.zeros(k) if config.init_weights else torch.randn(k) * 0.1
+
+
+def _keeps_contents(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    """Whether `fn`, as given to `nn.Module._apply`, keeps what is in a tensor like this one; `to_empty` does not."""
+    if tensor.is_meta:
+        return fn(tensor[:0]).is_meta
+    # 2**31 - 1 - i: numbers that memory which was just freed does not hold by chance.
+    probe = torch.arange(2**31 - 1, 2**31 - 17, -1, device=tensor.device)
+    after = fn(probe)
+    return after.is_meta or torch.equal(after.to(probe), probe)
 
 
 def undo_cast(values: Tensor, dtype: torch.dtype, candidates: list[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype, find_parameter_name_by_module
@@ -35,11 +36,16 @@ from .targets import (
     name_listed_parameters,
     part_of,
     shared_weights,
+    untie_weights,
     warn_about_fused_experts,
 )
 from .weights.base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
+
+
+# Stands for the config of an adapter for which PEFT checks a target by name.
+_LORA = SimpleNamespace(peft_type="LORA")
 
 
 class _Injection:
@@ -104,7 +110,7 @@ class SpIELModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        except Exception:
+        except BaseException:  # Ctrl-C too
             before.restore()
             # PEFT has already replaced the config of an adapter with the same name.
             replaced = [run.config for run in before.runs if run.adapter_name == adapter_name]
@@ -153,12 +159,22 @@ class SpIELModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    def _check_target_module_compatiblity(self, peft_config: SpIELConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT knows modules of Mamba-like models that compute with weights without calling the module, but checks them
+        # for LoRA only.
+        try:
+            super()._check_target_module_compatiblity(_LORA, model, target_name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("[PEFT:LORA]", "[PEFT:SPIEL]")) from None
+
     def _add_delta(self, layer: SpIELLayer, adapter_name: str, name: str) -> None:
         injection = self._injection
         layer.update_layer(adapter_name, injection.run.config, injection.run, injection.counts[name])
         layer.spiel_delta[adapter_name].collector = WindowCollector()
 
     def _prepare_adapter_config(self, peft_config: SpIELConfig, model_config: dict[str, Any]) -> SpIELConfig:
+        # The config of a model that is not of transformers may be any mapping, or None.
+        model_config = {"model_type": None, **(model_config or {})}
         known = model_config["model_type"] in self.target_module_mapping
         if peft_config.target_modules is None and peft_config.target_parameters and not known:
             return peft_config  # parameters alone
@@ -346,11 +362,14 @@ class SpIELModel(BaseTuner):
                 if layer.merged:
                     layer.unmerge()
         layers = self._spiel_layers()
+        tied = self.get_model_config(self.model).get("tie_word_embeddings")
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
         if merge:
             report_merge_loss(layers)
+            if tied:
+                untie_weights(model)
         return model
 
     def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

@@ -68,6 +68,33 @@ def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, 
     return shared
 
 
+def untie_weights(model: nn.Module) -> None:
+    """Give all tied weights of a transformers model parameters of their own if merging has changed one of them.
+
+    A config says whether all embeddings of a model are tied or none is. In a model that ties three or more (BART,
+    Marian), the unchanged ones must not depend on being tied either, or they are missing once the model is saved.
+    """
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    if all(_parameter(model, target) is _parameter(model, source) for target, source in pairs.items()):
+        return
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    seen: set[int] = set()
+    for full_name in dict.fromkeys([*pairs.values(), *pairs]):
+        parameter = _parameter(model, full_name)
+        if parameter is not None and id(parameter) in seen:
+            module, _, name = full_name.rpartition(".")
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            model.get_submodule(module)._parameters[name] = own
+        seen.add(id(parameter))
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
+    module, _, name = name.rpartition(".")
+    return model.get_submodule(module)._parameters.get(name)
+
+
 def warn_about_fused_experts(model: nn.Module) -> None:
     """Warn about mixture-of-experts weights fused into 3-D parameters, which `target_modules` cannot reach."""
     missed = []

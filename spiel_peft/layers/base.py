@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,14 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
 
-from spiel_kernels import sample_positions
-from spiel_kernels.index_set import seeded_generator
-
 from ..autograd.compiled import adapted_operator, number_of
 from ..autograd.functions import adapted_forward, folded_weight
 from ..autograd.operations import ConvOp, LinearOp
 from ..config import SpIELConfig
-from ..delta import AdapterRun, SparseDelta, new_indices
+from ..delta import AdapterRun, SparseDelta, first_positions, first_values, new_indices
 from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
 from ..weights.base_weight import (
     FLOAT_DTYPES,
@@ -85,12 +83,9 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         if twin is not None and twin.k == num_deltas:
             indices = twin()[0].detach().clone()
         else:
-            generator = seeded_generator(config.seed, self.module_name, 0)
-            positions = sample_positions(self.info.numel, num_deltas, generator)
+            positions = first_positions(config, self.module_name, self.info.numel, num_deltas)
             indices = new_indices(positions, self.info.numel, device)
-        # The global generator, as for every PEFT method: two adapters of one config shall differ.
-        values = torch.zeros(num_deltas) if config.init_weights else torch.randn(num_deltas) * 0.1
-        shape = self._delta_shape()
+        values, shape = first_values(config, num_deltas), self._delta_shape()
         delta = SparseDelta(run, self.module_name, shape, indices, values.to(device=device, dtype=dtype))
         self._add_delta(adapter_name, delta, config)
 
@@ -148,6 +143,36 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
             dtype = torch.float32
         delta.keep_dtype = dtype
         delta.restore_dtype()
+
+    # The scale of deltas, as diffusers sets it (`set_adapters` with weights, `fuse_lora`). Training works with any.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's deltas by `scale` wherever they are used, from now on."""
+        self._set_scales({adapter: scale})
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of every active adapter by `scale`."""
+        self._set_scales({name: self.spiel_delta[name].scale * _finite_number(scale) for name in self._active_here()})
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of every active adapter by `scale`; None sets it to 1."""
+        scales = {name: self.spiel_delta[name].scale for name in self._active_here()}
+        self._set_scales({name: 1.0 if scale is None else old / _finite_number(scale) for name, old in scales.items()})
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.spiel_delta]
+
+    def _set_scales(self, scales: dict[str, float]) -> None:
+        scales = {name: _finite_number(scale) for name, scale in scales.items() if name in self.spiel_delta}
+        changed = [name for name, scale in scales.items() if scale != self.spiel_delta[name].scale]
+        merged = sorted(set(changed) & set(self.merged_adapters))
+        if merged:
+            raise ValueError(
+                f"{self.module_name}: the scale of {merged} cannot change while they are merged into the base weight; "
+                "call unmerge_adapter() first"
+            )
+        for name in changed:
+            self.spiel_delta[name].scale = scales[name]
 
     def get_base_layer(self) -> nn.Module:
         # As PEFT's, without the price of asking a module for what it does not have.
@@ -306,3 +331,9 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
+
+
+def _finite_number(scale: float) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"the scale of an adapter must be a finite number, got {scale!r}")
+    return float(scale)

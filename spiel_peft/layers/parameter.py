@@ -118,7 +118,16 @@ class SpIELParameters(WholeWeights, nn.Module, BaseTunerLayer):
         call = call_recording if torch.is_grad_enabled() else call_without_recording
         return call(weights, lambda adapted: call_with(self.base_layer, adapted, args, kwargs))
 
-    # What PEFT asks of every layer with adapters: the parts are such layers themselves.
+    # PEFT and diffusers ask this of every layer with adapters. The parts are such layers themselves and do it.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        pass
+
+    def scale_layer(self, scale: float) -> None:
+        pass
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        pass
 
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
