@@ -31,7 +31,7 @@ def info(
     Without --base, shapes are known only of adapters that were saved in training.
     """
     from spiel_peft.compose.overlap import overlap_of_files
-    from spiel_peft.files.base_tensors import open_base
+    from spiel_peft.files.checkpoint import open_base
     from spiel_peft.inspection.facts import adapter_facts
 
     _refuse_twice(adapters)
@@ -160,7 +160,7 @@ def validate(output: Output, adapters: Adapters, base: ShapesBase = None) -> int
     Checked: indices sorted, unique and in range; values finite; training state; a config that agrees. With --base also
     modules, shapes and the budget.
     """
-    from spiel_peft.files.base_tensors import open_base
+    from spiel_peft.files.checkpoint import open_base
     from spiel_peft.inspection.validate import validate_adapter
 
     opened = None if base is None else open_base(base)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, StoredDelta
-from ..files.base_tensors import BaseTensors
+from ..files.checkpoint import Checkpoint
 from .result import Progress, tracked
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -34,7 +34,7 @@ class Change:
     differences: Tensor
 
 
-def changes(adapter: AdapterFile, base: BaseTensors, where: str, progress: Progress | None = None) -> Iterator[Change]:
+def changes(adapter: AdapterFile, base: Checkpoint, where: str, progress: Progress | None = None) -> Iterator[Change]:
     """Go through all tensors that an adapter changes.
 
     Args:
@@ -47,18 +47,19 @@ def changes(adapter: AdapterFile, base: BaseTensors, where: str, progress: Progr
         ValueError: the base lacks a tensor or it has another shape, or the adapter holds a tensor that has no place in
             a checkpoint of the base.
     """
-    # Tied modules share one delta, which a file may hold under both names.
-    deltas = {base.owner(base.weight_of(module), where): delta for module, delta in adapter.deltas.items()}
+    weights = base.weights_of(adapter.deltas, where)
+    # Tied modules share one delta, which a file may hold under the names of both.
+    deltas = {_holder(base, weights[module], where): delta for module, delta in adapter.deltas.items()}
     full, rows = _by_base_name(adapter, base, where)
     if not adapter.config.ensure_weight_tying:
         _refuse_tied({*deltas, *full}, base, where)
     for name, _ in tracked(dict.fromkeys(sorted({*deltas, *full, *rows})), progress):
-        original, stored = base.value(name, where), base.stored_name(name, where)
-        yield _change(stored, original, deltas.get(name), full.get(name), rows.get(name), where)
+        original = base.value(name, where)
+        yield _change(base.stored[name], original, deltas.get(name), full.get(name), rows.get(name), where)
 
 
 def _by_base_name(
-    adapter: AdapterFile, base: BaseTensors, where: str
+    adapter: AdapterFile, base: Checkpoint, where: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     """Tensors saved in full, and rows of embeddings with their numbers."""
     full: dict[str, Tensor] = {}
@@ -66,15 +67,21 @@ def _by_base_name(
     for key, tensor in adapter.others.items():
         if key.endswith(_TOKENS):
             module = key.removesuffix(_TOKENS)
-            rows[base.owner(f"{module}.weight", where)] = (_token_numbers(adapter, module, where), tensor)
+            rows[_holder(base, f"{module}.weight", where)] = (_token_numbers(adapter, module, where), tensor)
         else:
-            full[base.owner(key.replace(".base_layer.", "."), where)] = tensor
+            full[_holder(base, key.replace(".base_layer.", "."), where)] = tensor
     return full, rows
 
 
-def _refuse_tied(names: set[str], base: BaseTensors, where: str) -> None:
+def _holder(base: Checkpoint, name: str, where: str) -> str:
+    """The parameter that holds the tensor of a parameter: itself, or the one that it is tied to."""
+    parameter = base.parameter(name, where)
+    return base.owner(parameter) or parameter
+
+
+def _refuse_tied(names: set[str], base: Checkpoint, where: str) -> None:
     for name in sorted(names):
-        tied = base.tied_to(name, where)
+        tied = [other for other in base.tie_group(name) if other != name]
         if tied:
             raise ValueError(
                 f"{where}: tensor {name!r} shares its place in the checkpoint with {tied[0]!r}, which the adapter "

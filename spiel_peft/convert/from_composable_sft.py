@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from .from_peft import PeftSource, need, read_peft_source
 from .in_full import TensorsInFull, dense_of
 from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
@@ -36,7 +36,7 @@ _MOST_IN_FULL = 2**32
 def convert_composable_sft(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     *,
     others: str = KEEP,
     task_type: str | None = None,
@@ -209,8 +209,8 @@ def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
     return flat
 
 
-def _carries_deltas(tensors: BaseTensors | None, module: str) -> bool:
-    return tensors is None or tensors.infos is None or tensors.info(module) is not None
+def _carries_deltas(tensors: Checkpoint | None, module: str) -> bool:
+    return tensors is None or tensors.names is None or tensors.info(module) is not None
 
 
 def is_composable_sft(source: Path) -> bool:
@@ -239,7 +239,7 @@ _ONLY_THERE = ("dropout", "l2_reg")
 def convert_sft_fork(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,

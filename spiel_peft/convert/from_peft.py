@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
-from ..files.base_tensors import Base, BaseTensors, open_base
-from ..files.checkpoint import read_json
+from ..files.checkpoint import Base, Checkpoint, open_base
+from ..files.folder import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
 
 # Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run.
@@ -87,7 +87,7 @@ class PeftSource:
             raise ValueError(f"{self.folder / 'adapter_config.json'}: modules_to_save must list names, got {names!r}")
         return names
 
-    def delta(self, module: str, positions: Tensor, values: Tensor, base: BaseTensors | None) -> StoredDelta:
+    def delta(self, module: str, positions: Tensor, values: Tensor, base: Checkpoint | None) -> StoredDelta:
         """The delta of one module, from flat row-major positions and their values."""
         numel = None
         if base is not None:
@@ -147,7 +147,7 @@ _MARKER = "supertuning_"
 def convert_supertuning(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -190,7 +190,7 @@ def convert_supertuning(
     return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-def _positions(adapter: PeftSource, module: str, values: Tensor, base: BaseTensors | None) -> Tensor:
+def _positions(adapter: PeftSource, module: str, values: Tensor, base: Checkpoint | None) -> Tensor:
     if base is None or not base.has_values:
         raise ValueError(
             f"{adapter.path}: tensor '{module}.{_MARKER}indices' is missing, as the adapter was saved with "

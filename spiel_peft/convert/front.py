@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files.base_tensors import Base, BaseTensors
+from ..files.checkpoint import Base
 from .from_composable_sft import FILE_NAME, convert_composable_sft, convert_sft_fork, is_composable_sft
 from .from_peft import convert_supertuning, read_peft_config
 from .result import Conversion, Progress
@@ -49,7 +49,7 @@ def detect_kind(source: str | os.PathLike[str]) -> str:
 def convert_adapter(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     kind: str | None = None,
     *,
     overwrite: bool = False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
-from ..files.base_tensors import BaseTensors
+from ..files.checkpoint import Checkpoint
 
 # What PEFT adds to modules_to_save by itself.
 _HEADS = {
@@ -43,7 +43,7 @@ class TensorsInFull:
     def __init__(
         self,
         where: str,
-        base: BaseTensors | None,
+        base: Checkpoint | None,
         deltas: Mapping[str, StoredDelta],
         diffs: Mapping[str, tuple[StoredDelta, tuple[int, ...]]],
         full: Mapping[str, Tensor],

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
 from ..weights.base_weight import LINEAR
 from .from_peft import PeftSource, need, read_peft_source
@@ -31,7 +31,7 @@ _FILE = "adapter_model.safetensors"
 def convert_shira(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -61,7 +61,7 @@ def convert_shira(
     return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-def _flat(adapter: PeftSource, module: str, indices: Tensor, base: BaseTensors) -> Tensor:
+def _flat(adapter: PeftSource, module: str, indices: Tensor, base: Checkpoint) -> Tensor:
     """``[2, k]`` rows and columns -> ``[k]`` flat positions."""
     what = f"{adapter.path}: tensor '{module}.{_MARKER}indices'"
     shape = base.shape(f"{module}.weight", str(adapter.path))
@@ -81,7 +81,7 @@ def _flat(adapter: PeftSource, module: str, indices: Tensor, base: BaseTensors) 
 def export_shira(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     r: int | None = None,
     overwrite: bool = False,
@@ -156,7 +156,7 @@ def pad_with_zeros(delta: StoredDelta, k: int, numel: int) -> StoredDelta:
     return StoredDelta(positions.to(delta.indices.dtype), values)
 
 
-def _linear_shape(module: str, base: BaseTensors, where: str) -> tuple[int, int]:
+def _linear_shape(module: str, base: Checkpoint, where: str) -> tuple[int, int]:
     if base.find(module) is not None:
         raise ValueError(
             f"{where}: {module!r} is a bare parameter, and SHiRA adapts linear layers only; leave it out of "

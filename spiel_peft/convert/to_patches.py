@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, read_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, open_base
 from ..files.folder import whole_folder
 from .changes import Change, changes
 from .result import Conversion, Progress
@@ -50,7 +50,7 @@ class SparsePatch:
 
 def sparse_patches(
     adapter: str | os.PathLike[str] | AdapterFile,
-    base: Base | BaseTensors,
+    base: Base,
     *,
     progress: Progress | None = None,
 ) -> Iterator[SparsePatch]:
@@ -87,7 +87,7 @@ def _patch(change: Change, where: str) -> SparsePatch:
 def export_sparse_patch(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -146,7 +146,7 @@ NAME = "diff"
 def export_dense_diff(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,

@@ -125,11 +125,10 @@ def read_edits(
     """
     edits: dict[str, Edit] = {}
     for (where, adapter), weight in zip(adapters, weights, strict=True):
+        weights_of = base.weights_of(adapter.deltas, where)
         for module, delta in adapter.deltas.items():
             source = f"{where}: delta of {module!r}"
-            # A delta of a bare parameter has the parameter's own name.
-            name = module if base.names is not None and base.names.find(module) else f"{module}.weight"
-            edit = edits.setdefault(_place(base, name, source), Edit())
+            edit = edits.setdefault(_place(base, weights_of[module], source), Edit())
             edit.deltas.append((delta.indices, _weighted(delta, weight)))
             edit.source = source
         for key, tensor in adapter.others.items():
@@ -190,7 +189,7 @@ def _token_ids(config: Sequence[int] | Mapping[str, Sequence[int]] | None, modul
 
 def _place(base: Checkpoint, name: str, source: str) -> str:
     """The parameter that an adapter's tensor belongs to."""
-    parameter = base.names.find(name) if base.names is not None else name if base.get(name) is not None else None
+    parameter = base.find(name)
     if parameter is None:
         raise ValueError(f"{source} has no place in {base.where}, which has no {name}; the adapter is for another base")
     return parameter

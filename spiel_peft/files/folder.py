@@ -15,11 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import read_json
-
-# The files of a model's folder besides its weights.
-
-
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"),
     ".index.json",
@@ -31,6 +26,17 @@ _TOKENIZER = (
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 _FOLDERS = ("additional_chat_templates",)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError, naming the file, if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} cannot be read: it is not a JSON object")
+    return value
 
 
 def copy_other_files(base: Path, adapter: Path, out: Path) -> None:

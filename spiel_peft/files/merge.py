@@ -18,12 +18,12 @@ from spiel_kernels import write_entries
 from spiel_kernels.quantized_layout import NestedScales, Packed4bit, dequantize_4bit, dequantize_8bit
 
 from ..budget import allocate_deltas
-from ..weights.base_weight import inspect_base
 from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, count_lost, log_loss
 from .adapter_file import AdapterFile, read_adapter
-from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, names_with_head, open_checkpoint, read_json
+from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
-from .folder import copy_other_files, edit_config, refuse_existing, whole_folder
+from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
+from .model_names import names_with_head
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
 
 # Adapters merged into a checkpoint on disk, tensor by tensor.
@@ -165,13 +165,7 @@ def _check_counts(where: str, adapter: AdapterFile, base: Checkpoint) -> None:
     config = adapter.config
     if base.names is None or config.num_deltas is not None:
         return
-    infos = {}
-    for module in adapter.deltas:
-        parameter = base.names.find(f"{module}.weight")
-        layer = base.names.modules.get((parameter or "").removesuffix(".weight"))
-        info = inspect_base(layer) if layer is not None else ""
-        if not isinstance(info, str):
-            infos[module] = info
+    infos = {module: info for module in adapter.deltas if (info := base.info(module)) is not None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what there is to say of the budget was said in training
         counts = allocate_deltas(config, infos)

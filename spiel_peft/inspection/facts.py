@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapter_format import split_file_key
 from ..config import SpIELConfig
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import PROGRESS, SETTINGS, STATE_KEYS
 
 # What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
@@ -157,7 +157,7 @@ def budget_of(config: SpIELConfig) -> dict[str, Any]:
     return budget | {name: pattern for name, pattern in patterns.items() if pattern}
 
 
-def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> AdapterFacts:
+def adapter_facts(folder: str | os.PathLike[str], base: Base | None = None) -> AdapterFacts:
     """Read an adapter and measure it.
 
     Args:
@@ -209,7 +209,7 @@ def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return (rows, columns) if rows > 0 and columns > 0 else None
 
 
-def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[str, tuple[int, ...]]:
+def _base_shapes(adapter: AdapterFile, base: Checkpoint, where: str) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for module, delta in adapter.deltas.items():
         shape = base.shape(weight_name(adapter.config, module), where)

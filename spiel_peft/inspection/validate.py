@@ -21,7 +21,7 @@ from ..adapter_format import MARKER, check_indices_and_values, check_training_st
 from ..budget import allocate_deltas
 from ..config import SpIELConfig, names_module
 from ..files.adapter_file import PREFIX, read_config, read_tensors
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import STATE_KEYS, RunSettings
 from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
@@ -49,7 +49,7 @@ class Finding:
         return f"{self.file}: {self.problem}" if self.tensor is None else f"{self.file}: {self.tensor} {self.problem}"
 
 
-def validate_adapter(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> list[Finding]:
+def validate_adapter(folder: str | os.PathLike[str], base: Base | None = None) -> list[Finding]:
     """List what is wrong with an adapter; nothing if it is sound.
 
     Checked are every tensor (indices sorted, unique and not negative; values finite; as many of one as of the other;
@@ -125,7 +125,7 @@ def _sorted_by_module(
 
 
 def _delta_problems(
-    module: str, entries: Entries, config: SpIELConfig | None, base: BaseTensors | None
+    module: str, entries: Entries, config: SpIELConfig | None, base: Checkpoint | None
 ) -> Iterator[tuple[str, str]]:
     """Names and problems of the tensors of one module."""
     shape: tuple[int, ...] | None = matrix_shape(entries)
@@ -233,7 +233,7 @@ def _target_problems(config: SpIELConfig, modules: list[str]) -> Iterator[tuple[
                 yield "target_modules", f"has {target!r}, but the file has no delta of it"
 
 
-def _info(config: SpIELConfig, module: str, base: BaseTensors) -> BaseInfo | None:
+def _info(config: SpIELConfig, module: str, base: Checkpoint) -> BaseInfo | None:
     if not config.names_parameter(module):
         return base.info(module)
     name = base.find(module)
@@ -246,7 +246,7 @@ def _info(config: SpIELConfig, module: str, base: BaseTensors) -> BaseInfo | Non
 
 
 def _budget_problems(
-    config: SpIELConfig, counts: Mapping[str, int], base: BaseTensors | None
+    config: SpIELConfig, counts: Mapping[str, int], base: Checkpoint | None
 ) -> Iterator[tuple[str, str]]:
     """Where the budget and the base's shapes give another number of deltas than the file has."""
     if base is None or isinstance(config.num_deltas, dict):

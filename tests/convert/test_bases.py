@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spiel_peft.convert import export_shira, export_sparse_patch, read_sparse_patches
-from spiel_peft.files.base_tensors import open_base
+from spiel_peft.files.checkpoint import open_base
 from spiel_peft.weights.base_weight import EMBEDDING, LINEAR, TRANSPOSED
 
 from .helpers import Q, tiny_bert
