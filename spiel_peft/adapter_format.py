@@ -54,10 +54,11 @@ def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -
     problem = check_index_set(indices, numel)
     if problem is not None:
         return "indices", problem
-    return _check_values(values, indices)
+    return check_values(values, indices)
 
 
-def _check_values(values: Tensor, indices: Tensor) -> Problem | None:
+def check_values(values: Tensor, indices: Tensor) -> Problem | None:
+    """Say what is wrong with values that belong to sound indices ``[k]``, or None when nothing is."""
     if not values.is_floating_point():
         return "values", f"must have a floating dtype, got {values.dtype}"
     if values.shape != indices.shape:
