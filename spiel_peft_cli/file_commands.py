@@ -276,7 +276,7 @@ def _convert_in(
     overwrite: bool,
     options: dict[str, Any],
 ) -> Any:
-    from spiel_peft.convert.front import convert_adapter
+    from spiel_peft.convert import convert_adapter
     from spiel_peft.files.folder import refuse_existing
 
     refuse_existing(out, overwrite)

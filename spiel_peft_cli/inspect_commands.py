@@ -126,7 +126,7 @@ def _figures(
     output: Output, plots: Any, facts: AdapterFacts, kind: list[str] | None, module: str | None, log: Path | None
 ) -> dict[str, Any]:
     """What draws each picture asked for. Those that were not asked for by name are left out where they cannot be."""
-    from spiel_peft.inspection.logs import find_log, read_closes, read_losses
+    from spiel_peft.inspection.facts import find_log, read_closes, read_losses
 
     figures: dict[str, Any] = {}
     wanted = dict.fromkeys(kind or KINDS)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from spiel_peft.compose.overlap import OverlapReport
-    from spiel_peft.convert.result import Conversion
+    from spiel_peft.convert import Conversion
     from spiel_peft.files.extract import Extraction
     from spiel_peft.finetune.run import RunResult
     from spiel_peft.inspection.facts import AdapterFacts

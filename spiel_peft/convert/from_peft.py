@@ -17,12 +17,21 @@ from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
 
-# Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run.
-
-
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
 # PEFT saves these along when an adapter targets one of them.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+# Between a module and the name of a tensor in the keys of each method.
+_SFT_MARKER = "sft_delta."
+_SUPERTUNING_MARKER = "supertuning_"
+# Fields of the published SpIEL code's config, and what they are called in `SpIELConfig`.
+_NAMES = ("values", "indices")
+_GROWTH = {"rigl": "accumulated_gradient", "sm3": "momentum"}
+_FIELDS = {
+    "reselection_steps": "regrow_every",
+    "selection_accumulation_steps": "accumulation_steps",
+    "initial_reselection_rate": "initial_regrow_rate",
+}
+_ONLY_THERE = ("dropout", "l2_reg")
 
 
 @dataclass
@@ -133,15 +142,52 @@ def need(entries: dict[str, Tensor], names: Collection[str], module: str, path: 
         raise ValueError(f"{path}: tensor {missing[0]!r} of module {module!r} is missing")
 
 
-# From PEFT's Super-Tuning adapters into SpIEL adapters.
-#
-# They hold ``<module>.supertuning_values`` and ``.supertuning_indices``, flat row-major positions in order of
-# magnitude. Without indices (``save_precomputed_indices=False``) the positions are those of the base weight's largest
-# or smallest entries, in that order.
+def convert_sft_fork(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: Base | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Turn an adapter of the published SpIEL code into a SpIEL adapter folder.
+
+    Args:
+        source: the adapter folder.
+        out: folder to write.
+        base: the base model (see `open_base`), to check names and positions against; optional.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.
+    """
+    adapter = read_peft_source(source, "SFT")
+    tensors = None if base is None else open_base(base)
+    deltas: dict[str, StoredDelta] = {}
+    modules = adapter.modules(_SFT_MARKER, _NAMES)
+    for module, entries in tracked(modules, progress):
+        need(entries, _NAMES, module, adapter.path)
+        deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
+    result = Conversion("SFT", 0, [])
+    fields = {**adapter.fields(), **_cycle(adapter, result)}
+    return finish(result, deltas, adapter.others(_SFT_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-PEFT_TYPE = "SUPERTUNING"
-_MARKER = "supertuning_"
+def _cycle(adapter: PeftSource, result: Conversion) -> dict[str, Any]:
+    """The settings of the cycle, for those who train the adapter on."""
+    config = adapter.config
+    fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
+    algorithm = config.get("selection_algorithm")
+    if algorithm in _GROWTH:
+        fields["growth"] = _GROWTH[algorithm]
+    elif algorithm is not None:
+        result.notes.append(f"selection_algorithm={algorithm!r} has no counterpart: the default growth is set")
+    if config.get("dtype") in ("float32", "float16", "bfloat16"):
+        fields["delta_dtype"] = config["dtype"]
+    for name in _ONLY_THERE:
+        if config.get(name):
+            result.notes.append(f"{name}={config[name]} acts in training only and has no counterpart: left out")
+    return fields
 
 
 def convert_supertuning(
@@ -165,7 +211,7 @@ def convert_supertuning(
         FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written. A Supra adapter,
             which adds a low-rank matrix, is refused.
     """
-    adapter = read_peft_source(source, PEFT_TYPE)
+    adapter = read_peft_source(source, "SUPERTUNING")
     if adapter.config.get("r") is not None:
         raise ValueError(
             f"{adapter.folder / 'adapter_config.json'}: r={adapter.config['r']} makes it a Supra adapter, which adds a "
@@ -173,27 +219,27 @@ def convert_supertuning(
         )
     tensors = None if base is None else open_base(base)
     deltas: dict[str, StoredDelta] = {}
-    result = Conversion(PEFT_TYPE, 0, [])
-    modules = adapter.modules(_MARKER, ("values", "indices"))
+    result = Conversion("SUPERTUNING", 0, [])
+    modules = adapter.modules(_SUPERTUNING_MARKER, ("values", "indices"))
     for module, entries in tracked(modules, progress):
         need(entries, ("values",), module, adapter.path)
         if "indices" not in entries:
             entries["indices"] = _positions(adapter, module, entries["values"], tensors)
         deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
-    if any(f"{name}.{_MARKER}indices" not in adapter.tensors for name in modules):
+    if any(f"{name}.{_SUPERTUNING_MARKER}indices" not in adapter.tensors for name in modules):
         result.notes.append(
             "The adapter was saved without indices: they were found again by the magnitude of the base's weights, "
             "which is right if the base, and the dtype it was loaded in, are those of the training"
         )
     result.notes.append('growth="none": the positions stay fixed if it is trained on, as in Super-Tuning')
     fields = {**adapter.fields(), "growth": "none"}
-    return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
+    return finish(result, deltas, adapter.others(_SUPERTUNING_MARKER), fields, out, str(adapter.path), overwrite)
 
 
 def _positions(adapter: PeftSource, module: str, values: Tensor, base: Checkpoint | None) -> Tensor:
     if base is None or not base.has_values:
         raise ValueError(
-            f"{adapter.path}: tensor '{module}.{_MARKER}indices' is missing, as the adapter was saved with "
+            f"{adapter.path}: tensor '{module}.{_SUPERTUNING_MARKER}indices' is missing, as the adapter was saved with "
             "save_precomputed_indices=False; pass base= with the values of the model it was trained on"
         )
     scores = base.value(f"{module}.weight", str(adapter.path)).abs().flatten()

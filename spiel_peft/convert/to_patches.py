@@ -13,22 +13,139 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.adapter_file import AdapterFile, read_adapter
-from ..files.checkpoint import Base, open_base
+from ..files.adapter_file import AdapterFile, StoredDelta, parameter_of_key, read_adapter
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
-from .changes import Change, changes
-from .result import Conversion, Progress
-
-# A SpIEL adapter as a sparse checkpoint patch, in the form in which vLLM's sparse weight transfer takes updates.
-#
-# A patch of one tensor is its name and full shape in the checkpoint, flat int32 positions, and the *absolute* values
-# for them, in the checkpoint's dtype. Both tensors are contiguous: senders hand their memory on as it lies.
-
+from .result import Conversion, Progress, tracked
 
 SPARSE_PATCH = "sparse-patch"
 FILE_NAME = "sparse_patch.safetensors"
 _SHAPES = "full_shapes"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DENSE_DIFF = "dense-diff"
+NAME = "diff"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed tensor.
+
+    Attributes:
+        name: in the base's checkpoint.
+        original: the base's tensor, in its dtype.
+        positions: ``[c]`` int64 sorted flat positions that the adapter sets.
+        values: ``[c]`` their new values in the base's dtype: the sum in float32, rounded once.
+        differences: ``[c]`` the exact differences, before rounding, float32 (float64 for a float64 base).
+    """
+
+    name: str
+    original: Tensor
+    positions: Tensor
+    values: Tensor
+    differences: Tensor
+
+
+def changes(adapter: AdapterFile, base: Checkpoint, where: str, progress: Progress | None = None) -> Iterator[Change]:
+    """Go through all tensors that an adapter changes.
+
+    Args:
+        adapter: what is applied.
+        base: with values.
+        where: names the adapter in messages.
+        progress: called after each tensor.
+
+    Raises:
+        ValueError: the base lacks a tensor or it has another shape, or the adapter holds a tensor that has no place in
+            a checkpoint of the base.
+    """
+    weights = base.weights_of(adapter.deltas, where)
+    # Tied modules share one delta, which a file may hold under the names of both.
+    deltas = {_holder(base, weights[module], where): delta for module, delta in adapter.deltas.items()}
+    full, rows = _by_base_name(adapter, base, where)
+    if not adapter.config.ensure_weight_tying:
+        _refuse_tied({*deltas, *full}, base, where)
+    for name, _ in tracked(dict.fromkeys(sorted({*deltas, *full, *rows})), progress):
+        original = base.value(name, where)
+        yield _change(base.stored[name], original, deltas.get(name), full.get(name), rows.get(name), where)
+
+
+def _by_base_name(
+    adapter: AdapterFile, base: Checkpoint, where: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Tensors saved in full, and rows of embeddings with their numbers."""
+    full: dict[str, Tensor] = {}
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    for key, tensor in adapter.others.items():
+        found = adapter.token_rows(key, where)
+        if found is not None:
+            name, numbers = found
+            rows[_holder(base, name, where)] = (numbers, tensor)
+            continue
+        name = parameter_of_key(key)
+        stored = base.get(base.parameter(name, where))
+        if name == key or stored is None or not stored.repeats(tensor):  # PEFT saves whole embeddings beside deltas
+            full[_holder(base, name, where)] = tensor
+    return full, rows
+
+
+def _holder(base: Checkpoint, name: str, where: str) -> str:
+    """The parameter that holds the tensor of a parameter: itself, or the one that it is tied to."""
+    parameter = base.parameter(name, where)
+    return base.owner(parameter) or parameter
+
+
+def _refuse_tied(names: set[str], base: Checkpoint, where: str) -> None:
+    for name in sorted(names):
+        tied = [other for other in base.tie_group(name) if other != name]
+        if tied:
+            raise ValueError(
+                f"{where}: tensor {name!r} shares its place in the checkpoint with {tied[0]!r}, which the adapter "
+                "leaves alone; a change would reach both. Train with ensure_weight_tying=True, or merge it in memory"
+            )
+
+
+def _change(
+    name: str,
+    original: Tensor,
+    delta: StoredDelta | None,
+    full: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None,
+    where: str,
+) -> Change:
+    exact = torch.float64 if original.dtype == torch.float64 else torch.float32
+    if full is None and rows is None:
+        positions = delta.indices.long()
+        _check_range(name, positions, original, where)
+        before, differences = original.flatten()[positions].to(exact), delta.values.to(exact)
+        return Change(name, original, positions, (before + differences).to(original.dtype), differences)
+    wanted = original.to(exact, copy=True)
+    if full is not None:
+        if full.shape != original.shape:
+            raise ValueError(
+                f"{where}: tensor {name!r} has shape {tuple(full.shape)}, the base's {tuple(wanted.shape)}"
+            )
+        wanted.copy_(full)
+    if rows is not None:
+        numbers, values = rows
+        if tuple(values.shape) != (numbers.numel(), *original.shape[1:]) or int(numbers.max()) >= len(original):
+            raise ValueError(f"{where}: the trained rows of {name!r} do not fit its shape {tuple(original.shape)}")
+        wanted[numbers] = values.to(exact)
+    flat = wanted.flatten()
+    if delta is not None:
+        positions = delta.indices.long()
+        _check_range(name, positions, original, where)
+        flat[positions] += delta.values.to(exact)
+    differences = flat - original.flatten().to(exact)
+    positions = differences.nonzero().flatten()
+    return Change(name, original, positions, flat[positions].to(original.dtype), differences[positions])
+
+
+def _check_range(name: str, positions: Tensor, original: Tensor, where: str) -> None:
+    if positions.numel() and int(positions[-1]) >= original.numel():
+        raise ValueError(
+            f"{where}: tensor {name!r} has positions up to {int(positions[-1])}, but a weight of shape "
+            f"{tuple(original.shape)} in the base; is it another model's?"
+        )
 
 
 @dataclass(frozen=True)
@@ -134,13 +251,6 @@ def read_sparse_patches(source: str | os.PathLike[str]) -> Iterator[SparsePatch]
                 yield SparsePatch(name, indices, values, tuple(shape))
     except (SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a sparse patch: {error}") from error
-
-
-# A SpIEL adapter as dense differences: full-shape tensors to be added to a checkpoint's.
-
-
-DENSE_DIFF = "dense-diff"
-NAME = "diff"
 
 
 def export_dense_diff(

@@ -22,11 +22,13 @@ from torch import Tensor
 from ..adapter_format import MARKER, check_indices_and_values, split_file_key
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
-from ..config import SpIELConfig
+from ..config import SpIELConfig, names_module
 from ..state import STATE_KEYS
 from .folder import whole_folder
 
 PREFIX = "base_model.model."
+# Ends the key of the rows of an embedding that PEFT trains token by token.
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _SELECTION = (
     "r",
     "density",
@@ -71,6 +73,29 @@ class AdapterFile:
     config: SpIELConfig
     deltas: dict[str, StoredDelta]
     others: dict[str, Tensor] = field(default_factory=dict)
+
+    def token_rows(self, key: str, where: str) -> tuple[str, Tensor] | None:
+        """The parameter and the rows ``[n]`` int64 that a tensor of `others` holds; None if it holds no single rows.
+
+        Raises:
+            ValueError: ``trainable_token_indices`` does not name the rows; `where` names the file in the message.
+        """
+        if not key.endswith(_TOKENS):
+            return None
+        module = key.removesuffix(_TOKENS)
+        chosen = self.config.trainable_token_indices
+        if isinstance(chosen, Mapping):
+            chosen = next((rows for name, rows in chosen.items() if names_module(name, module)), None)
+        if not chosen:
+            raise ValueError(
+                f"{where}: tensor {key!r}: trainable_token_indices of the config does not say which rows it holds"
+            )
+        return f"{module}.weight", torch.tensor(list(chosen), dtype=torch.int64)
+
+
+def parameter_of_key(key: str) -> str:
+    """The parameter that a tensor saved in full belongs to; PEFT's key has the names of wrappers in it."""
+    return key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:

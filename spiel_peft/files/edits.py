@@ -5,23 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from spiel_kernels import adapted_entries
 
-from ..adapter_format import MARKER
-from ..card import facts_of_counts, update_card
-from ..config import SpIELConfig, names_module
-from .adapter_file import PREFIX, AdapterFile, StoredDelta
+from .adapter_file import AdapterFile, StoredDelta, parameter_of_key
 from .checkpoint import Checkpoint
-from .tensors import PIECE_BYTES, SafetensorsWriter, StoredTensor, TensorSpec
-
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+from .tensors import StoredTensor
 
 
 @dataclass
@@ -131,8 +124,8 @@ def read_edits(
             edit = edits.setdefault(_place(base, weights_of[module], source), Edit())
             edit.deltas.append((delta.indices, _weighted(delta, weight)))
             edit.source = source
-        for key, tensor in adapter.others.items():
-            if _add_other(edits, base, adapter, key, tensor, f"{where}: tensor {key!r}") and weight != 1:
+        for key in adapter.others:
+            if _add_other(edits, base, adapter, key, where) and weight != 1:
                 raise ValueError(
                     f"{where} replaces a whole tensor ({key}), which cannot be weighted with {weight}; give it the "
                     "weight 1"
@@ -144,47 +137,27 @@ def _weighted(delta: StoredDelta, weight: float) -> Tensor:
     return delta.values if weight == 1 else delta.values.float() * weight
 
 
-def _add_other(
-    edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, tensor: Tensor, source: str
-) -> bool:
-    """Note what a tensor that is no delta does; returns whether it does anything."""
-    if key.endswith(_TOKENS):
-        module = key.removesuffix(_TOKENS)
-        edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
-        ids = torch.tensor(_token_ids(adapter.config.trainable_token_indices, module, source))
+def _add_other(edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, where: str) -> bool:
+    """Add the edit that a tensor other than a delta makes. Returns False if the tensor only repeats the base's."""
+    tensor, source = adapter.others[key], f"{where}: tensor {key!r}"
+    rows = adapter.token_rows(key, where)
+    if rows is not None:
+        name, ids = rows
+        edit = edits.setdefault(_place(base, name, source), Edit())
         if edit.rows is not None or tuple(ids.shape) != tuple(tensor.shape[:1]):
             raise ValueError(f"{source} does not fit: {tensor.shape[0]} rows for {ids.numel()} token indices")
         edit.rows, edit.source = (ids, tensor), source
         return True
-    name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    name = parameter_of_key(key)
     parameter = _place(base, name, source)
     stored = base.get(parameter)
-    if name != key and stored is not None and _is_copy(tensor, stored):
+    if name != key and stored is not None and stored.repeats(tensor):
         return False  # PEFT saves whole embeddings beside their deltas
     edit = edits.setdefault(parameter, Edit())
     if edit.replacement is not None and not torch.equal(edit.replacement, tensor):
         raise ValueError(f"{source}: another adapter replaces this tensor as well; merge them one after the other")
     edit.replacement, edit.source = tensor, source
     return True
-
-
-def _is_copy(tensor: Tensor, stored: StoredTensor) -> bool:
-    if tuple(tensor.shape) != stored.shape:
-        return False
-    flat = tensor.flatten()
-    return all(
-        torch.equal(flat[start:stop].to(stored.dtype), stored.read(start, stop)) for start, stop in stored.pieces()
-    )
-
-
-def _token_ids(config: Sequence[int] | Mapping[str, Sequence[int]] | None, module: str, source: str) -> list[int]:
-    if isinstance(config, Mapping):
-        for target, ids in config.items():
-            if names_module(target, module):
-                return list(ids)
-    elif config is not None:
-        return list(config)
-    raise ValueError(f"{source}: the adapter's trainable_token_indices do not say which rows it holds")
 
 
 def _place(base: Checkpoint, name: str, source: str) -> str:
@@ -244,78 +217,6 @@ def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkp
         if is_embedding and edit.replacement is not None:
             changes["vocab_size"] = edit.replacement.shape[0]
     return changes
-
-
-# Sparse deltas gathered piece by piece, in memory or in files, until an adapter is made of them.
-
-
-class MemorySpool:
-    """Deltas that are to stay in memory."""
-
-    def __init__(self) -> None:
-        self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
-        """Append ``[n]`` indices and their values to a module's delta."""
-        self._pieces.setdefault(module, []).append((indices, values))
-
-    def deltas(self) -> dict[str, StoredDelta]:
-        return {
-            module: StoredDelta(torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
-            for module, pieces in self._pieces.items()
-        }
-
-
-class DiskSpool:
-    """Deltas on their way into an adapter folder: how many there will be is known only at the end.
-
-    Args:
-        folder: where a file per module and kind of tensor is kept meanwhile.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number of its files, entries, dtype of indices
-
-    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
-        """Append ``[n]`` indices and their float32 values to a module's delta."""
-        number, count, _ = self._found.get(module, (len(self._found), 0, None))
-        self._found[module] = (number, count + indices.numel(), indices.dtype)
-        for name, tensor in (("indices", indices), ("values", values)):
-            with open(self._path(number, name), "ab") as file:
-                file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
-
-    def write(self, config: SpIELConfig, others: dict[str, Tensor], copies: dict[str, str], folder: Path) -> None:
-        """Write an adapter folder of all that was added and of other tensors.
-
-        Args:
-            others: further tensors by key.
-            copies: modules that have the same delta as another one, and that one.
-        """
-        found = {**self._found, **{module: self._found[owner] for module, owner in copies.items()}}
-        specs = {PREFIX + key: TensorSpec.of(tensor.dtype, tuple(tensor.shape)) for key, tensor in others.items()}
-        for module, (_, count, dtype) in found.items():
-            specs[f"{PREFIX}{module}{MARKER}indices"] = TensorSpec.of(dtype, (count,))
-            specs[f"{PREFIX}{module}{MARKER}values"] = TensorSpec.of(torch.float32, (count,))
-        with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME, specs) as writer:
-            for key, tensor in others.items():
-                writer.write(PREFIX + key, 0, tensor.flatten())
-            for module, (number, _, _) in found.items():
-                for name in ("indices", "values"):
-                    self._copy(self._path(number, name), writer, f"{PREFIX}{module}{MARKER}{name}")
-        config.save_pretrained(str(folder))
-        update_card(folder, [facts_of_counts(config, {module: count for module, (_, count, _) in found.items()})])
-
-    def _path(self, number: int, name: str) -> Path:
-        return self.folder / f"{number}.{name}"
-
-    @staticmethod
-    def _copy(path: Path, writer: SafetensorsWriter, key: str) -> None:
-        start = 0
-        with open(path, "rb") as file:
-            while data := file.read(PIECE_BYTES):
-                writer.write_bytes(key, start, memoryview(data))
-                start += len(data)
 
 
 # Parameters that transformers makes of many stored tensors when it loads them: fused experts, taken apart again.

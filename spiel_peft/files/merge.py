@@ -19,7 +19,7 @@ from spiel_kernels.quantized_layout import NestedScales, Packed4bit, dequantize_
 
 from ..budget import allocate_deltas
 from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, count_lost, log_loss
-from .adapter_file import AdapterFile, read_adapter
+from .adapter_file import AdapterFile, parameter_of_key, read_adapter
 from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
 from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
@@ -149,8 +149,8 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 def _add_head(base: Checkpoint, adapters: Sequence[AdapterFile]) -> dict[str, Any]:
     """Let the base's model have the head that a classifier's adapter brings; returns what the config must say then."""
     for adapter in adapters:
-        full = {key: tensor.shape for key, tensor in adapter.others.items() if "_adapter." not in key}
-        full = {key.replace(".base_layer.", "."): shape for key, shape in full.items()}
+        others = adapter.others.items()
+        full = {parameter_of_key(key): tensor.shape for key, tensor in others if "_adapter." not in key}
         if base.names is None or all(base.names.find(name) for name in full):
             continue
         found = names_with_head(Path(base.where), adapter.config.task_type, full)

@@ -57,6 +57,13 @@ class StoredTensor:
         """The entries ``[start, stop)`` of the flattened tensor, on the CPU, in its dtype: ``[stop - start]``."""
         raise NotImplementedError
 
+    def repeats(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this shape and, rounded to this dtype, these entries."""
+        if self.dtype is None or tuple(tensor.shape) != self.shape:
+            return False
+        flat = tensor.flatten()
+        return all(torch.equal(flat[a:b].to(self.dtype), self.read(a, b)) for a, b in self.pieces())
+
     def pieces(self, entries: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of entries, in order, that make up the whole tensor, each about `PIECE_BYTES` large."""
         size = entries or max(1, PIECE_BYTES // (self.dtype.itemsize if self.dtype else 1))

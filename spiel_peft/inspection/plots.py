@@ -15,8 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files.adapter_file import StoredDelta
-from .facts import AdapterFacts, ModuleFacts
-from .logs import Close, Losses
+from .facts import AdapterFacts, Close, Losses, ModuleFacts
 
 DPI = 130
 # Cells of the map along each side, at most.

@@ -13,8 +13,7 @@ from trainer_helpers import regression, trainer
 from spiel_peft import SpIELCallback
 from spiel_peft.files.adapter_file import StoredDelta
 from spiel_peft.inspection import Close, adapter_facts, read_closes
-from spiel_peft.inspection.facts import ModuleFacts
-from spiel_peft.inspection.logs import Losses
+from spiel_peft.inspection.facts import Losses, ModuleFacts
 from spiel_peft.inspection.plots import (
     churn_figure,
     density_figure,

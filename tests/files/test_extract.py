@@ -241,7 +241,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     piece = tensor_files.PIECE_BYTES // 16
     with pytest.MonkeyPatch.context() as patch, PeakMemory() as memory:
         patch.setattr("spiel_peft.files.differences._ENTRIES", piece // 4)
-        patch.setattr("spiel_peft.files.edits.PIECE_BYTES", piece)
+        patch.setattr("spiel_peft.files.extract.PIECE_BYTES", piece)
         found = extract_delta(
             tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", density=0.5
         )

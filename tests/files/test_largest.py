@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiel_peft.files.folder import find_cut
+from spiel_peft.files.extract import find_cut
 
 
 def chosen(values: Tensor, sizes: list[int], k: int | None) -> list[int]:
