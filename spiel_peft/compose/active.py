@@ -1,4 +1,8 @@
-"""Several adapters active at once, some of them in training and others frozen."""
+"""Several adapters active at once: some in training, others frozen, and frozen language adapters that take turns.
+
+A task adapter that is trained over changing language adapters meets the languages that it will be combined with while
+it learns (target-language-ready training; Parović et al., 2023).
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,12 @@ ORDERS = ("shuffled", "in_order")
 
 
 def activate(model: PeftModel | nn.Module, adapters: Sequence[str], train: Sequence[str] = ()) -> list[str]:
-    """Make exactly these adapters active: their deltas add up. Those named in `train` get gradients, no other does.
+    """Make exactly these adapters active: their deltas add up. Only the adapters named in `train` get gradients.
 
     PEFT's `set_adapter` takes one name on a `PeftModel`, and makes what it activates trainable. Make the optimizer
     after this call, from the parameters that require a gradient. Adapters in training are put first: a Trainer that
-    resumes a checkpoint takes the first one for the one it trains, and makes it the only active one (`KeepActive`
-    undoes that).
+    resumes a checkpoint takes the first adapter for the one in training, and makes it the only active one
+    (`KeepActive` undoes that).
 
     Args:
         model: a `PeftModel`, or the tuner in it.
@@ -61,17 +65,17 @@ def activate(model: PeftModel | nn.Module, adapters: Sequence[str], train: Seque
     tuner.set_adapter(order, inference_mode=True)
     tuner.set_requires_grad(trained, True)
     for name in trained:
-        # Loaded for inference: checkpoints would leave out what a resumed run needs.
+        # With the config of an adapter for inference, checkpoints would lack the training state.
         tuner.peft_config[name].inference_mode = False
     model = unwrapped(model)
     if isinstance(model, PeftModel):
-        # PEFT looks up there which config applies.
+        # PEFT uses the config of this adapter.
         model.active_adapter = order[0]
     return order
 
 
 class KeepActive(TrainerCallback):
-    """Activates adapters again when a Trainer begins, which leaves a single one active when it resumes.
+    """Activates adapters again when a Trainer begins to train, since resuming leaves only one of them active.
 
     Args:
         adapters, train: as for `activate`.
@@ -102,22 +106,24 @@ def tuner_of(model: nn.Module) -> BaseTuner:
 
 
 def check_existing(tuner: BaseTuner, names: Sequence[str]) -> None:
+    """Raise a ValueError if a model lacks one of these adapters."""
     unknown = [name for name in names if name not in tuner.peft_config]
     if unknown:
         raise ValueError(f"Adapters {unknown} do not exist; there are {sorted(tuner.peft_config)}")
 
 
 def modules_of_type(model: nn.Module, kind: type[Any]) -> list[Any]:
+    """All modules of a class in a model, in the model's order."""
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
 def containers(wrapper: AuxiliaryTrainingWrapper) -> list[nn.ModuleDict | nn.ParameterDict]:
-    """What adapters keep in a module that PEFT wraps as a whole (a module saved in full, trained tokens)."""
+    """The containers, by adapter name, in a module that PEFT wraps as a whole (saved in full, or trained tokens)."""
     return [attrgetter(path)(wrapper) for path in wrapper.adapter_layer_names]
 
 
 def adapters_in(wrapper: AuxiliaryTrainingWrapper) -> set[str]:
-    """The adapters that keep something in such a module."""
+    """Names of the adapters that have parameters in a module that PEFT wraps as a whole."""
     return {name for container in containers(wrapper) for name in container}
 
 
@@ -131,14 +137,14 @@ def deltas_by_module(tuner: nn.Module, adapter: str) -> dict[str, SparseDelta]:
 def language_of_batch(batch: int, languages: Sequence[str], order: str = "shuffled", seed: int = 0) -> str:
     """The language of a batch; it depends on the arguments and nothing else.
 
-    Every process that counts batches alike picks the same one, and so does a resumed run.
+    So all processes that count batches alike choose the same language, and a resumed run does too.
 
     Args:
-        batch: its number, from 0.
-        languages: to choose from.
+        batch: number of the batch, from 0.
+        languages: names to choose from, at least one.
         order: "in_order": one after the other. "shuffled": every round of ``len(languages)`` batches has each of them
             once, in an order of its own.
-        seed: of these orders.
+        seed: determines these orders.
     """
     round_, place = divmod(batch, len(languages))
     if order == "shuffled":
@@ -148,16 +154,16 @@ def language_of_batch(batch: int, languages: Sequence[str], order: str = "shuffl
 
 
 class LanguageCycler:
-    """Has one of several frozen language adapters active under the adapters in training, another one for each batch.
+    """Keeps one of several frozen language adapters active under the adapters in training, another one for each batch.
 
-    Making one activates the task adapters for training and the languages frozen, so make the optimizer after it. In a
-    loop of your own call `advance` before the forward pass of every batch; with a Trainer use `LanguageCyclerCallback`.
-    Switching touches neither gradients nor the optimizer's state: accumulated gradients of a task adapter are the sum
-    over the languages of their batches.
+    The constructor activates the task adapters for training and freezes the languages: make the optimizer after it.
+    In a loop of your own call `advance` before the forward pass of every batch; with a Trainer use
+    `LanguageCyclerCallback`. Switching touches neither gradients nor the optimizer's state: accumulated gradients of a
+    task adapter are the sum over the languages of their batches.
 
-    A backward pass uses the language of its forward pass even if another one is active by then, except for what
-    gradient checkpointing computes again. So with checkpointing finish each backward pass before the next `advance`;
-    a violation is refused where it shows.
+    A backward pass uses the language of its forward pass even if another one is active by then. Layers that gradient
+    checkpointing computes again use the active language: with checkpointing, finish each backward pass before the
+    next `advance`. Violations raise a RuntimeError where they can be seen.
 
     Args:
         model: a `PeftModel`, or the `SpIELModel` in it, not merged.
@@ -204,7 +210,7 @@ class LanguageCycler:
         return language_of_batch(self.batch, self.languages, self.order, self.seed)
 
     def restart(self) -> None:
-        """Activate the adapters again, if something else (a Trainer that resumes) has changed what is active."""
+        """Activate task and language again, after a Trainer that resumes, say, has changed the active adapters."""
         activate(self.model, [*self.task, self.language], train=self.task)
 
     def advance(self) -> str:
@@ -220,10 +226,10 @@ class LanguageCycler:
         return language
 
     def use(self, language: str | None) -> None:
-        """Have this adapter active with the task, or None, without counting: to evaluate, for example.
+        """Activate a language with the task, without counting a batch; to evaluate, for example. None: the task alone.
 
         Raises:
-            ValueError: no such adapter, or one that cannot be switched.
+            ValueError: there is no such adapter, or it has saved whole modules.
             RuntimeError: a backward pass is under way, or adapters are merged.
         """
         if torch._C._current_graph_task_id() != -1:
@@ -247,7 +253,7 @@ class LanguageCycler:
         self._guard.active = tuple(names)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint of a loop of your own needs, besides the adapters."""
+        """The state that a checkpoint of a loop of your own needs, besides the adapters."""
         return {
             "batch": self.batch,
             "started": self._started,
@@ -260,7 +266,7 @@ class LanguageCycler:
         """Continue after the batch that `state_dict` was taken at.
 
         Raises:
-            ValueError: it is the state of a cycler with other languages, order or seed.
+            ValueError: the state is of a cycler with other languages, order or seed.
         """
         for name in ("languages", "order", "seed"):
             if state[name] != getattr(self, name):
@@ -279,9 +285,9 @@ class LanguageCyclerCallback(TrainerCallback):
     runs go on as they would have, and all ranks of a data-parallel run have the same language at the same time.
 
     Args:
-        cycler: of the model that the trainer is given.
-        evaluate_with: adapter to evaluate with, and to leave active in the end, such as that of a language that is not
-            among those trained with; by default the last batch's language stays.
+        cycler: the cycler of the model that is trained.
+        evaluate_with: adapter that is active in evaluations and after training, such as a language that training does
+            not use. None: the language of the last batch.
     """
 
     def __init__(self, cycler: LanguageCycler, evaluate_with: str | None = None) -> None:
@@ -307,6 +313,7 @@ class LanguageCyclerCallback(TrainerCallback):
 
 
 def _check_switchable(tuner: nn.Module, languages: Sequence[str]) -> None:
+    """Refuse languages that have saved whole modules, which are not switched."""
     for wrapper in modules_of_type(tuner, AuxiliaryTrainingWrapper):
         full = [name for name in languages if name in adapters_in(wrapper)]
         if full:
@@ -317,7 +324,7 @@ def _check_switchable(tuner: nn.Module, languages: Sequence[str]) -> None:
 
 
 class _Guard:
-    """A forward hook that notices gradient checkpointing compute with another language than the forward pass did."""
+    """A forward hook that refuses gradient checkpointing under another language than that of the forward pass."""
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()

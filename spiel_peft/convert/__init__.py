@@ -1,4 +1,4 @@
-"""Conversion: adapters of other methods and libraries into SpIEL adapters, and SpIEL adapters into other formats."""
+"""Converts adapters of other methods and libraries into SpIEL adapters, and SpIEL adapters into other formats."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ KINDS = tuple(_CONVERTERS)
 
 
 def detect_kind(source: str | os.PathLike[str]) -> str:
-    """What format an adapter has, one of `KINDS`.
+    """Find the format of an adapter, one of `KINDS`.
 
     Raises:
-        FileNotFoundError: there is nothing. ValueError: it is of a format that cannot be converted; says which.
+        FileNotFoundError: `source` does not exist.
+        ValueError: adapters of its format cannot be converted; the message names the format.
     """
     path = Path(source)
     if not path.exists():
@@ -78,13 +79,13 @@ def convert_adapter(
 
     Args:
         source: the adapter's folder, or a ``pytorch_diff.bin``.
-        out: folder to write; it appears whole or not at all.
+        out: folder to write, whole or not at all.
         base: the model it was made for: a checkpoint folder, a safetensors file, a transformers config, a model, or a
             dict from tensor names to shapes. Needed for SHiRA; needed with values where full tensors must be computed.
-        kind: one of `KINDS`; None: found out.
+        kind: one of `KINDS`; None: found by `detect_kind`.
         overwrite: replace what is at `out`.
         progress: called with (done, total, what).
-        options: of the converter, such as ``others="drop"`` of `convert_composable_sft`.
+        options: further arguments of the converter, such as ``others="drop"`` of `convert_composable_sft`.
 
     Raises:
         FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.

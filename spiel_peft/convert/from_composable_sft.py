@@ -1,4 +1,11 @@
-"""Adapters of composable-sft (Ansell et al., 2022) and of the published SpIEL code into SpIEL adapters."""
+"""Converts sparse fine-tunings of composable-sft (Ansell et al., 2022) into SpIEL adapters.
+
+The library writes ``pytorch_diff.bin``, a pickled dict of tables. ``diffs`` holds sparse differences by parameter name,
+``abs`` the values of parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values``
+``[k]`` and ``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first*
+dimension runs fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch
+sparse tensors.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +24,10 @@ from ..files.adapter_file import StoredDelta
 from ..files.checkpoint import Base, Checkpoint, open_base
 from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
 
-# The file is a pickled dict of tables. ``diffs`` holds sparse differences by parameter name, ``abs`` the full values of
-# parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values`` ``[k]`` and
-# ``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first* dimension
-# runs fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch sparse
-# tensors.
-
-
 FILE_NAME = "pytorch_diff.bin"
-# Entries of a tensor trained in full: no head or embedding has more, and a file could claim any number.
+# Most entries of a tensor trained in full. No head or embedding has more, and a damaged file can claim any number.
 _MOST_IN_FULL = 2**32
-# What PEFT adds to modules_to_save by itself.
+# Modules that PEFT adds to modules_to_save for a task.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -49,15 +49,16 @@ def convert_composable_sft(
     """Turn a sparse fine-tuning of composable-sft into a SpIEL adapter folder.
 
     Differences of matrices become deltas. Biases of modules that have deltas are kept as PEFT keeps trained biases
-    (``bias="spiel_only"``); any other module with a difference that is no matrix (a LayerNorm), and modules trained in
-    full, go into ``modules_to_save``. Both store absolute values, so the base's values are needed.
+    (``bias="spiel_only"``). Any other module with a difference that is no matrix (a LayerNorm), and modules trained in
+    full, go into ``modules_to_save``. PEFT stores the values of both, so the base's values are needed.
 
     Args:
-        source: ``pytorch_diff.bin`` or the folder it lies in.
+        source: ``pytorch_diff.bin`` or its folder.
         out: folder to write.
         base: the base model (see `open_base`); optional as long as there are differences of matrices only.
-        others: "keep" keeps what is not the difference of a matrix, or refuses; "drop" leaves it out and reports it.
-        task_type, base_model_name_or_path: for the adapter's config; the source does not say.
+        others: what to do with tensors that are not the difference of a matrix. "keep": save them, or refuse where that
+            is impossible. "drop": leave them out and report them.
+        task_type, base_model_name_or_path: for the adapter's config; the source does not hold them.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -105,7 +106,7 @@ def _path_of(source: Path) -> Path:
 
 
 def _load(path: Path) -> Any:
-    # The library leaves the first step as a number of numpy's. Building one of those runs no code of the file's.
+    # The library stores the first step as a numpy number. Building one runs no code from the file.
     scalar = type(np.int64(0)).__reduce__(np.int64(0))[0]
     integers = [type(np.dtype(kind)) for kind in ("int32", "int64")]
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *integers]
@@ -128,6 +129,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """The stored differences, and the tensors trained in full, both by parameter name."""
     if not isinstance(content, Mapping) or not {"diffs", "abs", "body"} & set(content):
         raise ValueError(f"{path} has none of the tables 'diffs', 'abs' and 'body'; it is no file of composable-sft")
     if content.get("block_sparses"):
@@ -155,7 +157,7 @@ def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tens
 
 
 def _entries(path: Path, name: str, entry: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Row-major positions, values and shape of one stored tensor."""
+    """Row-major positions ``[k]``, values ``[k]`` and shape of one stored tensor."""
     if isinstance(entry, Tensor):
         if not entry.is_floating_point():
             raise ValueError(f"{path}: tensor {name!r} has dtype {entry.dtype}, not a floating one")
@@ -212,32 +214,34 @@ def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _carries_deltas(tensors: Checkpoint | None, module: str) -> bool:
+    """Whether a module can carry deltas, as far as its kind is known."""
     return tensors is None or tensors.names is None or tensors.info(module) is not None
 
 
 def is_composable_sft(source: Path) -> bool:
-    """Whether this is such a file or a folder with one."""
+    """Whether a path is a ``pytorch_diff.bin`` or a folder with one."""
     return (source / FILE_NAME).is_file() or (source.is_file() and source.name == FILE_NAME)
 
 
 def dense_of(delta: StoredDelta, shape: tuple[int, ...]) -> Tensor:
-    """A sparse tensor in full."""
+    """The dense tensor of this shape with the values of a delta, zero elsewhere."""
     dense = torch.zeros(math.prod(shape), dtype=delta.values.dtype)
     dense[delta.indices.long()] = delta.values
     return dense.view(shape)
 
 
 class TensorsInFull:
-    """What a fine-tuning changed beside the matrices that get deltas. Absolute values are stored, so differences need
-    the base's values.
+    """Tensors of a fine-tuning that cannot be deltas, as PEFT stores them: trained biases and modules saved in full.
+
+    PEFT stores values, so a difference needs the base's values.
 
     Args:
         where: the source file.
         base: the base model, if there is one.
-        deltas: modules that get deltas.
-        diffs: differences of other parameters with their shapes, by parameter name.
-        full: full values, by parameter name.
-        task_type: of the adapter; for some PEFT saves and loads the model's head.
+        deltas: the deltas, by module name.
+        diffs: differences of other parameters, with the parameter's shape, by parameter name.
+        full: values of parameters trained in full, by parameter name.
+        task_type: of the adapter; for some tasks PEFT saves and loads the model's head.
     """
 
     def __init__(
@@ -254,7 +258,7 @@ class TensorsInFull:
         self.task_type = task_type
 
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors by their key in an adapter file, and the config fields that go with them."""
+        """The tensors by their key in an adapter file, and the config fields that loading them needs."""
         changed = set(self.diffs) | set(self.full)
         both = sorted(
             set(self.full) & {f"{module}.weight" for module in self.deltas} | set(self.full) & set(self.diffs)
@@ -272,13 +276,13 @@ class TensorsInFull:
         return tensors, fields
 
     def _module_of(self, name: str) -> str:
-        """The module to save for a tensor: that of the head as a whole, else the one that owns it."""
+        """The module to save for a tensor: the whole head for a tensor inside of it, else the tensor's own module."""
         parts = name.split(".")
         depth = next((i + 1 for i, part in enumerate(parts[:-1]) if part in self.heads), len(parts) - 1)
         return ".".join(parts[:depth])
 
     def _head(self) -> set[str]:
-        """The head that PEFT will ask for, whether it was changed or not."""
+        """The head that PEFT loads for this task, whether it was changed or not."""
         if not self.heads:
             return set()
         names = [*self.full, *self.diffs, *(self.base.shapes if self.base is not None else ())]
@@ -292,7 +296,7 @@ class TensorsInFull:
         return found
 
     def _biases(self) -> dict[str, Tensor]:
-        """Biases of all adapted modules: PEFT expects either none of them or each."""
+        """The biases of all adapted modules: PEFT expects none or all of them."""
         names = {f"{module}.bias" for module in self.deltas}
         known = {name for name in names if self.base is not None and self.base.find(name) is not None}
         found = known | (names & (set(self.diffs) | set(self.full)))
@@ -313,7 +317,7 @@ class TensorsInFull:
         return {name: self._value(name) for name in names}
 
     def _check_name(self, module: str) -> None:
-        # PEFT saves every module whose name ends like this.
+        # PEFT saves every module whose name ends with this one.
         owners = {name.rpartition(".")[0] for name in self.base.shapes}
         clashes = sorted(name for name in owners if name != module and name.endswith(module))
         if clashes and module in owners:
@@ -338,7 +342,7 @@ class TensorsInFull:
         return value
 
     def _check_shape(self, name: str, tensor: Tensor) -> None:
-        # A head of another number of classes is the task's own.
+        # A head may have another number of classes than the base's.
         expected = self.base.shape(name, self.where)
         if len(expected) != tensor.dim() or expected[1:] != tuple(tensor.shape)[1:]:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Adapters of other PEFT methods into SpIEL adapters, read as plain tensors; none of their code is needed or run."""
+"""Converts adapters of other PEFT methods into SpIEL adapters: Super-Tuning, and the published SpIEL code ("SFT").
+
+The adapters are read as plain tensors and a plain dict; no code of those methods is needed or run.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ from ..files.folder import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
 
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
-# PEFT saves these along when an adapter targets one of them.
+# Embeddings that PEFT saves with an adapter that targets one of them.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 # Between a module and the name of a tensor in the keys of each method.
 _SFT_MARKER = "sft_delta."
 _SUPERTUNING_MARKER = "supertuning_"
-# Fields of the published SpIEL code's config, and what they are called in `SpIELConfig`.
-_NAMES = ("values", "indices")
+# Criteria and fields of the published SpIEL code's config, and their names in `SpIELConfig`.
 _GROWTH = {"rigl": "accumulated_gradient", "sm3": "momentum"}
 _FIELDS = {
     "reselection_steps": "regrow_every",
     "selection_accumulation_steps": "accumulation_steps",
     "initial_reselection_rate": "initial_regrow_rate",
 }
+# Fields of that config without a counterpart in `SpIELConfig`.
 _ONLY_THERE = ("dropout", "l2_reg")
 
 
@@ -39,9 +42,9 @@ class PeftSource:
     """An adapter folder of some PEFT method.
 
     Attributes:
-        folder: where it lies.
-        path: its weights.
-        config: what ``adapter_config.json`` says.
+        folder: the adapter's folder.
+        path: the file of its tensors.
+        config: the content of ``adapter_config.json``.
         tensors: all tensors, by key without PEFT's prefix.
     """
 
@@ -51,7 +54,9 @@ class PeftSource:
     tensors: dict[str, Tensor]
 
     def modules(self, marker: str, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
-        """The method's own tensors by module: keys ``<module>.<marker><name>``, an adapter's name may stand between.
+        """The method's own tensors, by module and name.
+
+        Their keys are ``<module>.<marker><name>``; the name of an adapter may stand before or after the last part.
 
         Raises:
             ValueError: a tensor of the method has another name, or two adapters are in one file.
@@ -70,7 +75,7 @@ class PeftSource:
         return found
 
     def others(self, marker: str) -> dict[str, Tensor]:
-        """Everything else: modules saved in full. Raises ValueError on what would not be loaded again."""
+        """All other tensors: modules saved in full. Raises ValueError if the converted adapter would not load one."""
         others = {key: tensor for key, tensor in self.tensors.items() if f".{marker}" not in key}
         saved = self._modules_to_save()
         for key in others:
@@ -97,7 +102,7 @@ class PeftSource:
         return names
 
     def delta(self, module: str, positions: Tensor, values: Tensor, base: Checkpoint | None) -> StoredDelta:
-        """The delta of one module, from flat row-major positions and their values."""
+        """The delta of one module, from flat row-major positions ``[k]`` and their values ``[k]``."""
         numel = None
         if base is not None:
             shape = base.shape(f"{module}.weight", str(self.path))
@@ -106,7 +111,7 @@ class PeftSource:
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` as it stands. Raises FileNotFoundError or ValueError, naming the file."""
+    """The content of ``adapter_config.json``. Raises FileNotFoundError or ValueError, naming the file."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
@@ -118,10 +123,10 @@ def read_peft_source(folder: str | os.PathLike[str], peft_type: str) -> PeftSour
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, never unpickling code).
-        peft_type: the method it must be of.
+        peft_type: the method that the adapter must be of.
 
     Raises:
-        FileNotFoundError, ValueError: the file at fault is named.
+        FileNotFoundError, ValueError: the message names the file at fault.
     """
     folder = Path(folder)
     config = read_peft_config(folder)
@@ -150,7 +155,10 @@ def convert_sft_fork(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Turn an adapter of the published SpIEL code into a SpIEL adapter folder.
+    """Turn an adapter of the published SpIEL code (a fork of PEFT, peft_type "SFT") into a SpIEL adapter folder.
+
+    Its files hold ``<module>.sft_delta.indices``, flat row-major positions (int32 or int64), and ``.values``, their
+    deltas. The positions are no longer sorted after they have moved once.
 
     Args:
         source: the adapter folder.
@@ -164,9 +172,9 @@ def convert_sft_fork(
     adapter = read_peft_source(source, "SFT")
     tensors = None if base is None else open_base(base)
     deltas: dict[str, StoredDelta] = {}
-    modules = adapter.modules(_SFT_MARKER, _NAMES)
+    modules = adapter.modules(_SFT_MARKER, ("values", "indices"))
     for module, entries in tracked(modules, progress):
-        need(entries, _NAMES, module, adapter.path)
+        need(entries, ("values", "indices"), module, adapter.path)
         deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
     result = Conversion("SFT", 0, [])
     fields = {**adapter.fields(), **_cycle(adapter, result)}
@@ -174,7 +182,7 @@ def convert_sft_fork(
 
 
 def _cycle(adapter: PeftSource, result: Conversion) -> dict[str, Any]:
-    """The settings of the cycle, for those who train the adapter on."""
+    """The config fields of the cycle; they count if the adapter is trained further."""
     config = adapter.config
     fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
     algorithm = config.get("selection_algorithm")
@@ -200,6 +208,10 @@ def convert_supertuning(
 ) -> Conversion:
     """Turn a Super-Tuning adapter into a SpIEL adapter folder.
 
+    Its files hold ``<module>.supertuning_values`` and ``.supertuning_indices``, flat row-major positions in order of
+    magnitude. Without indices (``save_precomputed_indices=False``) the positions are those of the base weight's
+    largest or smallest entries, in that order.
+
     Args:
         source: the adapter folder.
         out: folder to write.
@@ -224,7 +236,7 @@ def convert_supertuning(
     for module, entries in tracked(modules, progress):
         need(entries, ("values",), module, adapter.path)
         if "indices" not in entries:
-            entries["indices"] = _positions(adapter, module, entries["values"], tensors)
+            entries["indices"] = _positions_of_magnitude(adapter, module, entries["values"], tensors)
         deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
     if any(f"{name}.{_SUPERTUNING_MARKER}indices" not in adapter.tensors for name in modules):
         result.notes.append(
@@ -236,7 +248,7 @@ def convert_supertuning(
     return finish(result, deltas, adapter.others(_SUPERTUNING_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-def _positions(adapter: PeftSource, module: str, values: Tensor, base: Checkpoint | None) -> Tensor:
+def _positions_of_magnitude(adapter: PeftSource, module: str, values: Tensor, base: Checkpoint | None) -> Tensor:
     if base is None or not base.has_values:
         raise ValueError(
             f"{adapter.path}: tensor '{module}.{_SUPERTUNING_MARKER}indices' is missing, as the adapter was saved with "

@@ -1,4 +1,9 @@
-"""A SpIEL adapter as a sparse checkpoint patch for vLLM, and as full tensors of differences."""
+"""Exports what a SpIEL adapter changes in a checkpoint: as sparse patches for vLLM, or as dense differences.
+
+A sparse patch has the form in which vLLM's sparse weight transfer takes updates: the name and the full shape of a
+tensor in the checkpoint, flat int32 positions, and the *new values* there, in the checkpoint's dtype. Positions and
+values are contiguous, because senders pass their memory on as it is.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +36,7 @@ class Change:
     """One changed tensor.
 
     Attributes:
-        name: in the base's checkpoint.
+        name: of the tensor in the base's files.
         original: the base's tensor, in its dtype.
         positions: ``[c]`` int64 sorted flat positions that the adapter sets.
         values: ``[c]`` their new values in the base's dtype: the sum in float32, rounded once.
@@ -46,17 +51,17 @@ class Change:
 
 
 def changes(adapter: AdapterFile, base: Checkpoint, where: str, progress: Progress | None = None) -> Iterator[Change]:
-    """Go through all tensors that an adapter changes.
+    """Compute every tensor of a checkpoint that an adapter changes, one at a time.
 
     Args:
-        adapter: what is applied.
-        base: with values.
+        adapter: the adapter.
+        base: its base model, with values.
         where: names the adapter in messages.
         progress: called after each tensor.
 
     Raises:
-        ValueError: the base lacks a tensor or it has another shape, or the adapter holds a tensor that has no place in
-            a checkpoint of the base.
+        ValueError: the base lacks a tensor that the adapter changes, or has it in another shape; or it ties the tensor
+            to one that the adapter does not change.
     """
     weights = base.weights_of(adapter.deltas, where)
     # Tied modules share one delta, which a file may hold under the names of both.
@@ -72,7 +77,7 @@ def changes(adapter: AdapterFile, base: Checkpoint, where: str, progress: Progre
 def _by_base_name(
     adapter: AdapterFile, base: Checkpoint, where: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-    """Tensors saved in full, and rows of embeddings with their numbers."""
+    """Tensors saved in full, and rows of embeddings with their numbers; by the base's parameter that holds them."""
     full: dict[str, Tensor] = {}
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     for key, tensor in adapter.others.items():
@@ -95,6 +100,7 @@ def _holder(base: Checkpoint, name: str, where: str) -> str:
 
 
 def _refuse_tied(names: set[str], base: Checkpoint, where: str) -> None:
+    """Refuse changes of a tensor that the base uses for several parameters."""
     for name in sorted(names):
         tied = [other for other in base.tie_group(name) if other != name]
         if tied:
@@ -194,7 +200,7 @@ def _patch(change: Change, where: str) -> SparsePatch:
         )
     if change.original.dtype not in _DTYPES:
         raise ValueError(f"{where}: tensor {change.name!r} has dtype {change.original.dtype} in the base")
-    # A server marks what stays as it is with NaN.
+    # vLLM marks entries that stay as they are with NaN.
     if not bool(torch.isfinite(change.values).all()):
         raise ValueError(f"{where}: tensor {change.name!r} gets values that are not finite in {change.original.dtype}")
     indices = change.positions.to(torch.int32).contiguous()
@@ -209,7 +215,7 @@ def export_sparse_patch(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write an adapter's patches to a folder, from which `read_sparse_patches` takes them.
+    """Write an adapter's patches to a folder; `read_sparse_patches` reads them.
 
     ``sparse_patch.safetensors`` holds ``<name>.indices`` and ``<name>.values`` of every changed tensor, and the full
     shapes as JSON in its metadata.
@@ -262,16 +268,16 @@ def export_dense_diff(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write what an adapter adds to each tensor of its base, in full shape, under the base's names.
+    """Write the difference that an adapter makes to each tensor it changes, in full shape, under the base's names.
 
-    The differences are float32 (float64 for a float64 base), exact for deltas; what the adapter leaves alone is zero.
-    Large results are split into shards with an index, as checkpoints are; memory is one shard.
+    The differences are float32 (float64 for a float64 base), exact for deltas, and zero at entries without a change.
+    Large results are split into shards with an index, as checkpoints are; no more than a shard is held in memory.
 
     Args:
         adapter: a SpIEL adapter, or its folder.
         out: folder to write ``diff.safetensors`` (or shards) to.
         base: the base model with its values (see `open_base`).
-        max_shard_bytes: upper bound of a file, unless a single tensor is larger.
+        max_shard_bytes: largest size of a file in bytes; a single tensor may be larger.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -301,7 +307,7 @@ def _dense(change: Change) -> Tensor:
 
 
 class _Shards:
-    """Writes tensors to numbered files as soon as one is full, and names them when their number is known."""
+    """Writes tensors to shards. The files get their names at the end, when the number of shards is known."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes

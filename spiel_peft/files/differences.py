@@ -1,4 +1,4 @@
-"""Two checkpoints of one model, parameter by parameter: what can become a delta, and by how much it changed."""
+"""The changes between two checkpoints of one model: of weights that can carry deltas, and of norms and biases."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OTHER = "it is neither a bias nor the parameter of a norm"
 
 @dataclass(frozen=True)
 class Difference:
-    """A parameter that both checkpoints have, in one shape and floating.
+    """One parameter in two checkpoints, of one shape and of floating dtypes.
 
     Attributes:
         name: of the parameter.
@@ -61,6 +61,7 @@ class Difference:
             yield start, change
 
     def changed(self) -> bool:
+        """Whether any entry differs."""
         return not same_contents(self.before, self.after) and any(bool(change.any()) for _, change in self.pieces())
 
 
@@ -128,7 +129,11 @@ def find_targets(base: Checkpoint, targets: Targets, exclude: Targets) -> dict[s
 
 
 def adaptable_modules(base: Checkpoint) -> tuple[dict[str, BaseInfo], dict[str, str]]:
-    """What `inspect_base` says of every module with a weight; without a model, matrices count as linear layers."""
+    """Describe every module that owns a weight; if the model is not known, every matrix counts as a linear layer.
+
+    Returns:
+        ``(infos, refused)``: descriptions of the modules that can carry deltas, and for the others a phrase why not.
+    """
     infos: dict[str, BaseInfo] = {}
     refused: dict[str, str] = {}
     if base.names is None:
@@ -225,7 +230,7 @@ def _full(tensor: StoredTensor) -> Tensor:
 
 
 def _changed(base: Checkpoint, finetuned: Checkpoint, adaptable: set[str], left_out: dict[str, str]) -> list[str]:
-    """Parameters of one dimension that differ; those of more that no layer can adapt are noted as left out."""
+    """The parameters of one dimension that differ. Other parameters that differ are noted in `left_out`."""
     changed = []
     for name in base.stored:
         module, _, leaf = name.rpartition(".")
@@ -246,6 +251,7 @@ def _changed(base: Checkpoint, finetuned: Checkpoint, adaptable: set[str], left_
 
 
 def _leaves(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """By module: the names of its own stored parameters."""
     leaves: dict[str, list[str]] = {}
     for name in checkpoint.stored:
         module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Edits of a checkpoint's parameters: what adapters do to them, fused experts included, and how edits are spooled."""
+"""Edits of a checkpoint's parameters: how adapters change them, tied parameters and fused experts included."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Edit:
     """The changes to one parameter, in the order they apply.
 
     Attributes:
-        replacement: the whole parameter.
+        replacement: a new value of the whole parameter.
         rows: ``[n]`` int64 row numbers and ``[n, width]`` new rows.
         deltas: pairs of indices ``[k]`` and values ``[k]`` that add up.
         source: the adapter and tensor that an error should name.
@@ -34,7 +34,7 @@ class Edit:
     source: str = ""
 
     def same_as(self, other: Edit) -> bool:
-        """Whether both do the same to a parameter, bit for bit."""
+        """Whether both edits change a parameter in the same way, bit for bit."""
         mine, others = self._tensors(), other._tensors()
         return [name for name, _ in mine] == [name for name, _ in others] and all(
             a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(mine, others, strict=True)
@@ -49,7 +49,12 @@ class Edit:
         return tuple(self.replacement.shape) if self.replacement is not None else stored.shape
 
     def check(self, stored: StoredTensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """Raise a ValueError if a row or an index is outside of the parameter, of `shape` where nothing is stored."""
+        """Raise a ValueError if a row or an index lies outside of the parameter.
+
+        Args:
+            stored: the parameter in the base; None if no file holds it.
+            shape: of the parameter, if it is not the shape of `stored`.
+        """
         shape = shape or self.shape(stored)
         numel = torch.Size(shape).numel()
         where = "the adapter" if stored is None or self.replacement is not None else stored.where
@@ -74,11 +79,11 @@ class Edit:
         Args:
             piece: ``[n]`` those entries as stored.
             width: length of a row.
-            dtype: in which rows that are trained in full are put in.
+            dtype: the dtype for rows that were trained in full.
 
         Returns:
-            ``(piece, positions, sums)``: the piece with rows put in, int64 ``[u]`` positions in it that deltas change,
-            and their new values, not yet rounded.
+            ``(piece, positions, sums)``: the piece with new rows; the int64 positions ``[u]`` in it that deltas change;
+            and the new values ``[u]`` there, not yet rounded.
         """
         stop = start + piece.numel()
         if self.rows is not None:
@@ -105,16 +110,16 @@ def _between(indices: Tensor, values: Tensor, start: int, stop: int) -> tuple[Te
 def read_edits(
     adapters: Sequence[tuple[str, AdapterFile]], weights: Sequence[float], base: Checkpoint
 ) -> dict[str, Edit]:
-    """Collect what adapters do, by parameter of the base's model.
+    """Collect the edits that adapters make, by parameter of the base.
 
     Args:
         adapters: each with the name that errors give it.
         weights: factor of each adapter's deltas.
-        base: the checkpoint, knowing the names of its model.
+        base: the checkpoint that is edited.
 
     Raises:
-        ValueError: a tensor that the base has no place for, two adapters that replace one parameter, or a weight
-            other than 1 for an adapter that has more than deltas.
+        ValueError: the base has no place for a tensor, two adapters replace one parameter, or an adapter that holds
+            more than deltas has another weight than 1.
     """
     edits: dict[str, Edit] = {}
     for (where, adapter), weight in zip(adapters, weights, strict=True):
@@ -161,7 +166,7 @@ def _add_other(edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, k
 
 
 def _place(base: Checkpoint, name: str, source: str) -> str:
-    """The parameter that an adapter's tensor belongs to."""
+    """The parameter that an adapter calls `name`. Raises ValueError, naming `source`, if there is none."""
     parameter = base.find(name)
     if parameter is None:
         raise ValueError(f"{source} has no place in {base.where}, which has no {name}; the adapter is for another base")
@@ -169,14 +174,14 @@ def _place(base: Checkpoint, name: str, source: str) -> str:
 
 
 def settle_ties(edits: dict[str, Edit], base: Checkpoint) -> list[str]:
-    """Make tied parameters that are changed alike one again, and find those that part.
+    """Join the edits of tied parameters that change alike, and find the parameters whose tie breaks.
 
     Args:
         edits: by parameter; changed in place.
         base: the checkpoint.
 
     Returns:
-        The parameters that need a tensor of their own from now on.
+        The parameters that need a stored tensor of their own.
     """
     apart: list[str] = []
     for owner in {base.owner(name) for name in edits} - {None}:
@@ -195,7 +200,7 @@ def settle_ties(edits: dict[str, Edit], base: Checkpoint) -> list[str]:
 
 
 def _share_rows(edits: dict[str, Edit], group: Sequence[str]) -> None:
-    """PEFT trains the rows of tied embeddings together, unless each is given rows of its own."""
+    """Give all tied embeddings the rows that were trained in one of them: PEFT trains such rows together."""
     with_rows = [name for name in group if name in edits and edits[name].rows is not None]
     if len(with_rows) != 1:
         return
@@ -205,7 +210,7 @@ def _share_rows(edits: dict[str, Edit], group: Sequence[str]) -> None:
 
 
 def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkpoint) -> dict[str, Any]:
-    """What ``config.json`` must say of the merged weights: untied embeddings, another number of tokens."""
+    """The fields of ``config.json`` that the merged weights change: untied embeddings, the number of tokens."""
     changes: dict[str, Any] = {}
     if apart:
         changes["tie_word_embeddings"] = False
@@ -219,21 +224,19 @@ def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkp
     return changes
 
 
-# Parameters that transformers makes of many stored tensors when it loads them: fused experts, taken apart again.
-
-
-# Conversions that move whole rows and leave the last dimension alone, unless they are told to work on it.
+# Fused experts: transformers makes one parameter of many stored tensors when it loads them. These conversions move
+# whole rows; they leave the last dimension alone, unless they are told to work on it.
 _ROW_WISE = {"MergeModulelist", "Concatenate"}
 
 
 @dataclass(frozen=True)
 class FusedRows:
-    """Where the rows of a fused parameter, its last dimension being a row, are stored.
+    """Where each row of a fused parameter is stored; a row is its last dimension.
 
     Attributes:
-        keys: the stored tensors.
-        key: int64 ``[rows]``: which of them a row is in.
-        row: int64 ``[rows]``: which row of it that is.
+        keys: names of the stored tensors.
+        key: int64 ``[rows]``: the number in `keys` of the tensor that holds a row.
+        row: int64 ``[rows]``: the number of the row in that tensor.
         width: length of a row.
     """
 
@@ -248,10 +251,10 @@ def split_fused(edits: dict[str, Edit], base: Checkpoint) -> None:
 
     Args:
         edits: by parameter; changed in place.
-        base: the checkpoint; from then on it takes those stored tensors for parameters.
+        base: the checkpoint; changed, so that it treats these stored tensors as parameters.
 
     Raises:
-        ValueError: the stored layout is not one of rows put together.
+        ValueError: a parameter is not made of whole stored rows.
     """
     for parameter in [name for name in edits if name in base.converted]:
         edit = edits.pop(parameter)
@@ -279,7 +282,7 @@ def _part(edit: Edit, rows: FusedRows, number: int, shape: tuple[int, ...]) -> E
 
 
 def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
-    """Let transformers convert tensors that hold the numbers of their rows."""
+    """Find the stored rows of a parameter: transformers converts tensors that hold the numbers of their rows."""
     keys = base.converted[parameter]
     refusal = ValueError(
         f"{source} cannot be merged into files: {base.where} stores {parameter} in another layout ({keys[0]}, ...). "

@@ -1,4 +1,4 @@
-"""The sparse adapter that lies between two checkpoints: the largest changes, and small tensors that go in full."""
+"""Extracts the sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection)."""
 
 from __future__ import annotations
 
@@ -36,18 +36,15 @@ from .differences import (
 from .folder import refuse_existing, whole_folder
 from .tensors import PIECE_BYTES, SafetensorsWriter, TensorSpec
 
-# The sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection).
-
-
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass
 class Extraction:
-    """What `extract_delta` found.
+    """The result of `extract_delta`.
 
     Attributes:
-        counts: number of deltas by module; modules without a change are not in it.
+        counts: number of deltas by module; modules without a change are left out.
         kept: share of the squared change of the compared weights that the deltas hold, 0 to 1; 1 if nothing changed.
         left_out: parameters that changed and are not in the adapter, with the reason.
         adapter: the adapter, unless it was written to a folder.
@@ -99,8 +96,11 @@ def extract_delta(
         progress: called with entries read, entries to read and the parameter at hand.
 
     Raises:
-        ValueError: the budget, a target, or a tensor that is missing, of another shape, quantized or not finite.
-        FileNotFoundError, FileExistsError: as they say. Nothing has been written then.
+        ValueError: the budget or a target is wrong, or a tensor is missing, of another shape, quantized or not finite.
+        FileNotFoundError: a folder, file or shard is missing.
+        FileExistsError: there is something at `out_dir`.
+
+    After any error nothing has been written.
     """
     _check_request(density, num_deltas, r, scope)
     if out_dir is not None:
@@ -147,7 +147,7 @@ def _open_pair(base: Source, finetuned: Source) -> tuple[Checkpoint, Checkpoint]
 
 
 def _take_in_untied(infos: dict[str, BaseInfo], before: Checkpoint, after: Checkpoint) -> None:
-    """A weight that is tied in the base only, and whose owner is compared, is compared by itself as well."""
+    """Add the weights that are tied in the base only to the weights to compare, if their owners are among these."""
     for parameter, owner in before.tied.items():
         module, of = parameter.removesuffix(".weight"), owner.removesuffix(".weight")
         if parameter not in after.tied and of in infos and parameter in after.stored:
@@ -155,7 +155,7 @@ def _take_in_untied(infos: dict[str, BaseInfo], before: Checkpoint, after: Check
 
 
 def tied_copies(found: dict[str, int], before: Checkpoint, after: Checkpoint) -> dict[str, str]:
-    """Modules that are tied to one with deltas in both checkpoints, and that one: adapter files name both."""
+    """By module: the module with deltas that it is tied to in both checkpoints. Adapter files name both modules."""
     return {
         name.removesuffix(".weight"): owner.removesuffix(".weight")
         for name, owner in before.tied.items()
@@ -175,7 +175,7 @@ def _result(
 
 
 class _Search:
-    """The passes over all differences."""
+    """Finds the largest changes in several passes over all differences."""
 
     def __init__(
         self,
@@ -192,10 +192,10 @@ class _Search:
         self._read = 0
         # Two passes to find the cut, one to take what is above it.
         self._total = 3 * sum(pair.numel for pair in pairs.values())
-        self._squares = [0.0, 0.0]
+        self._squares = [0.0, 0.0]  # sums of squared changes: of the chosen entries, of all
 
     def run(self, spool: DiskSpool | MemorySpool) -> float:
-        """Fill the spool; returns the share of the squared change that it holds."""
+        """Put the largest changes into the spool. Returns their share of the squared change of all entries."""
         if self.scope == "global":
             cut = self._cut(list(self.pairs), sum(self.counts.values()))
             cuts = dict.fromkeys(self.pairs, cut)
@@ -256,7 +256,7 @@ def _config(
 
 
 class MemorySpool:
-    """Deltas that are to stay in memory."""
+    """Collects the deltas of an extraction in memory, piece by piece."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -273,15 +273,15 @@ class MemorySpool:
 
 
 class DiskSpool:
-    """Deltas on their way into an adapter folder: how many there will be is known only at the end.
+    """Collects the deltas of an extraction in files, piece by piece, until their number is known.
 
     Args:
-        folder: where a file per module and kind of tensor is kept meanwhile.
+        folder: for the files, one per module and kind of tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number of its files, entries, dtype of indices
+        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number in file names, entries, dtype of indices
 
     def add(self, module: str, indices: Tensor, values: Tensor) -> None:
         """Append ``[n]`` indices and their float32 values to a module's delta."""
@@ -292,11 +292,13 @@ class DiskSpool:
                 file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
 
     def write(self, config: SpIELConfig, others: dict[str, Tensor], copies: dict[str, str], folder: Path) -> None:
-        """Write an adapter folder of all that was added and of other tensors.
+        """Write the adapter folder.
 
         Args:
-            others: further tensors by key.
-            copies: modules that have the same delta as another one, and that one.
+            config: of the adapter.
+            others: tensors besides the deltas, by key.
+            copies: modules that have the same delta as another module, with the name of that one.
+            folder: where to write; it exists.
         """
         found = {**self._found, **{module: self._found[owner] for module, owner in copies.items()}}
         specs = {PREFIX + key: TensorSpec.of(tensor.dtype, tuple(tensor.shape)) for key, tensor in others.items()}
@@ -334,15 +336,15 @@ class Cut:
     """Which magnitudes belong to the k largest: all above a bound, and the first few of those equal to it.
 
     Attributes:
-        bound: the magnitude, as the bits of its float32.
-        ties: how many equal to it belong as well, and are not given out yet; those asked about first.
+        bound: a magnitude, as the bits of its float32.
+        ties: how many of the magnitudes equal to the bound still belong; `choose` takes the first ones it meets.
     """
 
     bound: int
     ties: int
 
     def choose(self, magnitudes: Tensor) -> Tensor:
-        """Slots of the chosen among ``[n]`` float32 magnitudes, int64 ascending. Call in order, once per piece."""
+        """Ascending int64 slots of the k largest in a piece of float32 magnitudes ``[n]``. Call in order."""
         bits = magnitudes.view(torch.int32)
         chosen = bits > self.bound
         if self.ties:
@@ -356,8 +358,8 @@ def find_cut(pieces: Callable[[], Iterable[Tensor]], k: int | None) -> Cut:
     """Find the k largest magnitudes, zeros left out; ties go to the earliest.
 
     Args:
-        pieces: gives the magnitudes, float32 ``[n]`` each, not negative and finite; called up to twice.
-        k: how many, at least 1; None for all.
+        pieces: returns the magnitudes, in pieces of float32 ``[n]``, not negative and finite; called up to twice.
+        k: how many magnitudes to find, at least 1; None for all.
     """
     if k is None:
         return Cut(0, 0)
@@ -380,7 +382,7 @@ def find_cut(pieces: Callable[[], Iterable[Tensor]], k: int | None) -> Cut:
 
 
 def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bucket that the k-th largest is in, and how many are in those above; -1 if there are not that many."""
+    """The bucket of the k-th largest entry (-1: there are fewer), and the number of entries in the buckets above."""
     from_top = counts.flip(0).cumsum(0)
     position = int(torch.searchsorted(from_top, k))
     if position == counts.numel():

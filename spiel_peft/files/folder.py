@@ -1,4 +1,4 @@
-"""Model folders: the files besides weights, writing a folder as a whole, and the positions of the largest entries."""
+"""Model folders: JSON files, copies of the files besides weights, and writing a folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -36,12 +36,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def copy_other_files(base: Path, adapter: Path, out: Path) -> None:
-    """Copy tokenizer, generation config, code and the like, but neither weights nor what a training run left.
+    """Copy tokenizer, generation config, code and the like, but neither weights nor the files of a training run.
 
     An adapter's folder that has a tokenizer of its own (tokens were added) provides all of the tokenizer.
 
     Args:
-        base: the model's folder. adapter: the adapter's. out: where to.
+        base: the model's folder.
+        adapter: the adapter's folder.
+        out: the folder to copy to.
     """
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     for path in sorted(base.iterdir()):
@@ -67,8 +69,8 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     """Change fields of a ``config.json``, wherever in it they are, and the dtype of the weights.
 
     Args:
-        folder: holds the file; nothing is done where there is none.
-        changes: by field. A field of the language model's own part of a config with parts is changed there.
+        folder: holds the file; without a file nothing is done.
+        changes: new values by field. A field of the language model's own part of a config with parts is changed there.
         dtype: such as "bfloat16"; None leaves it.
     """
     path = folder / "config.json"
@@ -91,9 +93,6 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# Writing a folder so that it appears whole or not at all.
-
-
 @contextmanager
 def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `target` to write into, and rename it to `target` when the block is left.
@@ -113,7 +112,7 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        # mkdtemp makes it private; the result is to have the permissions of any new folder.
+        # mkdtemp makes a private folder; the result gets the permissions of any new folder.
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)
@@ -124,7 +123,7 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
 
 
 def refuse_existing(target: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise a FileExistsError if `target` is there and must not be replaced; for work that is long before it writes."""
+    """Raise a FileExistsError if `target` exists and must not be replaced. Long work calls this before it begins."""
     target = Path(target)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already: choose another folder, or allow overwriting")

@@ -15,6 +15,7 @@ from torch import nn
 from ..weights.base_weight import BaseInfo, inspect_base
 from .folder import read_json
 
+# The model classes of PEFT's tasks that put a head on a base model.
 _HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",

@@ -1,4 +1,4 @@
-"""What an adapter on disk holds, in numbers."""
+"""What an adapter on disk holds, in numbers, and what the log of its training run says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_ad
 from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import PROGRESS, SETTINGS, STATE_KEYS
 
-# What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
+# Fields of a config that say how an adapter was made; the others select modules or are PEFT's own bookkeeping.
 _CONFIG_FIELDS = (
     "growth",
     "regrow_every",
@@ -46,13 +46,13 @@ _CHECKPOINT_NUMBER = re.compile(r"-(\d+)$")
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One sparse delta.
+    """One sparse delta in numbers.
 
     Attributes:
         module: name of the adapted module in the base model, or of the parameter where that is a target itself.
         deltas: number of values.
         shape: of the weight; None if neither a base nor the file's training state tells.
-        rows: of the weight seen as a matrix.
+        rows: number of rows of the weight seen as a matrix; None as for `shape`.
         dtype: of the values.
         norm: square root of the sum of squares.
         mean_abs, max_abs: of the values.
@@ -97,14 +97,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One adapter folder.
+    """One adapter folder in numbers.
 
     Attributes:
-        folder: where it lies.
+        folder: the adapter's folder.
         adapter: config and tensors.
         modules: in the order of the file.
-        training: from the training state that the file holds, if any.
-        file_bytes: size of the weights file.
+        training: progress of the run, if the file holds training state.
+        file_bytes: size of the tensors' file in bytes.
     """
 
     folder: Path
@@ -153,7 +153,7 @@ class AdapterFacts:
 
 
 def budget_of(config: SpIELConfig) -> dict[str, Any]:
-    """The budget of a config as it was given; of counts by module only the sum."""
+    """The budget that a config states; counts by module are summed up."""
     name = next(name for name in ("r", "density", "num_deltas") if getattr(config, name) is not None)
     value = getattr(config, name)
     budget: dict[str, Any] = {name: value}
@@ -173,7 +173,8 @@ def adapter_facts(folder: str | os.PathLike[str], base: Base | None = None) -> A
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: it is no SpIEL adapter, a tensor is damaged, or the base has no such module or a smaller weight.
+        ValueError: the adapter is of another method, a tensor is damaged, or the base lacks a module or has a smaller
+            weight there.
     """
     folder = Path(folder)
     adapter, state, path = read_with_state(folder)
@@ -207,7 +208,7 @@ def weight_name(config: SpIELConfig, module: str) -> str:
 
 
 def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Shape of the adapted weight, seen as a matrix, as the training state has it; None if it does not."""
+    """Shape of the adapted weight, seen as a matrix, from a delta's training state; None if that does not say."""
     settings = state.get(SETTINGS)
     if settings is None or settings.dtype != torch.int64 or tuple(settings.shape) != (5,):
         return None
@@ -229,7 +230,7 @@ def _base_shapes(adapter: AdapterFile, base: Checkpoint, where: str) -> dict[str
 
 
 def rows_of(shape: tuple[int, ...], bare: bool) -> int:
-    """Rows of a weight seen as a matrix; of a bare parameter with several matrices those of all of them."""
+    """Number of rows of a weight seen as a matrix; the matrices of a bare parameter are counted together."""
     return math.prod(shape[:-1]) if bare else shape[0]
 
 
@@ -240,7 +241,6 @@ def _module_facts(name: str, delta: StoredDelta, shape: tuple[int, ...] | None, 
         module=name,
         deltas=delta.k,
         shape=shape,
-        # The training state has the shape of the matrix.
         rows=None if shape is None else rows_of(shape, bare),
         dtype=str(delta.values.dtype).removeprefix("torch."),
         norm=float(torch.linalg.vector_norm(values)),
@@ -264,10 +264,10 @@ class Close:
     """One close of a cycle, as `SpIELCallback` logs it.
 
     Attributes:
-        step: optimizer step after which it took place.
-        rate: share of the deltas that the schedule offered for replacement.
+        step: optimizer step after which the close took place.
+        rate: share of the deltas that the schedule offered for replacement, 0 to 1.
         replaced, kept: numbers of deltas.
-        churn: share of the deltas that moved.
+        churn: share of the deltas that moved, 0 to 1.
         mean_abs_delta: mean absolute delta before the close.
     """
 
@@ -321,7 +321,8 @@ def read_closes(log: str | os.PathLike[str]) -> list[Close]:
         log: the file, or a folder with one.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it cannot be read, or holds no close.
+        FileNotFoundError: there is no log.
+        ValueError: the log cannot be read, or holds no close.
     """
     path = _path(log)
     closes = _closes(_load(path))
@@ -331,7 +332,7 @@ def read_closes(log: str | os.PathLike[str]) -> list[Close]:
 
 
 def read_losses(log: str | os.PathLike[str]) -> Losses:
-    """The losses in a ``trainer_state.json``; arguments and errors as of `read_closes`."""
+    """The losses in a ``trainer_state.json``. Arguments and errors are those of `read_closes`."""
     path = _path(log)
     entries = _history(_load(path))
     try:

@@ -28,7 +28,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, saved: Saved) -> Counter[str]:
 
     def counting(check: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(tensor: Tensor, *rest: Any) -> Any:
-            # By content: loaders give tensors other names and other objects.
+            # Compared by content: loaders rename and copy tensors.
             counts.update([key for key, stored in file.items() if same_bits(stored, tensor.detach())])
             return check(tensor, *rest)
 
@@ -83,7 +83,7 @@ def test_deltas_are_checked_once(saved: Saved, checks: Counter[str], way: str) -
 
 
 def test_a_tensor_is_checked_again_when_it_is_loaded_again(saved: Saved) -> None:
-    """It may have been changed in place since."""
+    """The tensor may have been changed in place since the first load."""
     model = adapted(saved.load_base(), seed=9)
     tensors = {key: tensor for key, tensor in live(saved).items() if key.endswith((".indices", ".values"))}
     model.load_state_dict(tensors, strict=False)

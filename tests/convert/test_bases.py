@@ -1,4 +1,4 @@
-"""Everything that may be given as the base of a conversion."""
+"""Every kind of object that can be the base of a conversion."""
 
 from __future__ import annotations
 

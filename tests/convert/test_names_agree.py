@@ -35,14 +35,14 @@ def save(model: nn.Module, folder: Path) -> None:
 
 
 def head_left_out(folder: Path) -> None:
-    """The adapter was trained on a classifier, the base is the body without its prefix."""
+    """The adapter was trained on a classifier; the base is the model's body, whose names lack the prefix."""
     model = tiny_bert()
     model.bert.save_pretrained(folder / "base")
     save(adapted(model, num_deltas={QUERY: 9}, task_type=None), folder)
 
 
 def head_added(folder: Path) -> None:
-    """The adapter was trained on the body, the base has a head and so the prefix."""
+    """The adapter was trained on the body; the base has a head, so its names have the prefix."""
     model = tiny_bert()
     model.save_pretrained(folder / "base")
     save(adapted(model.bert, num_deltas={QUERY.removeprefix("bert."): 9}, task_type=None), folder)
@@ -59,7 +59,7 @@ def wrapped(folder: Path) -> None:
 
 
 def no_config(folder: Path) -> None:
-    """The base is a file of tensors, of which no model is known."""
+    """The base is a file of tensors without a config, so its model is not known."""
     model = tiny_llama()
     (folder / "base").mkdir()
     save_file(

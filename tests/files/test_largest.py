@@ -22,7 +22,7 @@ def chosen(values: Tensor, sizes: list[int], k: int | None) -> list[int]:
 
 
 def expected(values: Tensor, k: int | None) -> list[int]:
-    """By sorting: largest first, ties to the earliest, zeros never."""
+    """The same by sorting: largest first, ties go to the earliest, zeros are never chosen."""
     ranked = sorted(range(values.numel()), key=lambda i: (-float(values[i]), i))
     return sorted(i for i in ranked[:k] if values[i] > 0)
 
