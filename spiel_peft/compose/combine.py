@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from ..config import SpIELConfig
 from ..delta import SparseDelta
 from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas
+from ..files.tensors import Progress
 from ..targets import check_unmerged
 from .active import adapters_in, check_existing, containers, deltas_by_module, modules_of_type
 from .overlap import OverlapReport, overlap
 from .rules import Combination, Pair, check_adapter_names, check_weight_count, combine_deltas
-
-# Called with the number of modules done, the number of all modules, and the name of the last one.
-Progress = Callable[[int, int, str], None]
 
 
 def combine_adapters(

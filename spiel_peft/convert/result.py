@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +14,9 @@ from torch import Tensor
 from spiel_kernels import index_dtype
 
 from ..adapter_format import check_indices_and_values
-from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
+from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
+from ..files.tensors import Progress
 
-Progress = Callable[[int, int, str], None]
 KEEP, DROP = "keep", "drop"
 Item = TypeVar("Item")
 
@@ -40,6 +40,13 @@ class Conversion:
     others: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def open_adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str]:
+    """A SpIEL adapter, read if its folder is given, and what messages call it."""
+    if isinstance(adapter, AdapterFile):
+        return adapter, "The adapter"
+    return read_adapter(adapter), str(Path(adapter))
 
 
 def tracked(items: Mapping[str, Item], progress: Progress | None) -> Iterator[tuple[str, Item]]:

@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from peft import ShiraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
+from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta
 from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
 from ..weights.base_weight import LINEAR
 from .from_peft import PeftSource, need, read_peft_source
-from .result import Conversion, Progress, finish, tracked
+from .result import Conversion, Progress, finish, open_adapter, tracked
 
 PEFT_TYPE = "SHIRA"
 _MARKER = "shira_"
@@ -104,8 +103,7 @@ def export_shira(
         ValueError: SHiRA cannot express the adapter: layers other than linear ones, trained biases or tokens, more
             entries than `r` allows, or a small weight that does not have as many as `r` demands.
     """
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     tensors = open_base(base)
     shapes = {module: _linear_shape(module, tensors, where) for module in source.deltas}
     if not shapes:

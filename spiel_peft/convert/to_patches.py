@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.adapter_file import AdapterFile, StoredDelta, parameter_of_key, read_adapter
+from ..files.adapter_file import AdapterFile, StoredDelta, parameter_of_key
 from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
-from .result import Conversion, Progress, tracked
+from .result import Conversion, Progress, open_adapter, tracked
 
 SPARSE_PATCH = "sparse-patch"
 FILE_NAME = "sparse_patch.safetensors"
@@ -186,8 +186,7 @@ def sparse_patches(
     Raises:
         ValueError: the base does not fit, a tensor is too large for int32 positions, or a result is not finite.
     """
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     for change in changes(source, open_base(base), where, progress):
         yield _patch(change, where)
 
@@ -285,8 +284,7 @@ def export_dense_diff(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     result = Conversion(DENSE_DIFF, 0, [])
     with whole_folder(out, overwrite) as work:
         writer = _Shards(work, max_shard_bytes)

@@ -34,9 +34,7 @@ from .differences import (
     find_targets,
 )
 from .folder import refuse_existing, whole_folder
-from .tensors import PIECE_BYTES, SafetensorsWriter, TensorSpec
-
-Progress = Callable[[int, int, str], None]
+from .tensors import PIECE_BYTES, Progress, SafetensorsWriter, TensorSpec
 
 
 @dataclass

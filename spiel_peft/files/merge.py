@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
 from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
 from .model_names import names_with_head
-from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
+from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, Progress, SafetensorsWriter, StoredTensor, TensorSpec
 
 Path_ = str | os.PathLike[str]
-Progress = Callable[[int, int, str], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 # Entries of a piece, of up to 8 bytes: sums are float32, and lost deltas are counted in float64.

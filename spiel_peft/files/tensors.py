@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# Called in long work with the amount done, the whole amount, and the name of the item at hand.
+Progress = Callable[[int, int, str], None]
 # Bytes of a piece in which tensors are read, changed and written.
 PIECE_BYTES = 16 << 20
 

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files.adapter_file import StoredDelta
+from ..files.tensors import Progress
 from .facts import AdapterFacts, Close, Losses, ModuleFacts
 
 DPI = 130
@@ -176,7 +177,7 @@ def save_figures(
     figures: dict[str, Callable[[], Figure]],
     folder: str | os.PathLike[str],
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Draw figures and write them as ``<name>.png``; all are drawn before the first is put in place.
 
