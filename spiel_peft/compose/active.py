@@ -247,7 +247,7 @@ class LanguageCycler:
             )
         for layer in layers:
             layer.undo_interrupted()
-            # PEFT's `set_adapter` would also decide anew what is trained.
+            # PEFT's `set_adapter` would also change which adapters require a gradient.
             layer._active_adapter = list(names)
         tuner.active_adapter = list(names)
         self._guard.active = tuple(names)

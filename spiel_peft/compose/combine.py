@@ -117,7 +117,7 @@ def check_combinable(configs: Mapping[str, Any]) -> None:
 
 
 def combined_config(configs: Mapping[str, SpIELConfig], deltas: Mapping[str, StoredDelta]) -> SpIELConfig:
-    """The config of a combination: the first adapter's, with the counts of the result and what others saved in full.
+    """The config of a combination: the first adapter's, with the counts of the result and all modules saved in full.
 
     Args:
         configs: by adapter name, in their order, after `check_combinable`.

@@ -183,7 +183,7 @@ def _pruned(indices: Tensor, values: Tensor, how: Combination, module_name: str,
 
 
 def _combined(table: Tensor, weights: Tensor, how: Combination) -> Tensor:
-    """``[u]`` from the adapters' deltas ``[n, u]`` (zero where they hold none) and their weights ``[n]``."""
+    """Combined values ``[u]`` of the adapters' deltas ``[n, u]`` (zero without a delta) and their weights ``[n]``."""
     weighted = table * weights[:, None]
     if not how.elects:
         return weighted.sum(0)

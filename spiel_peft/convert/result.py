@@ -43,7 +43,7 @@ class Conversion:
 
 
 def open_adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str]:
-    """A SpIEL adapter, read if its folder is given, and what messages call it."""
+    """A SpIEL adapter, which is read if its folder is given, and its name in messages."""
     if isinstance(adapter, AdapterFile):
         return adapter, "The adapter"
     return read_adapter(adapter), str(Path(adapter))

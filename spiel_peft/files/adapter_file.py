@@ -61,7 +61,7 @@ class StoredDelta:
 
 @dataclass
 class AdapterFile:
-    """A SpIEL adapter as it lies on disk, without training state.
+    """The content of a SpIEL adapter folder, without training state.
 
     Attributes:
         config: its config.

@@ -188,7 +188,7 @@ class _Search:
         self.scope, self.rewind, self.progress = scope, rewind, progress
         self.found: dict[str, int] = {}
         self._read = 0
-        # Two passes to find the cut, one to take what is above it.
+        # Two passes find the cut, and one takes the changes above it.
         self._total = 3 * sum(pair.numel for pair in pairs.values())
         self._squares = [0.0, 0.0]  # sums of squared changes: of the chosen entries, of all
 
