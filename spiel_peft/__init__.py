@@ -5,9 +5,8 @@ Importing this package makes peft_type "SPIEL" known to PEFT.
 
 from . import card as _card
 from .callback import SpIELCallback
-from .compose.active import KeepActive, activate
+from .compose.active import KeepActive, LanguageCycler, LanguageCyclerCallback, activate
 from .compose.combine import combine_adapters
-from .compose.cycling import LanguageCycler, LanguageCyclerCallback
 from .compose.overlap import Overlap, OverlapReport, overlap, overlap_of_files
 from .config import SpIELConfig
 from .convert import (

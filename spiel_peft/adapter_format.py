@@ -38,11 +38,11 @@ def split_file_key(key: str) -> tuple[str, str] | None:
 
 
 def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -> Problem | None:
-    """Say what is wrong with the tensors that a delta is to be loaded from, or None when nothing is.
+    """Say what is wrong with the tensors of a delta in an adapter file, or None when nothing is.
 
     Args:
         tensors: ``indices`` and ``values``, or neither; others are ignored.
-        numel: size of the weight, None if it is not known.
+        numel: entries of the weight; None if it is not known.
     """
     indices, values = tensors.get("indices"), tensors.get("values")
     if indices is None and values is None:
@@ -54,15 +54,16 @@ def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -
     problem = check_index_set(indices, numel)
     if problem is not None:
         return "indices", problem
-    return _check_values(values, indices)
+    return check_values(values, indices)
 
 
-def _check_values(values: Tensor, indices: Tensor) -> Problem | None:
+def check_values(values: Tensor, indices: Tensor) -> Problem | None:
+    """Say what is wrong with values that belong to sound indices ``[k]``, or None when nothing is."""
     if not values.is_floating_point():
         return "values", f"must have a floating dtype, got {values.dtype}"
     if values.shape != indices.shape:
         return "values", f"must have shape {tuple(indices.shape)} as its indices have, got {tuple(values.shape)}"
-    # Of a DTensor, every rank looks at its own part.
+    # Every rank checks its own part of a DTensor.
     local = values.to_local() if hasattr(values, "to_local") else values
     if not bool(torch.isfinite(local).all()):
         return "values", "has values that are not finite"
@@ -73,8 +74,8 @@ def check_training_state(tensors: Mapping[str, Tensor], own: RunSettings) -> Pro
     """Say what is wrong with the training state saved for a delta, or None; the state as a whole is optional.
 
     Args:
-        tensors: by name; those of `STATE_KEYS` are looked at.
-        own: settings of the delta that is to take the state.
+        tensors: by name; only those in `STATE_KEYS` are checked.
+        own: settings of the delta that will take over the state.
     """
     if not any(name in tensors for name in STATE_KEYS):
         return None

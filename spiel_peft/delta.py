@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spiel_kernels import index_dtype, sample_positions
+from spiel_kernels import check_index_set, index_dtype, sample_positions
 from spiel_kernels.index_set import seeded_generator
 
-from .adapter_format import check_indices_and_values, check_training_state
+from .adapter_format import check_indices_and_values, check_training_state, check_values
 from .call_stack import prepares_sharding
 from .state import STATE_KEYS, RunSettings, TrainingState
 
@@ -168,6 +168,7 @@ class SparseDelta(nn.Module):
         self.indices_assigned = False
         self.reindexed = False  # indices were loaded, and the optimizer's state may still be that of others
         self.collector: Collector | None = None
+        self._checked: dict[str, Tensor] = {}  # tensors found sound, until they are loaded
         LIVE_DELTAS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,10 +274,12 @@ class SparseDelta(nn.Module):
         """Judge a tensor that transformers' `load_adapter` assigns: one by one, indices first, past PEFT's loaders."""
         if name == "indices":
             self.indices_assigned = True
-            # Its values come next.
-            problem = check_indices_and_values({"indices": tensor, "values": self.values.detach()}, self.numel)
+            what = check_index_set(tensor, self.numel)
+            if what is None and tensor.shape != self.indices.shape:
+                what = f"must have shape ({self.k},), got {tuple(tensor.shape)}"
+            problem = ("indices", what) if what is not None else None
         elif self.indices_assigned:
-            problem = check_indices_and_values({"indices": self.indices, "values": tensor.detach()}, self.numel)
+            problem = check_values(tensor.detach(), self.indices)
         else:
             problem = ("indices", "is missing, or of another length than its values")
         if problem is not None:
@@ -304,8 +307,10 @@ class SparseDelta(nn.Module):
         error_msgs: list[str],
     ) -> None:
         if prepares_sharding():
+            self.note_checked({})
             return
         problems = self.problems_with(state_dict, prefix)
+        self.note_checked({})
         training = {key: state_dict.pop(prefix + key) for key in STATE_KEYS if prefix + key in state_dict}
         # PEFT's loaders and `SpIELModel` check everything first; this guards a delta that is loaded by itself.
         if problems:
@@ -330,6 +335,9 @@ class SparseDelta(nn.Module):
         """What keeps this delta from being loaded from `state_dict`, where its keys start with `prefix`."""
         names = ("indices", "values", *STATE_KEYS)
         incoming = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        checked = self._checked
+        if incoming.keys() == checked.keys() and all(tensor is checked[name] for name, tensor in incoming.items()):
+            return []
         wrong_sizes = [
             f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(incoming[name].shape)}, the model "
             f"({self.k},), another budget; set r, density or num_deltas as the checkpoint has it"
@@ -339,7 +347,17 @@ class SparseDelta(nn.Module):
         if wrong_sizes:
             return wrong_sizes
         problem = check_indices_and_values(incoming, self.numel) or check_training_state(incoming, self.settings)
-        return [f"{prefix}{problem[0]} {problem[1]}"] if problem is not None else []
+        if problem is not None:
+            return [f"{prefix}{problem[0]} {problem[1]}"]
+        self.note_checked(incoming)
+        return []
+
+    def note_checked(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember tensors, by name, that were found sound for this delta: `problems_with` does not check them again.
+
+        The note lasts until the next load. Pass an empty dict to drop it.
+        """
+        self._checked = dict(tensors)
 
     def training_tensors(self) -> dict[str, Tensor]:
         """Training state as it is saved, with the settings it depends on; empty before the first step."""

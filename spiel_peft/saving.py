@@ -72,6 +72,8 @@ def drop_orphans(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, SparseDelta]) -> None:
     """Refuse a damaged or malicious adapter file, and training state that does not fit the model.
 
+    Tensors that fit are noted at their deltas, so that loading them does not check them again.
+
     Args:
         tensors: the tensors of the file: ``<module>.spiel_delta.values``, ``.indices`` and optional training state.
         deltas: the model's deltas by module name. Modules of the file that the model lacks are checked as far as that
@@ -105,6 +107,8 @@ def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tupl
     problem = check_indices_and_values(entries, delta.numel if fits else None)
     if problem is None and fits:
         problem = check_training_state(entries, delta.settings)
+        if problem is None:
+            delta.note_checked(entries)
     return problem
 
 
@@ -137,10 +141,12 @@ def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefi
         RuntimeError: lists what does not fit.
     """
     problems: list[str] = []
-    for name, delta in model.named_modules():
-        if isinstance(delta, SparseDelta):
-            problems += delta.problems_with(state_dict, f"{prefix}{name}.")
+    deltas = {name: module for name, module in model.named_modules() if isinstance(module, SparseDelta)}
+    for name, delta in deltas.items():
+        problems += delta.problems_with(state_dict, f"{prefix}{name}.")
     if problems:
+        for delta in deltas.values():
+            delta.note_checked({})
         raise RuntimeError("Error(s) in loading SpIEL deltas, nothing was loaded:\n\t" + "\n\t".join(problems))
 
 
@@ -261,12 +267,18 @@ class AdapterLoading:
         if config.inference_mode:
             tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in STATE_KEYS}
         self.tensors = tensors
-        self._discard = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
+        self._discard_unloaded = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
+        self._deltas = list(deltas.values())
         try:
             check_adapter_tensors({k.removeprefix(PREFIX): v for k, v in tensors.items()}, deltas)
         except ValueError:
             self._discard()
             raise
+
+    def _discard(self) -> None:
+        for delta in self._deltas:
+            delta.note_checked({})
+        self._discard_unloaded()
 
     def named(self, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the training state to the tensors that PEFT has renamed for this model, and have their sizes checked."""

@@ -1,4 +1,4 @@
-"""How a function becomes a command: its output, its flags, its example, its exit code."""
+"""Registers functions as commands, with the flags, the help and the exit codes that all commands have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_INSTALLED = 5
 INTERNAL = 70
 INTERRUPTED = 130
 
-# What torch.save says when it cannot write, in a plain RuntimeError.
+# Parts of the messages with which torch.save fails to write, as a plain RuntimeError.
 _OF_TORCH = ("PytorchStreamWriter failed writing", "iostream error")
 
 # The flags that every command has.
@@ -61,7 +61,7 @@ class NotWrittenError(OSError):
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Let errors of the disk name the folder if they name no file; those of safetensors and torch are no OSError."""
+    """Add the folder to errors of the disk that name no file, and turn those of safetensors and torch into OSErrors."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def writing(folder: Path) -> Iterator[None]:
 def command(example: str) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Register a function as a command.
 
-    It is called with an `Output` and its own options, and returns an exit code, or None for 0.
+    The function is called with an `Output` and its own options. It returns an exit code, or None for 0.
 
     Args:
         example: a command line that works, shown at the end of the help.
@@ -100,7 +100,7 @@ def command(example: str) -> Callable[[Callable[..., int | None]], Callable[...,
                 try:
                     return function(output, **options) or OK
                 except KeyboardInterrupt:
-                    raise typer.Abort() from None  # else typer ends without a word
+                    raise typer.Abort() from None  # typer would end without a message
 
         run.__doc__ = function.__doc__
         parameters = [parameter.replace(kind=kind) for parameter in own] + flags

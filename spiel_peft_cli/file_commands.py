@@ -20,6 +20,7 @@ from .options import (
     Targets,
     one_budget,
     one_each,
+    refuse_twice,
 )
 from .output import Output
 
@@ -185,8 +186,7 @@ def combine(
     overwrite: Overwrite = False,
 ) -> int:
     """Combine adapters into one, with weights."""
-    if len(set(adapters)) < len(adapters):
-        raise typer.BadParameter("the same adapter is given twice")
+    refuse_twice(adapters)
     weights = one_each(weight, len(adapters))
     from spiel_peft.compose.combine import combine_adapters
     from spiel_peft.compose.overlap import overlap_of_files
@@ -276,7 +276,7 @@ def _convert_in(
     overwrite: bool,
     options: dict[str, Any],
 ) -> Any:
-    from spiel_peft.convert.front import convert_adapter
+    from spiel_peft.convert import convert_adapter
     from spiel_peft.files.folder import refuse_existing
 
     refuse_existing(out, overwrite)

@@ -9,7 +9,7 @@ import typer
 
 from . import tables
 from .commands import FINDINGS, OK, command, writing
-from .options import Adapter, Adapters, Overwrite, ShapesBase
+from .options import Adapter, Adapters, Overwrite, ShapesBase, refuse_twice
 from .output import Output
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def info(
     Without --base, shapes are known only of adapters that were saved in training.
     """
     from spiel_peft.compose.overlap import overlap_of_files
-    from spiel_peft.files.base_tensors import open_base
+    from spiel_peft.files.checkpoint import open_base
     from spiel_peft.inspection.facts import adapter_facts
 
-    _refuse_twice(adapters)
+    refuse_twice(adapters)
     opened = None if base is None else open_base(base)
     facts = [adapter_facts(folder, opened) for folder in adapters]
     report = overlap_of_files({str(f.folder): f.adapter for f in facts}) if len(facts) > 1 else None
@@ -44,11 +44,6 @@ def info(
     }
     output.result(data, lambda console: tables.show_info(console, facts, report, summary))
     return OK
-
-
-def _refuse_twice(adapters: list[Path]) -> None:
-    if len(set(adapters)) < len(adapters):
-        raise typer.BadParameter("the same adapter is given twice")
 
 
 def _facts_data(facts: AdapterFacts) -> dict[str, Any]:
@@ -125,8 +120,8 @@ def plot(
 def _figures(
     output: Output, plots: Any, facts: AdapterFacts, kind: list[str] | None, module: str | None, log: Path | None
 ) -> dict[str, Any]:
-    """What draws each picture asked for. Those that were not asked for by name are left out where they cannot be."""
-    from spiel_peft.inspection.logs import find_log, read_closes, read_losses
+    """Functions that draw the pictures, by name. A picture not asked for by name is left out if it cannot be drawn."""
+    from spiel_peft.inspection.facts import find_log, read_closes, read_losses
 
     figures: dict[str, Any] = {}
     wanted = dict.fromkeys(kind or KINDS)
@@ -160,7 +155,7 @@ def validate(output: Output, adapters: Adapters, base: ShapesBase = None) -> int
     Checked: indices sorted, unique and in range; values finite; training state; a config that agrees. With --base also
     modules, shapes and the budget.
     """
-    from spiel_peft.files.base_tensors import open_base
+    from spiel_peft.files.checkpoint import open_base
     from spiel_peft.inspection.validate import validate_adapter
 
     opened = None if base is None else open_base(base)

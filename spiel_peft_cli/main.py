@@ -1,4 +1,4 @@
-"""The entry point: runs a command, and turns what goes wrong into one line and an exit code."""
+"""The entry point: runs a command, and turns an error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
-from . import file_commands, inspect_commands, train_command  # noqa: F401  they register commands
+from . import file_commands, inspect_commands, train_command  # noqa: F401  registers commands
 from .commands import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_INSTALLED, NOT_WRITTEN, OK, USAGE, NotWrittenError, app
 from .output import Output
 

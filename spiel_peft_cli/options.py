@@ -39,9 +39,15 @@ def one_budget(r: int | None, density: float | None, num_deltas: int | None, nee
 
 
 def one_each(weights: list[float] | None, count: int) -> list[float]:
-    """A weight for each adapter: those given, or 1 for all."""
+    """The weights given, one for each adapter, or 1 for all if none were given."""
     if not weights:
         return [1.0] * count
     if len(weights) != count:
         raise typer.BadParameter(f"give one --weight for each of the {count} adapters, or none; got {len(weights)}")
     return list(weights)
+
+
+def refuse_twice(adapters: list[Path]) -> None:
+    """Refuse a command line that names an adapter twice."""
+    if len(set(adapters)) < len(adapters):
+        raise typer.BadParameter("the same adapter is given twice")

@@ -1,4 +1,4 @@
-"""What a command says: a result on stdout, for people or as JSON; progress, warnings and errors on stderr."""
+"""The output of commands: a result on stdout, as text or as JSON; progress, warnings and errors on stderr."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ WIDTH = 160
 
 
 class Output:
-    """Where a command's words go.
+    """Prints the output of one command.
 
     Args:
-        as_json: one JSON object on stdout and nothing else there.
-        debug: warnings with their place, also those meant for developers; tracebacks.
+        as_json: print one JSON object on stdout and nothing else there.
+        debug: print all warnings, with the place where they were raised, and tracebacks.
     """
 
     def __init__(self, as_json: bool = False, debug: bool = False) -> None:
@@ -43,14 +43,14 @@ class Output:
         print(json.dumps(_plain(found), indent=2, ensure_ascii=False))
 
     def warn(self, message: str) -> None:
-        """One line on stderr; the same message once."""
+        """Print a warning as one line on stderr; the same message only once."""
         line = " ".join(message.split())
         if line not in self.warnings:
             self.warnings.append(line)
             self.stderr.print(f"warning: {line}", markup=False, style="yellow")
 
     def error(self, message: str, kind: str, code: int) -> None:
-        """One line on stderr, or an object with the field "error" on stdout."""
+        """Print an error as one line on stderr, or as a JSON object with the field "error" on stdout."""
         line = " ".join(message.split())
         if self.as_json:
             print(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}, ensure_ascii=False))
@@ -59,9 +59,9 @@ class Output:
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress | None]:
-        """A bar on stderr for as long as the block runs; gives the callable that moves it.
+        """Show a bar on stderr while the block runs; yields the function that moves it.
 
-        Without a terminal there is only a line at the end, and with JSON not even that.
+        Without a terminal only a line is printed at the end, and with JSON nothing.
         """
         if self.as_json and not self.stderr.is_terminal:
             yield None
@@ -74,7 +74,7 @@ class Output:
         task = bar.add_task(title, total=None, what="")
 
         def report(done: int, total: int, what: str) -> None:
-            bar.start()  # not before there is progress: what is wrong with the input is found first
+            bar.start()  # only once there is progress: errors in the input come before it
             bar.update(task, completed=done, total=total, what=what)
 
         try:
@@ -86,8 +86,8 @@ class Output:
 
     @contextmanager
     def in_charge(self) -> Iterator[None]:
-        """Take over what libraries have to say while the block runs."""
-        # Before they are imported: both draw bars of their own.
+        """While the block runs, print warnings and log messages of libraries as `warn` does, and hide their bars."""
+        # Set before the libraries are imported, which read these variables then.
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
         added = [name for name in quiet if name not in os.environ]
         os.environ.update({name: quiet[name] for name in added})
@@ -115,6 +115,8 @@ class Output:
 
 
 class _LogLines(logging.Handler):
+    """Passes log messages on to `Output.warn`."""
+
     def __init__(self, output: Output) -> None:
         super().__init__(logging.WARNING)
         self.output = output

@@ -1,4 +1,4 @@
-"""How results look in a terminal."""
+"""Prints the results of commands as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from spiel_peft.compose.overlap import OverlapReport
-    from spiel_peft.convert.result import Conversion
+    from spiel_peft.convert import Conversion
     from spiel_peft.files.extract import Extraction
     from spiel_peft.finetune.run import RunResult
     from spiel_peft.inspection.facts import AdapterFacts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def show_info(console: Console, facts: Sequence[AdapterFacts], overlap: OverlapReport | None, summary: bool) -> None:
-    """Adapters one after the other, then what they have in common."""
+    """Print the facts of each adapter, then how the adapters overlap."""
     for adapter in facts:
         console.print(f"[bold]{escape(str(adapter.folder))}[/bold]")
         for name, value in _summary(adapter).items():
@@ -85,13 +85,13 @@ def _pairs(report: OverlapReport) -> Table:
 
 
 def show_files(console: Console, files: Sequence[Path]) -> None:
-    """Files that were written, one a line."""
+    """Print the files that were written, one per line."""
     for path in files:
         console.print(f"wrote {path}", markup=False)
 
 
 def show_findings(console: Console, found: Mapping[Path, Sequence[Finding]]) -> None:
-    """Per adapter its problems, one a line, or that it is sound."""
+    """Print the problems of each adapter, one per line, or that it is sound."""
     for folder, findings in found.items():
         verdict = f"{len(findings)} problem{'s' * (len(findings) > 1)}" if findings else "sound"
         console.print(f"{folder}: {verdict}", markup=False, style="red" if findings else "green")
@@ -100,7 +100,7 @@ def show_findings(console: Console, found: Mapping[Path, Sequence[Finding]]) -> 
 
 
 def show_merge(console: Console, report: MergeReport) -> None:
-    """Where the merged checkpoint is and what rounding lost."""
+    """Print where the merged checkpoint is, and how many deltas rounding lost."""
     loss = report.loss
     console.print(f"wrote {report.folder}", markup=False)
     dtypes = " and ".join(sorted(report.dtypes))
@@ -110,7 +110,7 @@ def show_merge(console: Console, report: MergeReport) -> None:
 
 
 def show_extraction(console: Console, folder: Path, found: Extraction) -> None:
-    """What was kept of the change, and what was left out."""
+    """Print how much of the change the adapter holds, and what it leaves out."""
     console.print(f"wrote {folder}", markup=False)
     deltas = sum(found.counts.values())
     console.print(f"{deltas:,} deltas in {len(found.counts)} modules hold {found.kept:.2%} of the squared change")
@@ -120,13 +120,13 @@ def show_extraction(console: Console, folder: Path, found: Extraction) -> None:
 
 
 def show_combination(console: Console, folder: Path, deltas: int, overlap: OverlapReport) -> None:
-    """The size of the result, and what the parts had in common."""
+    """Print the size of the combination, and how its parts overlap."""
     console.print(f"wrote {folder}", markup=False)
     console.print(f"{deltas:,} deltas; of the adapters' {overlap}", markup=False)
 
 
 def show_conversion(console: Console, folder: Path, result: Conversion) -> None:
-    """What a conversion took over and what it left out."""
+    """Print what a conversion took over and what it left out."""
     console.print(f"wrote {folder}", markup=False)
     console.print(f"{result.kind}: {result.num_deltas:,} deltas in {len(result.modules)} modules", markup=False)
     for title, names in (("kept in full", result.others), ("left out", result.dropped)):
@@ -137,7 +137,7 @@ def show_conversion(console: Console, folder: Path, result: Conversion) -> None:
 
 
 def show_run(console: Console, result: RunResult) -> None:
-    """The losses, and where the adapter is."""
+    """Print the losses of a training run, and where the adapter is."""
     share = result.deltas / result.weights if result.weights else 0.0
     resumed = f", resumed from {result.resumed_from}" if result.resumed_from is not None else ""
     console.print(f"{result.deltas:,} deltas, {share:.2%} of the base; {result.steps} steps{resumed}", markup=False)

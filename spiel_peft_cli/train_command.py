@@ -165,7 +165,7 @@ def _check(max_steps: int | None, epochs: float | None, learning_rate: float, re
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Without the bars that libraries draw, and without a warning of PEFT's on GGUF files, which have no config."""
+    """Hide the progress bars of libraries, and PEFT's warning that a GGUF file has no config."""
     import datasets
     from transformers.utils import logging
 

@@ -1,1 +1,1 @@
-"""Adapters together: several active at once, weighted combinations of them, and what they have in common."""
+"""Several adapters together: active at once, combined with weights, and compared."""

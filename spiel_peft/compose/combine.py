@@ -1,8 +1,8 @@
-"""Adapters combined into one: of files on disk, and in a model."""
+"""Combines adapters into one, read from files or in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from ..config import SpIELConfig
 from ..delta import SparseDelta
 from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas
+from ..files.tensors import Progress
 from ..targets import check_unmerged
 from .active import adapters_in, check_existing, containers, deltas_by_module, modules_of_type
 from .overlap import OverlapReport, overlap
 from .rules import Combination, Pair, check_adapter_names, check_weight_count, combine_deltas
-
-# Adapters combined as a whole: all their modules, and the config of the result.
-
-
-# Called with what is done, the total, and what it is about.
-Progress = Callable[[int, int, str], None]
 
 
 def combine_adapters(
@@ -42,15 +37,15 @@ def combine_adapters(
     """Combine adapters that were read from files; `write_adapter` writes the result.
 
     Args:
-        adapters: as `read_adapter` gives them.
+        adapters: the adapters, as `read_adapter` returns them.
         weights: one number each, negative ones too.
         combination_type, density, majority_sign_method, seed, drop_zeros: see `Combination`.
-        names: what to call the adapters in messages; by default their numbers in the list, from 1.
-        check_base: refuse adapters that name different base models. False if it is one model by two names.
+        names: what messages call the adapters; by default their numbers in the list, from 1.
+        check_base: refuse adapters that name different base models. Pass False if one model has two names.
         progress: called as ``progress(done, total, what)`` after every module.
 
     Raises:
-        ValueError: adapters that do not go together, or a result that is not finite or empty.
+        ValueError: the adapters do not go together, or the result is not finite or empty.
     """
     how = Combination(tuple(weights), combination_type, density, majority_sign_method, seed, drop_zeros)
     labels = [str(i + 1) for i in range(len(adapters))] if names is None else list(names)
@@ -75,10 +70,10 @@ def combine_modules(
 ) -> dict[str, StoredDelta]:
     """Combine the deltas of adapters, each given as indices and values ``[k]`` by module name.
 
-    Modules in which nothing is left are left out.
+    Modules without deltas in the result are left out.
 
     Raises:
-        ValueError: nothing at all is left, or a combined value is not finite.
+        ValueError: no module has deltas in the result, or a combined value is not finite.
     """
     combined = {}
     modules = list(dict.fromkeys(module for adapter in adapters for module in adapter))
@@ -122,7 +117,7 @@ def check_combinable(configs: Mapping[str, Any]) -> None:
 
 
 def combined_config(configs: Mapping[str, SpIELConfig], deltas: Mapping[str, StoredDelta]) -> SpIELConfig:
-    """The config of a combination: the first adapter's, with the counts of the result and what others saved in full.
+    """The config of a combination: the first adapter's, with the counts of the result and all modules saved in full.
 
     Args:
         configs: by adapter name, in their order, after `check_combinable`.
@@ -133,7 +128,7 @@ def combined_config(configs: Mapping[str, SpIELConfig], deltas: Mapping[str, Sto
     return config_of_deltas(
         deltas,
         next(iter(configs.values())),
-        # Of a run that is over: the result may be trained, and begins on what it holds.
+        # The first adapter's run is over: the result can be trained, and begins with the deltas it holds.
         inference_mode=False,
         init_weights=True,
         delta_dtype=_delta_dtype([config.delta_dtype for config in configs.values()]),
@@ -159,7 +154,7 @@ def _check_bases(configs: Mapping[str, SpIELConfig]) -> None:
 
 
 def _joined(files: Mapping[str, AdapterFile]) -> dict[str, Tensor]:
-    """What the adapters saved in full; two of them cannot save the same."""
+    """The tensors that the adapters saved in full. Raises ValueError if two adapters saved the same one."""
     owners: dict[str, str] = {}
     for name, file in files.items():
         for key in file.others:
@@ -172,11 +167,8 @@ def _joined(files: Mapping[str, AdapterFile]) -> dict[str, Tensor]:
     return {key: files[name].others[key] for key, name in owners.items()}
 
 
-# `add_weighted_adapter`: a new adapter of a model, combined from others it has.
-
-
 def add_combination(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str, how: Combination) -> OverlapReport:
-    """See `SpIELModel.add_weighted_adapter`."""
+    """Add a new adapter to a model, combined from others that it has: see `SpIELModel.add_weighted_adapter`."""
     names = check_adapter_names(adapters)
     check_weight_count(how.weights, names)
     _check_name(tuner, adapter_name)
@@ -204,6 +196,7 @@ def _check_name(tuner: BaseTuner, name: Any) -> None:
 
 
 def _pairs(tuner: BaseTuner, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Indices and values ``[k]`` of an adapter by module name. Raises ValueError if they are not in memory."""
     pairs = {}
     for module, delta in deltas_by_module(tuner, name).items():
         indices, values = delta()
@@ -216,7 +209,7 @@ def _pairs(tuner: BaseTuner, name: str) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _donors(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, str]]:
-    """Which adapter brings what is trained in full; two cannot bring the same."""
+    """The modules trained in full, each with its adapter. Raises ValueError if two adapters trained one module."""
     donors = []
     for wrapper in modules_of_type(tuner, AuxiliaryTrainingWrapper):
         owners = [name for name in names if name in adapters_in(wrapper)]
@@ -230,7 +223,8 @@ def _donors(tuner: BaseTuner, names: Sequence[str]) -> list[tuple[AuxiliaryTrain
 
 
 def _inject(tuner: BaseTuner, adapter_name: str, config: SpIELConfig) -> None:
-    # PEFT keeps what is trained when it injects an adapter, except in modules that are called as the adapter is.
+    """Add an adapter to a model; it does not require a gradient, and all other parameters do or do not as before."""
+    # PEFT leaves other parameters alone, except in modules of the same name as the adapter.
     before = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
     tuner.peft_config[adapter_name] = config
     try:
@@ -244,6 +238,7 @@ def _inject(tuner: BaseTuner, adapter_name: str, config: SpIELConfig) -> None:
 
 
 def _fill(into: dict[str, SparseDelta], deltas: dict[str, StoredDelta]) -> None:
+    """Copy indices and values into the deltas of a model, by module name."""
     for module, stored in deltas.items():
         delta = into[module]
         delta.indices.copy_(stored.indices)
@@ -252,6 +247,7 @@ def _fill(into: dict[str, SparseDelta], deltas: dict[str, StoredDelta]) -> None:
 
 
 def _copy_extras(wrapper: AuxiliaryTrainingWrapper, donor: str, adapter_name: str) -> None:
+    """Copy the parameters of one adapter in a module that PEFT wraps as a whole to another adapter."""
     for container in containers(wrapper):
         if donor not in container:
             continue

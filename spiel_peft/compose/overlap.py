@@ -1,4 +1,4 @@
-"""How much of the same weights several adapters change."""
+"""Compares adapters: how many positions of the same weights they hold."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Counts of positions in one weight, or in several together.
+    """Counts of positions in one weight, or in several weights together.
 
     Attributes:
-        sizes: deltas of each adapter.
+        sizes: number of deltas of each adapter.
         shared: positions that all adapters hold.
         union: positions that at least one of them holds.
-        conflicts: positions at which two adapters pull in opposite directions.
+        conflicts: positions at which two adapters have deltas of opposite sign.
     """
 
     sizes: tuple[int, ...]
@@ -46,13 +46,13 @@ class Overlap:
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """What adapters have in common.
+    """How the positions of several adapters overlap.
 
     Attributes:
-        adapters: their names, in the order of `Overlap.sizes`.
-        modules: by module name, for every module that one of them adapts.
-        pairs: any two of them, over all modules.
-        total: all of them, over all modules.
+        adapters: names of the adapters, in the order of `Overlap.sizes`.
+        modules: overlap of all adapters by module name, for every module that an adapter has deltas in.
+        pairs: overlap of any two adapters, over all modules.
+        total: overlap of all adapters, over all modules.
     """
 
     adapters: tuple[str, ...]

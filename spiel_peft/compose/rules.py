@@ -38,10 +38,10 @@ class Combination:
             largest deltas only. "ties": then a sign is elected for every position, and the mean of the weighted deltas
             that have it is taken. "dare_linear" and "dare_ties": the same two, but each adapter keeps random deltas,
             which are scaled up by 1 / density.
-        density: share of each adapter's own deltas that is kept, above 0 and at most 1; for all types but "linear".
+        density: share of each adapter's own deltas that is kept, above 0 and at most 1; for all types except "linear".
         majority_sign_method: which sign is elected: "total" (that of the sum of the deltas) or "frequency" (that of
             more adapters). A tie is positive. The weights have no part in it.
-        seed: of the random choices.
+        seed: determines the random choices.
         drop_zeros: leave out positions whose combined value is exactly zero.
 
     Raises:
@@ -109,7 +109,7 @@ def _checked_weights(weights: Iterable[float]) -> tuple[float, ...]:
 
 
 def check_adapter_names(names: Sequence[str], field: str = "adapters") -> list[str]:
-    """The names as a list, provided that they are distinct strings, at least one; `field` is what messages call it."""
+    """The names as a list. Raises ValueError, naming the argument `field`, unless they are distinct strings."""
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{field} must be a list of adapter names, got {names!r}")
     listed = list(names)
@@ -130,19 +130,19 @@ def check_weight_count(weights: Sequence[float], adapters: Sequence[object]) -> 
 
 
 def combine_deltas(deltas: Sequence[Pair | None], how: Combination, module_name: str) -> Pair:
-    """Combine what several adapters hold for one weight.
+    """Combine the deltas of several adapters to one weight.
 
     Args:
-        deltas: one entry per adapter, in the order of ``how.weights``: its indices and values ``[k]``, or None if it
-            leaves this weight alone. All on one device.
+        deltas: one entry per adapter, in the order of ``how.weights``: its indices and values ``[k]``, or None if the
+            adapter does not change this weight. All on one device.
         how: the rule.
         module_name: name of the weight's module; random choices depend on it, on the seed and on an adapter's place
             in the list, and on nothing else.
 
     Returns:
-        ``(indices, values)``, both ``[u]``: sorted unique positions, those that at least one adapter still holds after
+        ``(indices, values)``, both ``[u]``: the sorted unique positions that at least one adapter still holds after
         pruning; the combined values, summed in float64 and rounded once, to the widest dtype among the values given.
-        Empty if nothing is left.
+        Both are empty if no position is left.
 
     Raises:
         ValueError: no adapter has deltas here, or a combined value is not finite.
@@ -170,7 +170,7 @@ def combine_deltas(deltas: Sequence[Pair | None], how: Combination, module_name:
 
 
 def _pruned(indices: Tensor, values: Tensor, how: Combination, module_name: str, place: int) -> Pair:
-    """What an adapter keeps: int64 positions and float64 values."""
+    """The deltas of one adapter that are kept: int64 positions and float64 values."""
     positions, values = indices.to(torch.int64), values.detach().to(torch.float64)
     if how.density is None:
         return positions, values
@@ -183,7 +183,7 @@ def _pruned(indices: Tensor, values: Tensor, how: Combination, module_name: str,
 
 
 def _combined(table: Tensor, weights: Tensor, how: Combination) -> Tensor:
-    """``[u]`` from the adapters' deltas ``[n, u]`` (zero where they hold none) and their weights ``[n]``."""
+    """Combined values ``[u]`` of the adapters' deltas ``[n, u]`` (zero without a delta) and their weights ``[n]``."""
     weighted = table * weights[:, None]
     if not how.elects:
         return weighted.sum(0)

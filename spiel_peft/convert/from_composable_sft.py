@@ -1,4 +1,11 @@
-"""Adapters of composable-sft (Ansell et al., 2022) and of the published SpIEL code into SpIEL adapters."""
+"""Converts sparse fine-tunings of composable-sft (Ansell et al., 2022) into SpIEL adapters.
+
+The library writes ``pytorch_diff.bin``, a pickled dict of tables. ``diffs`` holds sparse differences by parameter name,
+``abs`` the values of parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values``
+``[k]`` and ``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first*
+dimension runs fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch
+sparse tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +21,24 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import StoredDelta
-from ..files.base_tensors import Base, BaseTensors, open_base
-from .from_peft import PeftSource, need, read_peft_source
-from .in_full import TensorsInFull, dense_of
+from ..files.checkpoint import Base, Checkpoint, open_base
 from .result import DROP, KEEP, Conversion, Progress, check_choice, finish, make_delta, tracked
 
-# From `pytorch_diff.bin`, the format of composable-sft (Ansell et al., 2022), into a SpIEL adapter.
-#
-# The file is a pickled dict of tables. ``diffs`` holds sparse differences by parameter name, ``abs`` the full values of
-# parameters trained in full. A difference is a dict of ``size`` (the parameter's shape), ``values`` ``[k]`` and
-# ``index_steps``: the gaps between the sorted flat positions, the first counted from 0, where the *first* dimension
-# runs fastest (column-major). Files of older versions name the tables ``body`` and ``head``, and hold torch sparse
-# tensors.
-
-
 FILE_NAME = "pytorch_diff.bin"
-# Entries of a tensor trained in full: no head or embedding has more, and a file could claim any number.
+# Most entries of a tensor trained in full. No head or embedding has more, and a damaged file can claim any number.
 _MOST_IN_FULL = 2**32
+# Modules that PEFT adds to modules_to_save for a task.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def convert_composable_sft(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     *,
     others: str = KEEP,
     task_type: str | None = None,
@@ -47,15 +49,16 @@ def convert_composable_sft(
     """Turn a sparse fine-tuning of composable-sft into a SpIEL adapter folder.
 
     Differences of matrices become deltas. Biases of modules that have deltas are kept as PEFT keeps trained biases
-    (``bias="spiel_only"``); any other module with a difference that is no matrix (a LayerNorm), and modules trained in
-    full, go into ``modules_to_save``. Both store absolute values, so the base's values are needed.
+    (``bias="spiel_only"``). Any other module with a difference that is no matrix (a LayerNorm), and modules trained in
+    full, go into ``modules_to_save``. PEFT stores the values of both, so the base's values are needed.
 
     Args:
-        source: ``pytorch_diff.bin`` or the folder it lies in.
+        source: ``pytorch_diff.bin`` or its folder.
         out: folder to write.
         base: the base model (see `open_base`); optional as long as there are differences of matrices only.
-        others: "keep" keeps what is not the difference of a matrix, or refuses; "drop" leaves it out and reports it.
-        task_type, base_model_name_or_path: for the adapter's config; the source does not say.
+        others: what to do with tensors that are not the difference of a matrix. "keep": save them, or refuse where that
+            is impossible. "drop": leave them out and report them.
+        task_type, base_model_name_or_path: for the adapter's config; the source does not hold them.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -103,7 +106,7 @@ def _path_of(source: Path) -> Path:
 
 
 def _load(path: Path) -> Any:
-    # The library leaves the first step as a number of numpy's. Building one of those runs no code of the file's.
+    # The library stores the first step as a numpy number. Building one runs no code from the file.
     scalar = type(np.int64(0)).__reduce__(np.int64(0))[0]
     integers = [type(np.dtype(kind)) for kind in ("int32", "int64")]
     allowed = [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *integers]
@@ -126,6 +129,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """The stored differences, and the tensors trained in full, both by parameter name."""
     if not isinstance(content, Mapping) or not {"diffs", "abs", "body"} & set(content):
         raise ValueError(f"{path} has none of the tables 'diffs', 'abs' and 'body'; it is no file of composable-sft")
     if content.get("block_sparses"):
@@ -153,7 +157,7 @@ def _tables(path: Path, content: Any) -> tuple[Mapping[str, Any], dict[str, Tens
 
 
 def _entries(path: Path, name: str, entry: Any) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Row-major positions, values and shape of one stored tensor."""
+    """Row-major positions ``[k]``, values ``[k]`` and shape of one stored tensor."""
     if isinstance(entry, Tensor):
         if not entry.is_floating_point():
             raise ValueError(f"{path}: tensor {name!r} has dtype {entry.dtype}, not a floating one")
@@ -209,76 +213,138 @@ def _flat(coordinates: Tensor, size: tuple[int, ...]) -> Tensor:
     return flat
 
 
-def _carries_deltas(tensors: BaseTensors | None, module: str) -> bool:
-    return tensors is None or tensors.infos is None or tensors.info(module) is not None
+def _carries_deltas(tensors: Checkpoint | None, module: str) -> bool:
+    """Whether a module can carry deltas, as far as its kind is known."""
+    return tensors is None or tensors.names is None or tensors.info(module) is not None
 
 
 def is_composable_sft(source: Path) -> bool:
-    """Whether this is such a file or a folder with one."""
+    """Whether a path is a ``pytorch_diff.bin`` or a folder with one."""
     return (source / FILE_NAME).is_file() or (source.is_file() and source.name == FILE_NAME)
 
 
-# From the adapters of the published SpIEL code (a fork of PEFT, peft_type "SFT") into SpIEL adapters.
-#
-# Its files hold ``<module>.sft_delta.indices``, flat row-major positions (int32 or int64), and ``.values``, their
-# deltas. Positions are sorted when training starts and no longer after they have moved once.
+def dense_of(delta: StoredDelta, shape: tuple[int, ...]) -> Tensor:
+    """The dense tensor of this shape with the values of a delta, zero elsewhere."""
+    dense = torch.zeros(math.prod(shape), dtype=delta.values.dtype)
+    dense[delta.indices.long()] = delta.values
+    return dense.view(shape)
 
 
-PEFT_TYPE = "SFT"
-_MARKER = "sft_delta."
-_NAMES = ("values", "indices")
-_GROWTH = {"rigl": "accumulated_gradient", "sm3": "momentum"}
-_FIELDS = {
-    "reselection_steps": "regrow_every",
-    "selection_accumulation_steps": "accumulation_steps",
-    "initial_reselection_rate": "initial_regrow_rate",
-}
-_ONLY_THERE = ("dropout", "l2_reg")
+class TensorsInFull:
+    """Tensors of a fine-tuning that cannot be deltas, as PEFT stores them: trained biases and modules saved in full.
 
-
-def convert_sft_fork(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Conversion:
-    """Turn an adapter of the published SpIEL code into a SpIEL adapter folder.
+    PEFT stores values, so a difference needs the base's values.
 
     Args:
-        source: the adapter folder.
-        out: folder to write.
-        base: the base model (see `open_base`), to check names and positions against; optional.
-        overwrite: replace what is at `out`.
-
-    Raises:
-        FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.
+        where: the source file.
+        base: the base model, if there is one.
+        deltas: the deltas, by module name.
+        diffs: differences of other parameters, with the parameter's shape, by parameter name.
+        full: values of parameters trained in full, by parameter name.
+        task_type: of the adapter; for some tasks PEFT saves and loads the model's head.
     """
-    adapter = read_peft_source(source, PEFT_TYPE)
-    tensors = None if base is None else open_base(base)
-    deltas: dict[str, StoredDelta] = {}
-    modules = adapter.modules(_MARKER, _NAMES)
-    for module, entries in tracked(modules, progress):
-        need(entries, _NAMES, module, adapter.path)
-        deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
-    result = Conversion(PEFT_TYPE, 0, [])
-    fields = {**adapter.fields(), **_cycle(adapter, result)}
-    return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
 
+    def __init__(
+        self,
+        where: str,
+        base: Checkpoint | None,
+        deltas: Mapping[str, StoredDelta],
+        diffs: Mapping[str, tuple[StoredDelta, tuple[int, ...]]],
+        full: Mapping[str, Tensor],
+        task_type: str | None = None,
+    ) -> None:
+        self.where, self.base, self.deltas, self.diffs, self.full = where, base, deltas, diffs, full
+        self.heads = _HEADS.get(task_type or "", ())
+        self.task_type = task_type
 
-def _cycle(adapter: PeftSource, result: Conversion) -> dict[str, Any]:
-    """The settings of the cycle, for those who train the adapter on."""
-    config = adapter.config
-    fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
-    algorithm = config.get("selection_algorithm")
-    if algorithm in _GROWTH:
-        fields["growth"] = _GROWTH[algorithm]
-    elif algorithm is not None:
-        result.notes.append(f"selection_algorithm={algorithm!r} has no counterpart: the default growth is set")
-    if config.get("dtype") in ("float32", "float16", "bfloat16"):
-        fields["delta_dtype"] = config["dtype"]
-    for name in _ONLY_THERE:
-        if config.get(name):
-            result.notes.append(f"{name}={config[name]} acts in training only and has no counterpart: left out")
-    return fields
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors by their key in an adapter file, and the config fields that loading them needs."""
+        changed = set(self.diffs) | set(self.full)
+        both = sorted(
+            set(self.full) & {f"{module}.weight" for module in self.deltas} | set(self.full) & set(self.diffs)
+        )
+        if both:
+            raise ValueError(f"{self.where}: tensor {both[0]!r} is both a difference and saved in full")
+        biases = {name for name in changed if name.removesuffix(".bias") in self.deltas and name.endswith(".bias")}
+        tensors = self._biases() if biases else {}
+        saved = sorted({self._module_of(name) for name in changed - biases} | self._head())
+        for module in saved:
+            tensors |= self._module(module)
+        fields: dict[str, Any] = {"bias": "spiel_only"} if biases else {}
+        if saved:
+            fields["modules_to_save"] = saved
+        return tensors, fields
+
+    def _module_of(self, name: str) -> str:
+        """The module to save for a tensor: the whole head for a tensor inside of it, else the tensor's own module."""
+        parts = name.split(".")
+        depth = next((i + 1 for i, part in enumerate(parts[:-1]) if part in self.heads), len(parts) - 1)
+        return ".".join(parts[:depth])
+
+    def _head(self) -> set[str]:
+        """The head that PEFT loads for this task, whether it was changed or not."""
+        if not self.heads:
+            return set()
+        names = [*self.full, *self.diffs, *(self.base.shapes if self.base is not None else ())]
+        found = {self._module_of(name) for name in names if set(name.split(".")[:-1]) & set(self.heads)}
+        if not found:
+            raise ValueError(
+                f"{self.where}: with task_type={self.task_type!r} PEFT loads the model's head "
+                f"({' or '.join(self.heads)}) from the adapter, and the source has none; pass base= with the head, or "
+                "leave task_type out"
+            )
+        return found
+
+    def _biases(self) -> dict[str, Tensor]:
+        """The biases of all adapted modules: PEFT expects none or all of them."""
+        names = {f"{module}.bias" for module in self.deltas}
+        known = {name for name in names if self.base is not None and self.base.find(name) is not None}
+        found = known | (names & (set(self.diffs) | set(self.full)))
+        return {name.removesuffix("bias") + "base_layer.bias": self._value(name) for name in found}
+
+    def _module(self, module: str) -> dict[str, Tensor]:
+        names = {name for name in (*self.diffs, *self.full) if name.startswith(f"{module}.")}
+        if self.base is not None:
+            names |= set(self.base.tensors_of(module))
+            self._check_name(module)
+        nested = sorted(name for name in names if "." in name.removeprefix(f"{module}."))
+        if not module or (nested and module.rpartition(".")[2] not in self.heads):
+            raise ValueError(
+                f"{self.where}: tensor {min(names)!r} belongs to {module or 'the model'!r}, which has further modules "
+                f"({', '.join(nested[:2])}) that would have to be saved in full with it; pass others='drop' to leave "
+                "everything out that is not the difference of a matrix"
+            )
+        return {name: self._value(name) for name in names}
+
+    def _check_name(self, module: str) -> None:
+        # PEFT saves every module whose name ends with this one.
+        owners = {name.rpartition(".")[0] for name in self.base.shapes}
+        clashes = sorted(name for name in owners if name != module and name.endswith(module))
+        if clashes and module in owners:
+            raise ValueError(
+                f"{self.where}: module {module!r} cannot be saved in full by that name, because PEFT would take "
+                f"{clashes[0]!r} for it; pass others='drop'"
+            )
+
+    def _value(self, name: str) -> Tensor:
+        if name in self.full:
+            if self.base is not None and self.base.find(name) is not None:
+                self._check_shape(name, self.full[name])
+            return self.full[name]
+        if self.base is None or not self.base.has_values:
+            raise ValueError(
+                f"{self.where}: tensor {name!r} cannot become a sparse delta, so it has to be saved in full, for which "
+                "the values of the base model are needed; pass base=, or others='drop' to leave such tensors out"
+            )
+        value = self.base.value(name, self.where)
+        if name in self.diffs:
+            value = (value.float() + dense_of(*self.diffs[name]).float()).to(value.dtype)
+        return value
+
+    def _check_shape(self, name: str, tensor: Tensor) -> None:
+        # A head may have another number of classes than the base's.
+        expected = self.base.shape(name, self.where)
+        if len(expected) != tensor.dim() or expected[1:] != tuple(tensor.shape)[1:]:
+            raise ValueError(
+                f"{self.where}: tensor {name!r} has shape {tuple(tensor.shape)}, but {expected} in {self.base.where}"
+            )

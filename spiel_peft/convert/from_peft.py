@@ -1,4 +1,7 @@
-"""Adapters of other PEFT methods into SpIEL adapters, read as plain tensors; none of their code is needed or run."""
+"""Converts adapters of other PEFT methods into SpIEL adapters: Super-Tuning, and the published SpIEL code ("SFT").
+
+The adapters are read as plain tensors and a plain dict; no code of those methods is needed or run.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,25 @@ import torch
 from torch import Tensor
 
 from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
-from ..files.base_tensors import Base, BaseTensors, open_base
-from ..files.checkpoint import read_json
+from ..files.checkpoint import Base, Checkpoint, open_base
+from ..files.folder import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
 
-# Adapters of other PEFT methods, read as plain tensors and a plain dict; none of their code is needed or run.
-
-
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
-# PEFT saves these along when an adapter targets one of them.
+# Embeddings that PEFT saves with an adapter that targets one of them.
 _EMBEDDING_NAMES = ("embed_tokens", "lm_head")
+# Between a module and the name of a tensor in the keys of each method.
+_SFT_MARKER = "sft_delta."
+_SUPERTUNING_MARKER = "supertuning_"
+# Criteria and fields of the published SpIEL code's config, and their names in `SpIELConfig`.
+_GROWTH = {"rigl": "accumulated_gradient", "sm3": "momentum"}
+_FIELDS = {
+    "reselection_steps": "regrow_every",
+    "selection_accumulation_steps": "accumulation_steps",
+    "initial_reselection_rate": "initial_regrow_rate",
+}
+# Fields of that config without a counterpart in `SpIELConfig`.
+_ONLY_THERE = ("dropout", "l2_reg")
 
 
 @dataclass
@@ -30,9 +42,9 @@ class PeftSource:
     """An adapter folder of some PEFT method.
 
     Attributes:
-        folder: where it lies.
-        path: its weights.
-        config: what ``adapter_config.json`` says.
+        folder: the adapter's folder.
+        path: the file of its tensors.
+        config: the content of ``adapter_config.json``.
         tensors: all tensors, by key without PEFT's prefix.
     """
 
@@ -42,7 +54,9 @@ class PeftSource:
     tensors: dict[str, Tensor]
 
     def modules(self, marker: str, names: Collection[str]) -> dict[str, dict[str, Tensor]]:
-        """The method's own tensors by module: keys ``<module>.<marker><name>``, an adapter's name may stand between.
+        """The method's own tensors, by module and name.
+
+        Their keys are ``<module>.<marker><name>``; the name of an adapter may stand before or after the last part.
 
         Raises:
             ValueError: a tensor of the method has another name, or two adapters are in one file.
@@ -61,7 +75,7 @@ class PeftSource:
         return found
 
     def others(self, marker: str) -> dict[str, Tensor]:
-        """Everything else: modules saved in full. Raises ValueError on what would not be loaded again."""
+        """All other tensors: modules saved in full. Raises ValueError if the converted adapter would not load one."""
         others = {key: tensor for key, tensor in self.tensors.items() if f".{marker}" not in key}
         saved = self._modules_to_save()
         for key in others:
@@ -87,8 +101,8 @@ class PeftSource:
             raise ValueError(f"{self.folder / 'adapter_config.json'}: modules_to_save must list names, got {names!r}")
         return names
 
-    def delta(self, module: str, positions: Tensor, values: Tensor, base: BaseTensors | None) -> StoredDelta:
-        """The delta of one module, from flat row-major positions and their values."""
+    def delta(self, module: str, positions: Tensor, values: Tensor, base: Checkpoint | None) -> StoredDelta:
+        """The delta of one module, from flat row-major positions ``[k]`` and their values ``[k]``."""
         numel = None
         if base is not None:
             shape = base.shape(f"{module}.weight", str(self.path))
@@ -97,7 +111,7 @@ class PeftSource:
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """``adapter_config.json`` as it stands. Raises FileNotFoundError or ValueError, naming the file."""
+    """The content of ``adapter_config.json``. Raises FileNotFoundError or ValueError, naming the file."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
@@ -109,10 +123,10 @@ def read_peft_source(folder: str | os.PathLike[str], peft_type: str) -> PeftSour
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors`` (or ``.bin``, never unpickling code).
-        peft_type: the method it must be of.
+        peft_type: the method that the adapter must be of.
 
     Raises:
-        FileNotFoundError, ValueError: the file at fault is named.
+        FileNotFoundError, ValueError: the message names the file at fault.
     """
     folder = Path(folder)
     config = read_peft_config(folder)
@@ -133,26 +147,70 @@ def need(entries: dict[str, Tensor], names: Collection[str], module: str, path: 
         raise ValueError(f"{path}: tensor {missing[0]!r} of module {module!r} is missing")
 
 
-# From PEFT's Super-Tuning adapters into SpIEL adapters.
-#
-# They hold ``<module>.supertuning_values`` and ``.supertuning_indices``, flat row-major positions in order of
-# magnitude. Without indices (``save_precomputed_indices=False``) the positions are those of the base weight's largest
-# or smallest entries, in that order.
+def convert_sft_fork(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: Base | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Turn an adapter of the published SpIEL code (a fork of PEFT, peft_type "SFT") into a SpIEL adapter folder.
+
+    Its files hold ``<module>.sft_delta.indices``, flat row-major positions (int32 or int64), and ``.values``, their
+    deltas. The positions are no longer sorted after they have moved once.
+
+    Args:
+        source: the adapter folder.
+        out: folder to write.
+        base: the base model (see `open_base`), to check names and positions against; optional.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written.
+    """
+    adapter = read_peft_source(source, "SFT")
+    tensors = None if base is None else open_base(base)
+    deltas: dict[str, StoredDelta] = {}
+    modules = adapter.modules(_SFT_MARKER, ("values", "indices"))
+    for module, entries in tracked(modules, progress):
+        need(entries, ("values", "indices"), module, adapter.path)
+        deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
+    result = Conversion("SFT", 0, [])
+    fields = {**adapter.fields(), **_cycle(adapter, result)}
+    return finish(result, deltas, adapter.others(_SFT_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-PEFT_TYPE = "SUPERTUNING"
-_MARKER = "supertuning_"
+def _cycle(adapter: PeftSource, result: Conversion) -> dict[str, Any]:
+    """The config fields of the cycle; they count if the adapter is trained further."""
+    config = adapter.config
+    fields = {ours: config[theirs] for theirs, ours in _FIELDS.items() if config.get(theirs) is not None}
+    algorithm = config.get("selection_algorithm")
+    if algorithm in _GROWTH:
+        fields["growth"] = _GROWTH[algorithm]
+    elif algorithm is not None:
+        result.notes.append(f"selection_algorithm={algorithm!r} has no counterpart: the default growth is set")
+    if config.get("dtype") in ("float32", "float16", "bfloat16"):
+        fields["delta_dtype"] = config["dtype"]
+    for name in _ONLY_THERE:
+        if config.get(name):
+            result.notes.append(f"{name}={config[name]} acts in training only and has no counterpart: left out")
+    return fields
 
 
 def convert_supertuning(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors | None = None,
+    base: Base | None = None,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Turn a Super-Tuning adapter into a SpIEL adapter folder.
+
+    Its files hold ``<module>.supertuning_values`` and ``.supertuning_indices``, flat row-major positions in order of
+    magnitude. Without indices (``save_precomputed_indices=False``) the positions are those of the base weight's
+    largest or smallest entries, in that order.
 
     Args:
         source: the adapter folder.
@@ -165,7 +223,7 @@ def convert_supertuning(
         FileNotFoundError, ValueError: the file or tensor at fault is named, and nothing is written. A Supra adapter,
             which adds a low-rank matrix, is refused.
     """
-    adapter = read_peft_source(source, PEFT_TYPE)
+    adapter = read_peft_source(source, "SUPERTUNING")
     if adapter.config.get("r") is not None:
         raise ValueError(
             f"{adapter.folder / 'adapter_config.json'}: r={adapter.config['r']} makes it a Supra adapter, which adds a "
@@ -173,27 +231,27 @@ def convert_supertuning(
         )
     tensors = None if base is None else open_base(base)
     deltas: dict[str, StoredDelta] = {}
-    result = Conversion(PEFT_TYPE, 0, [])
-    modules = adapter.modules(_MARKER, ("values", "indices"))
+    result = Conversion("SUPERTUNING", 0, [])
+    modules = adapter.modules(_SUPERTUNING_MARKER, ("values", "indices"))
     for module, entries in tracked(modules, progress):
         need(entries, ("values",), module, adapter.path)
         if "indices" not in entries:
-            entries["indices"] = _positions(adapter, module, entries["values"], tensors)
+            entries["indices"] = _positions_of_magnitude(adapter, module, entries["values"], tensors)
         deltas[module] = adapter.delta(module, entries["indices"], entries["values"], tensors)
-    if any(f"{name}.{_MARKER}indices" not in adapter.tensors for name in modules):
+    if any(f"{name}.{_SUPERTUNING_MARKER}indices" not in adapter.tensors for name in modules):
         result.notes.append(
             "The adapter was saved without indices: they were found again by the magnitude of the base's weights, "
             "which is right if the base, and the dtype it was loaded in, are those of the training"
         )
     result.notes.append('growth="none": the positions stay fixed if it is trained on, as in Super-Tuning')
     fields = {**adapter.fields(), "growth": "none"}
-    return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
+    return finish(result, deltas, adapter.others(_SUPERTUNING_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-def _positions(adapter: PeftSource, module: str, values: Tensor, base: BaseTensors | None) -> Tensor:
+def _positions_of_magnitude(adapter: PeftSource, module: str, values: Tensor, base: Checkpoint | None) -> Tensor:
     if base is None or not base.has_values:
         raise ValueError(
-            f"{adapter.path}: tensor '{module}.{_MARKER}indices' is missing, as the adapter was saved with "
+            f"{adapter.path}: tensor '{module}.{_SUPERTUNING_MARKER}indices' is missing, as the adapter was saved with "
             "save_precomputed_indices=False; pass base= with the values of the model it was trained on"
         )
     scores = base.value(f"{module}.weight", str(adapter.path)).abs().flatten()

@@ -1,9 +1,9 @@
-"""What a conversion hands back, and the steps that all conversions into SpIEL adapters share."""
+"""The report of a conversion, and the steps that all conversions into SpIEL adapters share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,24 +14,24 @@ from torch import Tensor
 from spiel_kernels import index_dtype
 
 from ..adapter_format import check_indices_and_values
-from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, write_adapter
+from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
+from ..files.tensors import Progress
 
-Progress = Callable[[int, int, str], None]
 KEEP, DROP = "keep", "drop"
 Item = TypeVar("Item")
 
 
 @dataclass
 class Conversion:
-    """What was converted.
+    """Report of a conversion.
 
     Attributes:
-        kind: the format on the other side.
-        num_deltas: values of all modules.
+        kind: the format that was converted from or to.
+        num_deltas: number of deltas in all modules.
         modules: names of the modules with deltas.
         others: names of the tensors kept in full (modules to save, biases).
-        dropped: names of the tensors left out, only ever on request.
-        notes: what a user should know, a sentence each.
+        dropped: names of the tensors left out; none unless the caller asked for it.
+        notes: sentences for the user.
     """
 
     kind: str
@@ -42,8 +42,15 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
+def open_adapter(adapter: str | os.PathLike[str] | AdapterFile) -> tuple[AdapterFile, str]:
+    """A SpIEL adapter, which is read if its folder is given, and its name in messages."""
+    if isinstance(adapter, AdapterFile):
+        return adapter, "The adapter"
+    return read_adapter(adapter), str(Path(adapter))
+
+
 def tracked(items: Mapping[str, Item], progress: Progress | None) -> Iterator[tuple[str, Item]]:
-    """The items of a dict; `progress` hears of each when the caller is done with it."""
+    """Iterate over the items of a dict; `progress` is called when the caller is done with an item."""
     for done, (name, item) in enumerate(items.items(), 1):
         yield name, item
         if progress is not None:
@@ -57,7 +64,7 @@ def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def make_delta(positions: Tensor, values: Tensor, numel: int | None, where: str, what: str) -> StoredDelta:
-    """Sort, and where positions repeat add up, the entries of one sparse difference.
+    """Make a delta of entries in any order: sort them, and add up those at the same position.
 
     Args:
         positions: ``[k]`` integer flat row-major positions, in any order.
@@ -66,7 +73,7 @@ def make_delta(positions: Tensor, values: Tensor, numel: int | None, where: str,
         where, what: the file and the tensor, for messages.
 
     Raises:
-        ValueError: what is wrong with the entries.
+        ValueError: positions or values have a wrong shape, dtype or range; the message names file and tensor.
     """
     if positions.dim() != 1 or positions.shape != values.shape:
         raise ValueError(
@@ -98,7 +105,17 @@ def finish(
     where: str,
     overwrite: bool,
 ) -> Conversion:
-    """Write the adapter of a conversion and complete its report. Modules without entries are left out."""
+    """Write the adapter of a conversion and complete its report.
+
+    Args:
+        result: the report; completed in place and returned.
+        deltas: by module name; modules without entries are left out.
+        others: tensors saved in full, by key.
+        fields: of the `SpIELConfig`.
+        out: folder to write.
+        where: the source file, for messages.
+        overwrite: replace what is at `out`.
+    """
     filled = {name: delta for name, delta in deltas.items() if delta.k}
     if not filled:
         raise ValueError(f"{where} holds no sparse difference of a weight, so there is nothing to convert")

@@ -1,7 +1,8 @@
-"""PEFT's SHiRA adapters: into SpIEL adapters, and out of them for users who have plain PEFT only.
+"""Converts SHiRA adapters of PEFT into SpIEL adapters, and SpIEL adapters into SHiRA adapters for plain PEFT.
 
-They hold ``<module>.shira_weight`` ``[k]`` and ``<module>.shira_indices`` ``[2, k]``: rows and columns in the weight of
-a linear layer. A module's k is ``r * (in + out)`` with one r for the whole adapter, as SpIEL's default budget has it.
+SHiRA adapters hold ``<module>.shira_weight`` ``[k]`` and ``<module>.shira_indices`` ``[2, k]``: rows and columns in the
+weight of a linear layer. A module's k is ``r * (in + out)`` with one r for the whole adapter, as with SpIEL's default
+budget.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from peft import ShiraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
 from ..weights.base_weight import LINEAR
 from .from_peft import PeftSource, need, read_peft_source
-from .result import Conversion, Progress, finish, tracked
+from .result import Conversion, Progress, finish, open_adapter, tracked
 
 PEFT_TYPE = "SHIRA"
 _MARKER = "shira_"
@@ -31,7 +31,7 @@ _FILE = "adapter_model.safetensors"
 def convert_shira(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -41,7 +41,7 @@ def convert_shira(
     Args:
         source: the adapter folder.
         out: folder to write.
-        base: the base model (see `open_base`); shapes are enough. Rows and columns mean nothing without them.
+        base: the base model (see `open_base`); shapes are enough, and needed to turn rows and columns into positions.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -61,13 +61,13 @@ def convert_shira(
     return finish(result, deltas, adapter.others(_MARKER), fields, out, str(adapter.path), overwrite)
 
 
-def _flat(adapter: PeftSource, module: str, indices: Tensor, base: BaseTensors) -> Tensor:
+def _flat(adapter: PeftSource, module: str, indices: Tensor, base: Checkpoint) -> Tensor:
     """``[2, k]`` rows and columns -> ``[k]`` flat positions."""
     what = f"{adapter.path}: tensor '{module}.{_MARKER}indices'"
     shape = base.shape(f"{module}.weight", str(adapter.path))
     if indices.dim() != 2 or indices.shape[0] != 2 or len(shape) != 2:
         raise ValueError(f"{what} has shape {tuple(indices.shape)} for a weight of shape {shape}; wanted is (2, k)")
-    # Saved as floats on Windows.
+    # PEFT on Windows saves the indices as floats.
     whole = indices.long()
     if indices.is_floating_point() and not torch.equal(whole.to(indices.dtype), indices):
         raise ValueError(f"{what} has positions that are no integers")
@@ -81,7 +81,7 @@ def _flat(adapter: PeftSource, module: str, indices: Tensor, base: BaseTensors) 
 def export_shira(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     r: int | None = None,
     overwrite: bool = False,
@@ -89,22 +89,21 @@ def export_shira(
 ) -> Conversion:
     """Write a SpIEL adapter as a stock SHiRA adapter, which plain PEFT loads without this package.
 
-    SHiRA demands ``r * (in + out)`` entries of every module. An adapter of SpIEL's budget `r` has just that. Modules
+    SHiRA needs ``r * (in + out)`` entries in every module, as many as an adapter with SpIEL's budget `r` has. Modules
     with fewer are filled up with entries of value zero, which change nothing.
 
     Args:
         adapter: a SpIEL adapter, or its folder.
         out: folder to write.
         base: the base model (see `open_base`); shapes are enough.
-        r: of the SHiRA adapter. None: the smallest that holds every module.
+        r: of the SHiRA adapter. None: the smallest r with room for the deltas of every module.
         overwrite: replace what is at `out`.
 
     Raises:
         ValueError: SHiRA cannot express the adapter: layers other than linear ones, trained biases or tokens, more
             entries than `r` allows, or a small weight that does not have as many as `r` demands.
     """
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     tensors = open_base(base)
     shapes = {module: _linear_shape(module, tensors, where) for module in source.deltas}
     if not shapes:
@@ -140,7 +139,7 @@ def pad_with_zeros(delta: StoredDelta, k: int, numel: int) -> StoredDelta:
 
     Args:
         delta: has at most `k` entries.
-        k: how many there shall be, at most `numel`.
+        k: number of entries of the result, at most `numel`.
         numel: size of the weight.
     """
     missing = k - delta.k
@@ -156,7 +155,7 @@ def pad_with_zeros(delta: StoredDelta, k: int, numel: int) -> StoredDelta:
     return StoredDelta(positions.to(delta.indices.dtype), values)
 
 
-def _linear_shape(module: str, base: BaseTensors, where: str) -> tuple[int, int]:
+def _linear_shape(module: str, base: Checkpoint, where: str) -> tuple[int, int]:
     if base.find(module) is not None:
         raise ValueError(
             f"{where}: {module!r} is a bare parameter, and SHiRA adapts linear layers only; leave it out of "
@@ -176,7 +175,7 @@ def _linear_shape(module: str, base: BaseTensors, where: str) -> tuple[int, int]
 def _check_others(source: AdapterFile, where: str) -> None:
     saved = source.config.modules_to_save or []
     for key in source.others:
-        # What PEFT itself saves along with an adapted embedding, under the same key for every method.
+        # PEFT itself saves an adapted embedding, under the same key for every method.
         copied = key.endswith(("lm_head.base_layer.weight", "embed_tokens.base_layer.weight", "embed_tokens.weight"))
         if not copied and not any(f".{name}." in f".{key}" for name in saved):
             raise ValueError(
@@ -185,6 +184,7 @@ def _check_others(source: AdapterFile, where: str) -> None:
 
 
 def _rank(deltas: Mapping[str, StoredDelta], shapes: Mapping[str, tuple[int, int]], r: int | None, where: str) -> int:
+    """The r of the SHiRA adapter: the one asked for, or the smallest with room for the deltas of every module."""
     needed = {module: math.ceil(delta.k / sum(shapes[module])) for module, delta in deltas.items()}
     largest = max(needed, key=lambda module: needed[module])
     rank = max(1, needed[largest]) if r is None else r

@@ -1,4 +1,9 @@
-"""A SpIEL adapter as a sparse checkpoint patch for vLLM, and as full tensors of differences."""
+"""Exports what a SpIEL adapter changes in a checkpoint: as sparse patches for vLLM, or as dense differences.
+
+A sparse patch has the form in which vLLM's sparse weight transfer takes updates: the name and the full shape of a
+tensor in the checkpoint, flat int32 positions, and the *new values* there, in the checkpoint's dtype. Positions and
+values are contiguous, because senders pass their memory on as it is.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +18,140 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..files.adapter_file import AdapterFile, read_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.adapter_file import AdapterFile, StoredDelta, parameter_of_key
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..files.folder import whole_folder
-from .changes import Change, changes
-from .result import Conversion, Progress
-
-# A SpIEL adapter as a sparse checkpoint patch, in the form in which vLLM's sparse weight transfer takes updates.
-#
-# A patch of one tensor is its name and full shape in the checkpoint, flat int32 positions, and the *absolute* values
-# for them, in the checkpoint's dtype. Both tensors are contiguous: senders hand their memory on as it lies.
-
+from .result import Conversion, Progress, open_adapter, tracked
 
 SPARSE_PATCH = "sparse-patch"
 FILE_NAME = "sparse_patch.safetensors"
 _SHAPES = "full_shapes"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DENSE_DIFF = "dense-diff"
+NAME = "diff"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed tensor.
+
+    Attributes:
+        name: of the tensor in the base's files.
+        original: the base's tensor, in its dtype.
+        positions: ``[c]`` int64 sorted flat positions that the adapter sets.
+        values: ``[c]`` their new values in the base's dtype: the sum in float32, rounded once.
+        differences: ``[c]`` the exact differences, before rounding, float32 (float64 for a float64 base).
+    """
+
+    name: str
+    original: Tensor
+    positions: Tensor
+    values: Tensor
+    differences: Tensor
+
+
+def changes(adapter: AdapterFile, base: Checkpoint, where: str, progress: Progress | None = None) -> Iterator[Change]:
+    """Compute every tensor of a checkpoint that an adapter changes, one at a time.
+
+    Args:
+        adapter: the adapter.
+        base: its base model, with values.
+        where: names the adapter in messages.
+        progress: called after each tensor.
+
+    Raises:
+        ValueError: the base lacks a tensor that the adapter changes, or has it in another shape; or it ties the tensor
+            to one that the adapter does not change.
+    """
+    weights = base.weights_of(adapter.deltas, where)
+    # Tied modules share one delta, which a file may hold under the names of both.
+    deltas = {_holder(base, weights[module], where): delta for module, delta in adapter.deltas.items()}
+    full, rows = _by_base_name(adapter, base, where)
+    if not adapter.config.ensure_weight_tying:
+        _refuse_tied({*deltas, *full}, base, where)
+    for name, _ in tracked(dict.fromkeys(sorted({*deltas, *full, *rows})), progress):
+        original = base.value(name, where)
+        yield _change(base.stored[name], original, deltas.get(name), full.get(name), rows.get(name), where)
+
+
+def _by_base_name(
+    adapter: AdapterFile, base: Checkpoint, where: str
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    """Tensors saved in full, and rows of embeddings with their numbers; by the base's parameter that holds them."""
+    full: dict[str, Tensor] = {}
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    for key, tensor in adapter.others.items():
+        found = adapter.token_rows(key, where)
+        if found is not None:
+            name, numbers = found
+            rows[_holder(base, name, where)] = (numbers, tensor)
+            continue
+        name = parameter_of_key(key)
+        stored = base.get(base.parameter(name, where))
+        if name == key or stored is None or not stored.repeats(tensor):  # PEFT saves whole embeddings beside deltas
+            full[_holder(base, name, where)] = tensor
+    return full, rows
+
+
+def _holder(base: Checkpoint, name: str, where: str) -> str:
+    """The parameter that holds the tensor of a parameter: itself, or the one that it is tied to."""
+    parameter = base.parameter(name, where)
+    return base.owner(parameter) or parameter
+
+
+def _refuse_tied(names: set[str], base: Checkpoint, where: str) -> None:
+    """Refuse changes of a tensor that the base uses for several parameters."""
+    for name in sorted(names):
+        tied = [other for other in base.tie_group(name) if other != name]
+        if tied:
+            raise ValueError(
+                f"{where}: tensor {name!r} shares its place in the checkpoint with {tied[0]!r}, which the adapter "
+                "leaves alone; a change would reach both. Train with ensure_weight_tying=True, or merge it in memory"
+            )
+
+
+def _change(
+    name: str,
+    original: Tensor,
+    delta: StoredDelta | None,
+    full: Tensor | None,
+    rows: tuple[Tensor, Tensor] | None,
+    where: str,
+) -> Change:
+    exact = torch.float64 if original.dtype == torch.float64 else torch.float32
+    if full is None and rows is None:
+        positions = delta.indices.long()
+        _check_range(name, positions, original, where)
+        before, differences = original.flatten()[positions].to(exact), delta.values.to(exact)
+        return Change(name, original, positions, (before + differences).to(original.dtype), differences)
+    wanted = original.to(exact, copy=True)
+    if full is not None:
+        if full.shape != original.shape:
+            raise ValueError(
+                f"{where}: tensor {name!r} has shape {tuple(full.shape)}, the base's {tuple(wanted.shape)}"
+            )
+        wanted.copy_(full)
+    if rows is not None:
+        numbers, values = rows
+        if tuple(values.shape) != (numbers.numel(), *original.shape[1:]) or int(numbers.max()) >= len(original):
+            raise ValueError(f"{where}: the trained rows of {name!r} do not fit its shape {tuple(original.shape)}")
+        wanted[numbers] = values.to(exact)
+    flat = wanted.flatten()
+    if delta is not None:
+        positions = delta.indices.long()
+        _check_range(name, positions, original, where)
+        flat[positions] += delta.values.to(exact)
+    differences = flat - original.flatten().to(exact)
+    positions = differences.nonzero().flatten()
+    return Change(name, original, positions, flat[positions].to(original.dtype), differences[positions])
+
+
+def _check_range(name: str, positions: Tensor, original: Tensor, where: str) -> None:
+    if positions.numel() and int(positions[-1]) >= original.numel():
+        raise ValueError(
+            f"{where}: tensor {name!r} has positions up to {int(positions[-1])}, but a weight of shape "
+            f"{tuple(original.shape)} in the base; is it another model's?"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +173,7 @@ class SparsePatch:
 
 def sparse_patches(
     adapter: str | os.PathLike[str] | AdapterFile,
-    base: Base | BaseTensors,
+    base: Base,
     *,
     progress: Progress | None = None,
 ) -> Iterator[SparsePatch]:
@@ -63,8 +186,7 @@ def sparse_patches(
     Raises:
         ValueError: the base does not fit, a tensor is too large for int32 positions, or a result is not finite.
     """
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     for change in changes(source, open_base(base), where, progress):
         yield _patch(change, where)
 
@@ -77,7 +199,7 @@ def _patch(change: Change, where: str) -> SparsePatch:
         )
     if change.original.dtype not in _DTYPES:
         raise ValueError(f"{where}: tensor {change.name!r} has dtype {change.original.dtype} in the base")
-    # A server marks what stays as it is with NaN.
+    # vLLM marks entries that stay as they are with NaN.
     if not bool(torch.isfinite(change.values).all()):
         raise ValueError(f"{where}: tensor {change.name!r} gets values that are not finite in {change.original.dtype}")
     indices = change.positions.to(torch.int32).contiguous()
@@ -87,12 +209,12 @@ def _patch(change: Change, where: str) -> SparsePatch:
 def export_sparse_patch(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write an adapter's patches to a folder, from which `read_sparse_patches` takes them.
+    """Write an adapter's patches to a folder; `read_sparse_patches` reads them.
 
     ``sparse_patch.safetensors`` holds ``<name>.indices`` and ``<name>.values`` of every changed tensor, and the full
     shapes as JSON in its metadata.
@@ -136,32 +258,25 @@ def read_sparse_patches(source: str | os.PathLike[str]) -> Iterator[SparsePatch]
         raise ValueError(f"{path} cannot be read as a sparse patch: {error}") from error
 
 
-# A SpIEL adapter as dense differences: full-shape tensors to be added to a checkpoint's.
-
-
-DENSE_DIFF = "dense-diff"
-NAME = "diff"
-
-
 def export_dense_diff(
     adapter: str | os.PathLike[str] | AdapterFile,
     out: str | os.PathLike[str],
-    base: Base | BaseTensors,
+    base: Base,
     *,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write what an adapter adds to each tensor of its base, in full shape, under the base's names.
+    """Write the difference that an adapter makes to each tensor it changes, in full shape, under the base's names.
 
-    The differences are float32 (float64 for a float64 base), exact for deltas; what the adapter leaves alone is zero.
-    Large results are split into shards with an index, as checkpoints are; memory is one shard.
+    The differences are float32 (float64 for a float64 base), exact for deltas, and zero at entries without a change.
+    Large results are split into shards with an index, as checkpoints are; no more than a shard is held in memory.
 
     Args:
         adapter: a SpIEL adapter, or its folder.
         out: folder to write ``diff.safetensors`` (or shards) to.
         base: the base model with its values (see `open_base`).
-        max_shard_bytes: upper bound of a file, unless a single tensor is larger.
+        max_shard_bytes: largest size of a file in bytes; a single tensor may be larger.
         overwrite: replace what is at `out`.
 
     Raises:
@@ -169,8 +284,7 @@ def export_dense_diff(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
-    source = adapter if isinstance(adapter, AdapterFile) else read_adapter(adapter)
-    where = "The adapter" if isinstance(adapter, AdapterFile) else str(Path(adapter))
+    source, where = open_adapter(adapter)
     result = Conversion(DENSE_DIFF, 0, [])
     with whole_folder(out, overwrite) as work:
         writer = _Shards(work, max_shard_bytes)
@@ -191,7 +305,7 @@ def _dense(change: Change) -> Tensor:
 
 
 class _Shards:
-    """Writes tensors to numbered files as soon as one is full, and names them when their number is known."""
+    """Writes tensors to shards. The files get their names at the end, when the number of shards is known."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes

@@ -1,4 +1,4 @@
-"""An adapter folder as plain tensors: what conversion, composition, merging and inspection work on."""
+"""Reads and writes adapter folders as plain tensors, without a model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from torch import Tensor
 from ..adapter_format import MARKER, check_indices_and_values, split_file_key
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
-from ..config import SpIELConfig
+from ..config import SpIELConfig, names_module
 from ..state import STATE_KEYS
 from .folder import whole_folder
 
 PREFIX = "base_model.model."
+# Ends the key of the rows of an embedding that PEFT trains token by token.
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _SELECTION = (
     "r",
     "density",
@@ -59,18 +61,41 @@ class StoredDelta:
 
 @dataclass
 class AdapterFile:
-    """A SpIEL adapter as it lies on disk, without training state.
+    """The content of a SpIEL adapter folder, without training state.
 
     Attributes:
         config: its config.
         deltas: by the name of the adapted module in the base model, such as ``model.layers.0.self_attn.q_proj``; the
             weight is that name with ``.weight``.
-        others: what else it holds (modules saved in full, biases, trained tokens), by key without PEFT's prefix.
+        others: all other tensors (modules saved in full, biases, trained tokens), by key without PEFT's prefix.
     """
 
     config: SpIELConfig
     deltas: dict[str, StoredDelta]
     others: dict[str, Tensor] = field(default_factory=dict)
+
+    def token_rows(self, key: str, where: str) -> tuple[str, Tensor] | None:
+        """The parameter and the rows ``[n]`` int64 that a tensor of `others` holds; None if it holds no single rows.
+
+        Raises:
+            ValueError: ``trainable_token_indices`` does not name the rows; `where` names the file in the message.
+        """
+        if not key.endswith(_TOKENS):
+            return None
+        module = key.removesuffix(_TOKENS)
+        chosen = self.config.trainable_token_indices
+        if isinstance(chosen, Mapping):
+            chosen = next((rows for name, rows in chosen.items() if names_module(name, module)), None)
+        if not chosen:
+            raise ValueError(
+                f"{where}: tensor {key!r}: trainable_token_indices of the config does not say which rows it holds"
+            )
+        return f"{module}.weight", torch.tensor(list(chosen), dtype=torch.int64)
+
+
+def parameter_of_key(key: str) -> str:
+    """The parameter that a tensor saved in full belongs to; PEFT's key has the names of wrappers in it."""
+    return key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
@@ -81,13 +106,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
 
     Raises:
         FileNotFoundError: the folder or one of the two files is missing; the message names it.
-        ValueError: it is no SpIEL adapter, or a tensor is damaged; names the file and the tensor.
+        ValueError: the adapter is of another method, or a tensor is damaged; the message names file and tensor.
     """
     return read_whole_adapter(Path(folder))[0]
 
 
 def read_whole_adapter(folder: Path) -> tuple[AdapterFile, Path, dict[str, Tensor]]:
-    """`read_adapter`, the path of the file with the tensors, and all that is in it, training state too."""
+    """Read as `read_adapter` does; also return the path of the tensors' file and all tensors in it, by key."""
     config = read_config(folder)
     if not isinstance(config, SpIELConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
@@ -98,15 +123,15 @@ def read_whole_adapter(folder: Path) -> tuple[AdapterFile, Path, dict[str, Tenso
 
 
 def config_of_deltas(deltas: Mapping[str, StoredDelta], like: SpIELConfig | None = None, **fields: Any) -> SpIELConfig:
-    """A config whose budget is just what these deltas hold, by module; loading needs that of a converted adapter.
+    """Make a config whose budget is the number of these deltas by module, as loading a converted adapter needs it.
 
     Args:
-        deltas: by module name. Modules without entries cannot be named in a config: leave them out.
+        deltas: by module name. A config cannot name modules without entries: leave them out.
         like: take the other fields from this config.
         fields: override single fields.
     """
     kept = {} if like is None else {f.name: copy(getattr(like, f.name)) for f in dataclass_fields(like) if f.init}
-    # What selects and counts the deltas, and what the constructor sets by itself.
+    # The fields that select and count deltas, and the one that the constructor sets by itself.
     for name in (*_SELECTION, "peft_type"):
         kept.pop(name, None)
     return SpIELConfig(**{**kept, "num_deltas": {name: delta.k for name, delta in deltas.items()}, **fields})
@@ -124,7 +149,7 @@ def read_config(folder: Path) -> PeftConfig:
 
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The path of an adapter's weights and all its tensors, on the CPU, under the keys they are stored by."""
+    """The path of an adapter's tensors' file and all tensors in it, on the CPU, by their keys in the file."""
     path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         if path.is_file():
@@ -174,9 +199,9 @@ def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrit
     """Write an adapter folder that `PeftModel.from_pretrained` loads, with a model card, whole or not at all.
 
     Args:
-        adapter: its deltas are checked first. Its config is saved as it is and must state the budget that the deltas
-            hold: see `config_of_deltas`.
-        folder: where to; made if need be.
+        adapter: its deltas are checked first. Its config is saved as it is and must state the number of its deltas:
+            see `config_of_deltas`.
+        folder: where to write; made if it does not exist.
         overwrite: replace what is there.
 
     Raises:
@@ -191,13 +216,13 @@ def write_adapter(adapter: AdapterFile, folder: str | os.PathLike[str], overwrit
         adapter.config.save_pretrained(str(work))
         save_file(_apart(tensors), work / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if (Path(folder) / CARD).is_file():
-            shutil.copyfile(Path(folder) / CARD, work / CARD)  # what a user wrote in it is kept
+            shutil.copyfile(Path(folder) / CARD, work / CARD)  # to keep the text that a user wrote in it
         counts = {module: delta.k for module, delta in adapter.deltas.items()}
         update_card(work, [facts_of_counts(adapter.config, counts)])
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share memory, as those of tied weights do: the file format holds each by itself."""
+    """Clone tensors that share memory, as those of tied weights do: the file format stores each by itself."""
     seen: set[int] = set()
     out = {}
     for key, tensor in tensors.items():

@@ -1,197 +1,25 @@
-"""Checkpoints on disk: their tensors, the names of these in the model, and which of them are tied."""
+"""Checkpoints: where a model's tensors are, how they are read, and which tensor an adapter means by a name.
+
+Merging, extraction, conversion and inspection all read checkpoints and resolve names here, so that they cannot
+disagree about which weight a module means.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
+from ..weights.base_weight import BaseInfo
+from .folder import read_json
+from .model_names import ModelNames, names_of_folder, parameters_of_keys
 from .tensors import MemoryTensor, StoredTensor, read_pickled, read_safetensors
-
-# What the tensors of a checkpoint are called in the model that it is loaded into, and which of them are tied.
-
-
-_HEADS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-
-
-@dataclass
-class ModelNames:
-    """The parameters of a model, without their data.
-
-    Attributes:
-        modules: by full name; on the meta device.
-        parameters: shapes by full parameter name.
-        tied: for every parameter that has no storage of its own: the name of the parameter whose storage it uses.
-        prefix: what a model with a head puts before the names of the model without.
-    """
-
-    model: nn.Module
-    modules: dict[str, nn.Module]
-    parameters: dict[str, tuple[int, ...]]
-    tied: dict[str, str] = field(default_factory=dict)
-    prefix: str = ""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelNames:
-        """The names of a model in memory or on the meta device; weights that are one object are tied."""
-        shared: dict[int, list[str]] = {}
-        parameters: dict[str, tuple[int, ...]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameters[name] = tuple(parameter.shape)
-            shared.setdefault(id(parameter), []).append(name)
-        # On the meta device a model is not tied yet, but says what will be, and which of the tied names leads.
-        expanded = getattr(model, "all_tied_weights_keys", None) or {}
-        tied = {name: owner for name, owner in expanded.items() if name in parameters and owner in parameters}
-        for group in shared.values():
-            owner = next((tied[name] for name in group if name in tied), group[0])
-            tied.update(dict.fromkeys((name for name in group if name != owner), owner))
-        modules = dict(model.named_modules(remove_duplicate=False))
-        return cls(model, modules, parameters, tied, getattr(model, "base_model_prefix", "") or "")
-
-    def find(self, name: str) -> str | None:
-        """The parameter that an adapter calls `name`: it may have been trained with or without a head."""
-        for candidate in (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")):
-            if candidate in self.parameters:
-                return candidate
-        return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError, naming the file, if it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} cannot be read: it is not a JSON object")
-    return value
-
-
-def names_of_folder(folder: Path) -> ModelNames | None:
-    """The names in the transformers model of a folder with a ``config.json``; None where they cannot be known.
-
-    The model is built on the meta device, by transformers' own classes only: code in the folder is not run.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    settings = read_json(path)
-    if "model_type" not in settings:
-        return None
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError, ImportError, OSError):
-        return None  # a model that this version of transformers does not know
-    architecture = (settings.get("architectures") or [""])[0]
-    kind = getattr(transformers, str(architecture), None)
-    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    try:
-        with torch.device("meta"):
-            model = kind(config) if known else transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, ImportError):
-        return None
-    except Exception as error:  # whatever a model's constructor makes of a damaged config
-        raise ValueError(f"{path}: {architecture or 'the model'} cannot be built from it: {error}") from error
-    return ModelNames.of(model)
-
-
-def names_with_head(
-    folder: Path, task_type: str | None, tensors: Mapping[str, torch.Size]
-) -> tuple[ModelNames, dict[str, Any]] | None:
-    """The names in a model with the head of a task, which the folder's own model lacks.
-
-    Args:
-        folder: holds a ``config.json`` of transformers.
-        task_type: PEFT's, such as "SEQ_CLS".
-        tensors: shapes of what an adapter saved in full, by parameter name; they tell the number of labels.
-
-    Returns:
-        The names and what ``config.json`` must say of such a model; None if no such model has these tensors.
-    """
-    import transformers
-
-    auto = getattr(transformers, _HEADS.get(str(getattr(task_type, "value", task_type)), ""), None)
-    if auto is None or not (folder / "config.json").is_file():
-        return None
-    for labels in sorted({shape[0] for shape in tensors.values() if shape}):
-        try:
-            config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, num_labels=labels)
-            with torch.device("meta"):
-                names = ModelNames.of(auto.from_config(config))
-        except (ValueError, KeyError, ImportError, OSError):
-            return None
-        if all(names.parameters.get(names.find(name) or "") == tuple(shape) for name, shape in tensors.items()):
-            labeled = {"id2label": config.id2label, "label2id": config.label2id}
-            return names, {"architectures": [type(names.model).__name__], **labeled}
-    return None
-
-
-def parameters_of_keys(keys: Iterable[str], names: ModelNames) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Which parameter each tensor of a checkpoint is loaded into.
-
-    Args:
-        keys: names of tensors as stored.
-        names: of the model that loads them.
-
-    Returns:
-        ``(stored, converted)``: the stored name by parameter name; and for parameters that transformers computes from
-        several tensors, or from one of another layout (fused experts), the names of those.
-    """
-    renamed = _rename_by_transformers(list(keys), names)
-    stored: dict[str, str] = {}
-    converted: dict[str, list[str]] = {}
-    for key, (parameter, is_converted) in renamed.items():
-        found = names.find(parameter) or parameter
-        if is_converted:
-            converted.setdefault(found, []).append(key)
-        else:
-            stored[found] = key
-    return stored, converted
-
-
-def _rename_by_transformers(keys: list[str], names: ModelNames) -> dict[str, tuple[str, bool]]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        transforms = get_model_conversion_mapping(names.model)
-    except (ImportError, AttributeError, TypeError):
-        return {key: (key, False) for key in keys}  # no transformers model, or a version that renames elsewhere
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if not isinstance(transform, WeightRenaming)]
-    out = {}
-    for key in keys:
-        if key in names.parameters:
-            out[key] = (key, False)
-            continue
-        name, pattern = rename_source_key(key, renamings, converters, names.prefix, _Known(names.parameters))
-        out[key] = (name, pattern is not None)
-    return out
-
-
-class _Known(dict[str, Any]):
-    """What transformers asks for the presence of names."""
-
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        super().__init__(dict.fromkeys(names, True))
-
-
-# Checkpoints: folders of weight files, single files, state dicts or models, all read tensor by tensor.
-
-
-Source = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
@@ -199,30 +27,39 @@ INDEX_SUFFIX = ".index.json"
 
 @dataclass
 class Checkpoint:
-    """The tensors of a model, wherever they are.
+    """The tensors of one model, wherever they are stored.
 
     Attributes:
-        where: names it in messages.
-        tensors: by the name they are stored under.
-        files: which tensors each file of a folder holds, in the order of the files.
-        names: the model that the tensors belong to, None where that is not known.
-        stored: the stored name by parameter name; without `names` every tensor is its own parameter.
-        converted: parameters that transformers computes from stored tensors of other layouts, with their names.
-        tied: parameters that share the tensor of another one, and that one.
-        copies: stored tensors of tied parameters that repeat what their owner's tensor holds, and those parameters.
+        where: names the checkpoint in messages.
+        tensors: by the name that they are stored under; empty if only shapes are known.
+        files: the names of the tensors in each file of a folder, in the order of the files.
+        has_values: whether tensors can be read; False if only shapes are known.
+        names: the model that the tensors belong to; None if it is not known.
+        shapes: of every parameter, by its name in the model; of a quantized weight the dequantized shape.
+        stored: the stored name by parameter name. Without `names` every tensor is a parameter of the same name.
+        converted: for parameters that transformers computes from tensors of other layouts, the names of these.
+        tied: for every parameter that uses the tensor of another one, the name of that one, its owner.
+        copies: stored tensors that repeat the tensor of an owner, with the tied parameter that each belongs to.
     """
 
     where: str
-    tensors: dict[str, StoredTensor]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
+    has_values: bool = True
     names: ModelNames | None = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)
     converted: dict[str, list[str]] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
 
     def use_names(self, names: ModelNames | None, keep_ties: bool = True) -> None:
-        """Say which model the tensors are of; what is tied in the model that was known before stays tied."""
+        """Set the model that the tensors belong to.
+
+        Args:
+            names: the model; None if it is not known.
+            keep_ties: go on with the ties of the model that was set before, if there was one.
+        """
         known = self.names if keep_ties and self.names is not None else names
         tied = known.tied if known is not None else {}
         self.names = names
@@ -233,14 +70,97 @@ class Checkpoint:
         self.tied, self.copies = {}, {}
         for name, owner in tied.items():
             if name in self.stored and owner in self.stored:
-                # As transformers does: stored twice, they are tied only if they are equal.
+                # transformers ties parameters that are both stored only if the two tensors are equal.
                 if not same_contents(self.tensors[self.stored[name]], self.tensors[self.stored[owner]]):
                     continue
                 self.copies[self.stored.pop(name)] = name
             self.tied[name] = owner
+        self.shapes = dict(names.parameters) if names is not None else {}
+        if names is not None:
+            self.shapes.update({f"{module}.weight": info.weight_shape for module, info in names.infos.items()})
+        for parameter, key in self.stored.items():
+            # The files may hold more than the model has, such as the head of another class.
+            self.shapes.setdefault(parameter, self.tensors[key].shape)
+
+    # Names
+
+    def find(self, name: str) -> str | None:
+        """The parameter that an adapter calls `name`; None if there is none. Every lookup of a name goes through here.
+
+        It is the parameter of the same name; else the one that differs by the head's prefix; else the only one that
+        differs by a wrapper, which puts leading parts before all names of a model (``encoder.0.weight`` and
+        ``bert.encoder.0.weight``).
+
+        Raises:
+            ValueError: several parameters differ from `name` by a wrapper.
+        """
+        if name in self.shapes:
+            return name
+        found = self.names.find(name) if self.names is not None else None
+        if found is not None:
+            return found
+        candidates = [parameter for parameter in self.shapes if _differ_by_wrapper(parameter, name)]
+        if len(candidates) > 1:
+            raise ValueError(f"{self.where}: tensor {name!r} could be any of {sorted(candidates)[:3]}")
+        return candidates[0] if candidates else None
+
+    def parameter(self, name: str, wanted_by: str) -> str:
+        """As `find`, but raises a ValueError if there is no such parameter. `wanted_by` names the adapter's file."""
+        found = self.find(name)
+        if found is None:
+            raise ValueError(f"{wanted_by}: the base {self.where} has no tensor {name!r}; is it another model's?")
+        return found
+
+    def weight_of(self, module: str) -> str:
+        """The parameter that the delta of a module belongs to.
+
+        Args:
+            module: name of a module; or of a bare parameter, which is then the result.
+
+        Returns:
+            ``<module>.weight`` as it stands if there is no such parameter.
+        """
+        weight = f"{module}.weight"
+        for exact in (weight, module):
+            if exact in self.shapes:
+                return exact
+        return self.find(module) or self.find(weight) or weight
+
+    def weights_of(self, modules: Iterable[str], wanted_by: str) -> dict[str, str]:
+        """`weight_of` by module, for all of one adapter. Raises ValueError if two of them mean the same parameter."""
+        weights = {module: self.weight_of(module) for module in modules}
+        meant: dict[str, str] = {}
+        for module, parameter in weights.items():
+            other = meant.setdefault(parameter, module)
+            if other != module:
+                raise ValueError(
+                    f"{wanted_by}: the deltas of {other!r} and {module!r} both belong to tensor {parameter!r} of "
+                    f"{self.where}"
+                )
+        return weights
+
+    def shape(self, name: str, wanted_by: str) -> tuple[int, ...]:
+        """Shape of a parameter. Raises ValueError as `parameter` does."""
+        return self.shapes[self.parameter(name, wanted_by)]
+
+    def info(self, module: str) -> BaseInfo | None:
+        """What `inspect_base` says of a module; None if it cannot carry deltas or the model is not known."""
+        weight = self.find(f"{module}.weight")
+        return None if weight is None or self.names is None else self.names.infos.get(weight.removesuffix(".weight"))
+
+    def tensors_of(self, module: str) -> list[str]:
+        """Names of all parameters in a module and inside it, each beginning with `module` as the caller spells it."""
+        owners = {".".join(name.split(".")[:depth]) for name in self.shapes for depth in range(1, name.count(".") + 1)}
+        related = [owner for owner in owners if owner == module or _differ_by_wrapper(owner, module)]
+        own = module if module in related else (related[0] if len(related) == 1 else None)
+        if own is None:
+            return []
+        return [f"{module}{name.removeprefix(own)}" for name in self.shapes if name.startswith(f"{own}.")]
+
+    # Ties
 
     def owner(self, parameter: str) -> str | None:
-        """The parameter whose stored tensor `parameter` uses: itself, one that it is tied to, or none."""
+        """The parameter whose stored tensor `parameter` uses: itself or one it is tied to; None if none is stored."""
         return next((name for name in self.tie_group(parameter) if name in self.stored), None)
 
     def tie_group(self, parameter: str) -> list[str]:
@@ -248,28 +168,67 @@ class Checkpoint:
         root = self.tied.get(parameter, parameter)
         return [root, *(name for name, owner in self.tied.items() if owner == root)]
 
+    # Values
+
     def get(self, parameter: str) -> StoredTensor | None:
-        """The tensor that a parameter of the model is loaded from."""
+        """The stored tensor that a parameter of the model is loaded from; None if there is none."""
         owner = self.owner(parameter)
         return None if owner is None else self.tensors[self.stored[owner]]
 
+    def value(self, name: str, wanted_by: str) -> Tensor:
+        """A parameter itself, on the CPU, in its shape and in the dtype that it is stored in.
+
+        Raises:
+            ValueError: there is no such parameter, only shapes are known, or it is not stored as floating numbers.
+        """
+        found = self.parameter(name, wanted_by)
+        if not self.has_values:
+            raise ValueError(
+                f"{wanted_by}: the values of tensor {name!r} are needed, and of the base {self.where} only shapes are "
+                "known; pass a checkpoint folder or a loaded model"
+            )
+        stored = self.get(found)
+        if stored is None:
+            parts = self.converted.get(found)
+            reason = f"it is stored in another layout, as {parts[0]!r} ..." if parts else "it is not stored there"
+            raise ValueError(f"{wanted_by}: the values of tensor {name!r} cannot be read from {self.where}: {reason}")
+        if stored.dtype is None or not stored.dtype.is_floating_point:
+            raise ValueError(
+                f"{self.where}: tensor {name!r} is stored as {stored.dtype}; pass the checkpoint that is not quantized"
+            )
+        return stored.read().view(stored.shape)
+
+
+def _differ_by_wrapper(a: str, b: str) -> bool:
+    """Whether one of two names is the other behind leading parts that a wrapper gives, such as ``0.auto_model``."""
+    short, long = sorted((a, b), key=len)
+    if not long.endswith(f".{short}"):
+        return False
+    wrapper = long.removesuffix(f".{short}").split(".")
+    # A number further inside counts blocks: `layers.5.norm` is not the `norm` at the end of the model.
+    return not any(part.isdigit() for part in wrapper[1:])
+
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
+Base = str | os.PathLike[str] | nn.Module | PretrainedConfig | Mapping[str, Sequence[int]] | Checkpoint
+
 
 def same_contents(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors are equal in every entry; piece by piece."""
+    """Whether two tensors are equal in shape, dtype and every entry; they are read piece by piece."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return all(torch.equal(a.read(start, stop), b.read(start, stop)) for start, stop in a.pieces())
 
 
 def open_checkpoint(source: Source, what: str) -> Checkpoint:
-    """Open a checkpoint; no tensor is read.
+    """Open a checkpoint that holds values; no tensor is read yet.
 
     Args:
         source: a folder (safetensors or ``.bin``, sharded or not), one such file, a state dict, or a model.
-        what: the caller's word for it in messages, such as "base".
+        what: what messages call the source, such as "base".
 
     Raises:
-        FileNotFoundError: nothing there, no weights in it, or a shard is missing.
+        FileNotFoundError: the source does not exist, it has no weights, or a shard is missing.
         ValueError: a file is damaged, or the checkpoint is quantized.
     """
     if isinstance(source, nn.Module):
@@ -287,6 +246,57 @@ def open_checkpoint(source: Source, what: str) -> Checkpoint:
             f"{what}: {path} does not exist; give a local folder or file (snapshot_download of huggingface_hub does)"
         )
     return _plain(str(path), _read_file(path), {path.name: []})
+
+
+def open_base(base: Base) -> Checkpoint:
+    """Open the base model of an adapter, to look up names, shapes and, if there are any, values; no tensor is read yet.
+
+    Args:
+        base: a checkpoint folder (or one with just a ``config.json``), one weight file, a model, a transformers config,
+            or a dict from parameter names to shapes. A `Checkpoint` is returned as it is.
+
+    Raises:
+        FileNotFoundError: a folder or shard is missing; the message names it.
+        ValueError: a file cannot be read, or the model has an adapter on it.
+    """
+    if isinstance(base, Checkpoint):
+        return base
+    if isinstance(base, nn.Module):
+        if any(".base_layer." in name for name, _ in base.named_parameters()):
+            raise ValueError("base: pass the base model without an adapter on it (model.unload() takes adapters off)")
+        where = f"model {type(base).__name__}"
+        on_meta = any(parameter.is_meta for parameter in base.parameters())
+        return _shapes_only(where, ModelNames.of(base)) if on_meta else open_checkpoint(base, where)
+    if isinstance(base, PretrainedConfig):
+        model = _meta_model(base)
+        return _shapes_only(f"model {type(model).__name__}", ModelNames.of(model))
+    if isinstance(base, Mapping):
+        shapes = {name: tuple(getattr(shape, "shape", shape)) for name, shape in base.items()}
+        return Checkpoint("(given as shapes)", has_values=False, shapes=shapes)
+    path = Path(base)
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors*")):
+        names = None if any(path.glob("pytorch_model*")) else names_of_folder(path)
+        if names is not None:
+            return _shapes_only(str(path), names)
+    return open_checkpoint(path, "base")
+
+
+def _shapes_only(where: str, names: ModelNames) -> Checkpoint:
+    checkpoint = Checkpoint(where, has_values=False)
+    checkpoint.use_names(names)
+    return checkpoint
+
+
+def _meta_model(config: PretrainedConfig) -> nn.Module:
+    names = getattr(config, "architectures", None) or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    if model_class is None:
+        raise ValueError(
+            f"base: the config names no architecture that transformers knows ({names}); pass a checkpoint folder or "
+            "the model itself"
+        )
+    with torch.device("meta"):
+        return model_class(config)
 
 
 def _plain(where: str, tensors: Mapping[str, StoredTensor], files: dict[str, list[str]] | None = None) -> Checkpoint:
@@ -313,7 +323,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _weight_files(folder: Path) -> dict[str, list[str] | None]:
-    """The files that hold a folder's weights, with the tensors that an index expects there."""
+    """The files that hold a folder's weights, each with the tensors that the index expects there (None: no index)."""
     for single in SINGLE_FILES:
         index = folder / (single + INDEX_SUFFIX)
         if index.is_file():

@@ -1,11 +1,11 @@
-"""Two checkpoints of one model, parameter by parameter: what can become a delta, and by how much it changed."""
+"""The changes between two checkpoints of one model: of weights that can carry deltas, and of norms and biases."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,10 +19,15 @@ from .tensors import PIECE_BYTES, StoredTensor
 _ENTRIES = PIECE_BYTES // 4
 Targets = Collection[str] | str | None
 
+# Why a changed parameter is not in the adapter.
+_FULL = "it has one dimension; norms_and_biases=True saves it in full"
+_UNSUPPORTED = "it belongs to no layer that SpIEL can adapt"
+_OTHER = "it is neither a bias nor the parameter of a norm"
+
 
 @dataclass(frozen=True)
 class Difference:
-    """A parameter that both checkpoints have, in one shape and floating.
+    """One parameter in two checkpoints, of one shape and of floating dtypes.
 
     Attributes:
         name: of the parameter.
@@ -56,6 +61,7 @@ class Difference:
             yield start, change
 
     def changed(self) -> bool:
+        """Whether any entry differs."""
         return not same_contents(self.before, self.after) and any(bool(change.any()) for _, change in self.pieces())
 
 
@@ -123,7 +129,11 @@ def find_targets(base: Checkpoint, targets: Targets, exclude: Targets) -> dict[s
 
 
 def adaptable_modules(base: Checkpoint) -> tuple[dict[str, BaseInfo], dict[str, str]]:
-    """What `inspect_base` says of every module with a weight; without a model, matrices count as linear layers."""
+    """Describe every module that owns a weight; if the model is not known, every matrix counts as a linear layer.
+
+    Returns:
+        ``(infos, refused)``: descriptions of the modules that can carry deltas, and for the others a phrase why not.
+    """
     infos: dict[str, BaseInfo] = {}
     refused: dict[str, str] = {}
     if base.names is None:
@@ -154,3 +164,101 @@ def _matches(patterns: Collection[str] | str, module: str) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, module) is not None
     return any(names_module(pattern, module) for pattern in patterns)
+
+
+@dataclass
+class SmallTensors:
+    """Tensors that are saved in full beside deltas.
+
+    Attributes:
+        tensors: by their key in an adapter file.
+        modules: the modules among them, for ``modules_to_save``.
+        has_biases: whether biases of other modules are among them.
+        left_out: parameters that differ and are not among them, with the reason.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    has_biases: bool = False
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def find_small_tensors(
+    base: Checkpoint,
+    finetuned: Checkpoint,
+    adapted: Collection[str],
+    adaptable: Collection[str],
+    include: bool,
+    as_in_base: bool,
+) -> SmallTensors:
+    """Collect changed norms and biases.
+
+    Args:
+        base, finetuned: two checkpoints with the same names.
+        adapted: modules whose weights become deltas.
+        adaptable: modules whose weights could; those that are not adapted were left out by the caller.
+        include: take norms and biases in; else they are only listed as left out.
+        as_in_base: take the values of the base instead of the fine-tuned ones.
+    """
+    found = SmallTensors()
+    changed = _changed(base, finetuned, set(adaptable), found.left_out)
+    if not include:
+        found.left_out.update(dict.fromkeys(changed, _FULL))
+        return found
+    source = base if as_in_base else finetuned
+    norms = {module: leaves for module, leaves in _leaves(base).items() if _is_norm(base, module, leaves)}
+    changed_norms = [module for module in norms if any(f"{module}.{leaf}" in changed for leaf in norms[module])]
+    # PEFT saves every module whose name ends like one it is told to save.
+    found.modules = {module for module in norms if module.endswith(tuple(changed_norms))}
+    for module in found.modules:
+        for leaf in norms[module]:
+            found.tensors[f"{module}.{leaf}"] = _full(source.get(f"{module}.{leaf}"))
+    for name in changed:
+        module, _, leaf = name.rpartition(".")
+        if module in found.modules:
+            continue
+        if leaf != "bias":
+            found.left_out[name] = _OTHER
+            continue
+        found.tensors[f"{module}.base_layer.bias" if module in adapted else name] = _full(source.get(name))
+        found.has_biases = True
+    return found
+
+
+def _full(tensor: StoredTensor) -> Tensor:
+    return tensor.read().view(tensor.shape)
+
+
+def _changed(base: Checkpoint, finetuned: Checkpoint, adaptable: set[str], left_out: dict[str, str]) -> list[str]:
+    """The parameters of one dimension that differ. Other parameters that differ are noted in `left_out`."""
+    changed = []
+    for name in base.stored:
+        module, _, leaf = name.rpartition(".")
+        before, after = base.get(name), finetuned.get(name)
+        if leaf == "weight" and module in adaptable:
+            continue
+        if after is None or after.shape != before.shape:
+            left_out[name] = f"{finetuned.where} has no tensor of that name and shape"
+        elif before.dtype is not None and before.dtype.is_floating_point and Difference(name, before, after).changed():
+            if len(before.shape) > 1:
+                left_out[name] = _UNSUPPORTED
+            else:
+                changed.append(name)
+    left_out.update({name: f"{base.where} has no such tensor" for name in finetuned.stored if base.get(name) is None})
+    fused = base.converted.keys() | finetuned.converted.keys()
+    left_out.update(dict.fromkeys(fused, "it is stored in another layout than the model's; nothing was compared"))
+    return changed
+
+
+def _leaves(checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """By module: the names of its own stored parameters."""
+    leaves: dict[str, list[str]] = {}
+    for name in checkpoint.stored:
+        module, _, leaf = name.rpartition(".")
+        leaves.setdefault(module, []).append(leaf)
+    return leaves
+
+
+def _is_norm(checkpoint: Checkpoint, module: str, leaves: list[str]) -> bool:
+    """Whether a module's parameters all have one dimension, and one of them is called weight."""
+    return "weight" in leaves and all(len(checkpoint.get(f"{module}.{leaf}").shape) == 1 for leaf in leaves)

@@ -1,27 +1,20 @@
-"""Edits of a checkpoint's parameters: what adapters do to them, fused experts included, and how edits are spooled."""
+"""Edits of a checkpoint's parameters: how adapters change them, tied parameters and fused experts included."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from spiel_kernels import adapted_entries
 
-from ..adapter_format import MARKER
-from ..card import facts_of_counts, update_card
-from ..config import SpIELConfig, names_module
-from .adapter_file import PREFIX, AdapterFile, StoredDelta
+from .adapter_file import AdapterFile, StoredDelta, parameter_of_key
 from .checkpoint import Checkpoint
-from .tensors import PIECE_BYTES, SafetensorsWriter, StoredTensor, TensorSpec
-
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+from .tensors import StoredTensor
 
 
 @dataclass
@@ -29,7 +22,7 @@ class Edit:
     """The changes to one parameter, in the order they apply.
 
     Attributes:
-        replacement: the whole parameter.
+        replacement: a new value of the whole parameter.
         rows: ``[n]`` int64 row numbers and ``[n, width]`` new rows.
         deltas: pairs of indices ``[k]`` and values ``[k]`` that add up.
         source: the adapter and tensor that an error should name.
@@ -41,7 +34,7 @@ class Edit:
     source: str = ""
 
     def same_as(self, other: Edit) -> bool:
-        """Whether both do the same to a parameter, bit for bit."""
+        """Whether both edits change a parameter in the same way, bit for bit."""
         mine, others = self._tensors(), other._tensors()
         return [name for name, _ in mine] == [name for name, _ in others] and all(
             a.dtype == b.dtype and torch.equal(a, b) for (_, a), (_, b) in zip(mine, others, strict=True)
@@ -56,7 +49,12 @@ class Edit:
         return tuple(self.replacement.shape) if self.replacement is not None else stored.shape
 
     def check(self, stored: StoredTensor | None, shape: tuple[int, ...] | None = None) -> None:
-        """Raise a ValueError if a row or an index is outside of the parameter, of `shape` where nothing is stored."""
+        """Raise a ValueError if a row or an index lies outside of the parameter.
+
+        Args:
+            stored: the parameter in the base; None if no file holds it.
+            shape: of the parameter, if it is not the shape of `stored`.
+        """
         shape = shape or self.shape(stored)
         numel = torch.Size(shape).numel()
         where = "the adapter" if stored is None or self.replacement is not None else stored.where
@@ -81,11 +79,11 @@ class Edit:
         Args:
             piece: ``[n]`` those entries as stored.
             width: length of a row.
-            dtype: in which rows that are trained in full are put in.
+            dtype: the dtype for rows that were trained in full.
 
         Returns:
-            ``(piece, positions, sums)``: the piece with rows put in, int64 ``[u]`` positions in it that deltas change,
-            and their new values, not yet rounded.
+            ``(piece, positions, sums)``: the piece with new rows; the int64 positions ``[u]`` in it that deltas change;
+            and the new values ``[u]`` there, not yet rounded.
         """
         stop = start + piece.numel()
         if self.rows is not None:
@@ -112,28 +110,27 @@ def _between(indices: Tensor, values: Tensor, start: int, stop: int) -> tuple[Te
 def read_edits(
     adapters: Sequence[tuple[str, AdapterFile]], weights: Sequence[float], base: Checkpoint
 ) -> dict[str, Edit]:
-    """Collect what adapters do, by parameter of the base's model.
+    """Collect the edits that adapters make, by parameter of the base.
 
     Args:
         adapters: each with the name that errors give it.
         weights: factor of each adapter's deltas.
-        base: the checkpoint, knowing the names of its model.
+        base: the checkpoint that is edited.
 
     Raises:
-        ValueError: a tensor that the base has no place for, two adapters that replace one parameter, or a weight
-            other than 1 for an adapter that has more than deltas.
+        ValueError: the base has no place for a tensor, two adapters replace one parameter, or an adapter that holds
+            more than deltas has another weight than 1.
     """
     edits: dict[str, Edit] = {}
     for (where, adapter), weight in zip(adapters, weights, strict=True):
+        weights_of = base.weights_of(adapter.deltas, where)
         for module, delta in adapter.deltas.items():
             source = f"{where}: delta of {module!r}"
-            # A delta of a bare parameter has the parameter's own name.
-            name = module if base.names is not None and base.names.find(module) else f"{module}.weight"
-            edit = edits.setdefault(_place(base, name, source), Edit())
+            edit = edits.setdefault(_place(base, weights_of[module], source), Edit())
             edit.deltas.append((delta.indices, _weighted(delta, weight)))
             edit.source = source
-        for key, tensor in adapter.others.items():
-            if _add_other(edits, base, adapter, key, tensor, f"{where}: tensor {key!r}") and weight != 1:
+        for key in adapter.others:
+            if _add_other(edits, base, adapter, key, where) and weight != 1:
                 raise ValueError(
                     f"{where} replaces a whole tensor ({key}), which cannot be weighted with {weight}; give it the "
                     "weight 1"
@@ -145,22 +142,21 @@ def _weighted(delta: StoredDelta, weight: float) -> Tensor:
     return delta.values if weight == 1 else delta.values.float() * weight
 
 
-def _add_other(
-    edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, tensor: Tensor, source: str
-) -> bool:
-    """Note what a tensor that is no delta does; returns whether it does anything."""
-    if key.endswith(_TOKENS):
-        module = key.removesuffix(_TOKENS)
-        edit = edits.setdefault(_place(base, f"{module}.weight", source), Edit())
-        ids = torch.tensor(_token_ids(adapter.config.trainable_token_indices, module, source))
+def _add_other(edits: dict[str, Edit], base: Checkpoint, adapter: AdapterFile, key: str, where: str) -> bool:
+    """Add the edit that a tensor other than a delta makes. Returns False if the tensor only repeats the base's."""
+    tensor, source = adapter.others[key], f"{where}: tensor {key!r}"
+    rows = adapter.token_rows(key, where)
+    if rows is not None:
+        name, ids = rows
+        edit = edits.setdefault(_place(base, name, source), Edit())
         if edit.rows is not None or tuple(ids.shape) != tuple(tensor.shape[:1]):
             raise ValueError(f"{source} does not fit: {tensor.shape[0]} rows for {ids.numel()} token indices")
         edit.rows, edit.source = (ids, tensor), source
         return True
-    name = key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")
+    name = parameter_of_key(key)
     parameter = _place(base, name, source)
     stored = base.get(parameter)
-    if name != key and stored is not None and _is_copy(tensor, stored):
+    if name != key and stored is not None and stored.repeats(tensor):
         return False  # PEFT saves whole embeddings beside their deltas
     edit = edits.setdefault(parameter, Edit())
     if edit.replacement is not None and not torch.equal(edit.replacement, tensor):
@@ -169,42 +165,23 @@ def _add_other(
     return True
 
 
-def _is_copy(tensor: Tensor, stored: StoredTensor) -> bool:
-    if tuple(tensor.shape) != stored.shape:
-        return False
-    flat = tensor.flatten()
-    return all(
-        torch.equal(flat[start:stop].to(stored.dtype), stored.read(start, stop)) for start, stop in stored.pieces()
-    )
-
-
-def _token_ids(config: Sequence[int] | Mapping[str, Sequence[int]] | None, module: str, source: str) -> list[int]:
-    if isinstance(config, Mapping):
-        for target, ids in config.items():
-            if names_module(target, module):
-                return list(ids)
-    elif config is not None:
-        return list(config)
-    raise ValueError(f"{source}: the adapter's trainable_token_indices do not say which rows it holds")
-
-
 def _place(base: Checkpoint, name: str, source: str) -> str:
-    """The parameter that an adapter's tensor belongs to."""
-    parameter = base.names.find(name) if base.names is not None else name if base.get(name) is not None else None
+    """The parameter that an adapter calls `name`. Raises ValueError, naming `source`, if there is none."""
+    parameter = base.find(name)
     if parameter is None:
         raise ValueError(f"{source} has no place in {base.where}, which has no {name}; the adapter is for another base")
     return parameter
 
 
 def settle_ties(edits: dict[str, Edit], base: Checkpoint) -> list[str]:
-    """Make tied parameters that are changed alike one again, and find those that part.
+    """Join the edits of tied parameters that change alike, and find the parameters whose tie breaks.
 
     Args:
         edits: by parameter; changed in place.
         base: the checkpoint.
 
     Returns:
-        The parameters that need a tensor of their own from now on.
+        The parameters that need a stored tensor of their own.
     """
     apart: list[str] = []
     for owner in {base.owner(name) for name in edits} - {None}:
@@ -223,7 +200,7 @@ def settle_ties(edits: dict[str, Edit], base: Checkpoint) -> list[str]:
 
 
 def _share_rows(edits: dict[str, Edit], group: Sequence[str]) -> None:
-    """PEFT trains the rows of tied embeddings together, unless each is given rows of its own."""
+    """Give all tied embeddings the rows that were trained in one of them: PEFT trains such rows together."""
     with_rows = [name for name in group if name in edits and edits[name].rows is not None]
     if len(with_rows) != 1:
         return
@@ -233,7 +210,7 @@ def _share_rows(edits: dict[str, Edit], group: Sequence[str]) -> None:
 
 
 def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkpoint) -> dict[str, Any]:
-    """What ``config.json`` must say of the merged weights: untied embeddings, another number of tokens."""
+    """The fields of ``config.json`` that the merged weights change: untied embeddings, the number of tokens."""
     changes: dict[str, Any] = {}
     if apart:
         changes["tie_word_embeddings"] = False
@@ -247,93 +224,19 @@ def config_changes(edits: Mapping[str, Edit], apart: Sequence[str], base: Checkp
     return changes
 
 
-# Sparse deltas gathered piece by piece, in memory or in files, until an adapter is made of them.
-
-
-class MemorySpool:
-    """Deltas that are to stay in memory."""
-
-    def __init__(self) -> None:
-        self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
-
-    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
-        """Append ``[n]`` indices and their values to a module's delta."""
-        self._pieces.setdefault(module, []).append((indices, values))
-
-    def deltas(self) -> dict[str, StoredDelta]:
-        return {
-            module: StoredDelta(torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
-            for module, pieces in self._pieces.items()
-        }
-
-
-class DiskSpool:
-    """Deltas on their way into an adapter folder: how many there will be is known only at the end.
-
-    Args:
-        folder: where a file per module and kind of tensor is kept meanwhile.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number of its files, entries, dtype of indices
-
-    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
-        """Append ``[n]`` indices and their float32 values to a module's delta."""
-        number, count, _ = self._found.get(module, (len(self._found), 0, None))
-        self._found[module] = (number, count + indices.numel(), indices.dtype)
-        for name, tensor in (("indices", indices), ("values", values)):
-            with open(self._path(number, name), "ab") as file:
-                file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
-
-    def write(self, config: SpIELConfig, others: dict[str, Tensor], copies: dict[str, str], folder: Path) -> None:
-        """Write an adapter folder of all that was added and of other tensors.
-
-        Args:
-            others: further tensors by key.
-            copies: modules that have the same delta as another one, and that one.
-        """
-        found = {**self._found, **{module: self._found[owner] for module, owner in copies.items()}}
-        specs = {PREFIX + key: TensorSpec.of(tensor.dtype, tuple(tensor.shape)) for key, tensor in others.items()}
-        for module, (_, count, dtype) in found.items():
-            specs[f"{PREFIX}{module}{MARKER}indices"] = TensorSpec.of(dtype, (count,))
-            specs[f"{PREFIX}{module}{MARKER}values"] = TensorSpec.of(torch.float32, (count,))
-        with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME, specs) as writer:
-            for key, tensor in others.items():
-                writer.write(PREFIX + key, 0, tensor.flatten())
-            for module, (number, _, _) in found.items():
-                for name in ("indices", "values"):
-                    self._copy(self._path(number, name), writer, f"{PREFIX}{module}{MARKER}{name}")
-        config.save_pretrained(str(folder))
-        update_card(folder, [facts_of_counts(config, {module: count for module, (_, count, _) in found.items()})])
-
-    def _path(self, number: int, name: str) -> Path:
-        return self.folder / f"{number}.{name}"
-
-    @staticmethod
-    def _copy(path: Path, writer: SafetensorsWriter, key: str) -> None:
-        start = 0
-        with open(path, "rb") as file:
-            while data := file.read(PIECE_BYTES):
-                writer.write_bytes(key, start, memoryview(data))
-                start += len(data)
-
-
-# Parameters that transformers makes of many stored tensors when it loads them: fused experts, taken apart again.
-
-
-# Conversions that move whole rows and leave the last dimension alone, unless they are told to work on it.
+# Fused experts: transformers makes one parameter of many stored tensors when it loads them. These conversions move
+# whole rows; they leave the last dimension alone, unless they are told to work on it.
 _ROW_WISE = {"MergeModulelist", "Concatenate"}
 
 
 @dataclass(frozen=True)
 class FusedRows:
-    """Where the rows of a fused parameter, its last dimension being a row, are stored.
+    """Where each row of a fused parameter is stored; a row is its last dimension.
 
     Attributes:
-        keys: the stored tensors.
-        key: int64 ``[rows]``: which of them a row is in.
-        row: int64 ``[rows]``: which row of it that is.
+        keys: names of the stored tensors.
+        key: int64 ``[rows]``: the number in `keys` of the tensor that holds a row.
+        row: int64 ``[rows]``: the number of the row in that tensor.
         width: length of a row.
     """
 
@@ -348,10 +251,10 @@ def split_fused(edits: dict[str, Edit], base: Checkpoint) -> None:
 
     Args:
         edits: by parameter; changed in place.
-        base: the checkpoint; from then on it takes those stored tensors for parameters.
+        base: the checkpoint; changed, so that it treats these stored tensors as parameters.
 
     Raises:
-        ValueError: the stored layout is not one of rows put together.
+        ValueError: a parameter is not made of whole stored rows.
     """
     for parameter in [name for name in edits if name in base.converted]:
         edit = edits.pop(parameter)
@@ -379,7 +282,7 @@ def _part(edit: Edit, rows: FusedRows, number: int, shape: tuple[int, ...]) -> E
 
 
 def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
-    """Let transformers convert tensors that hold the numbers of their rows."""
+    """Find the stored rows of a parameter: transformers converts tensors that hold the numbers of their rows."""
     keys = base.converted[parameter]
     refusal = ValueError(
         f"{source} cannot be merged into files: {base.where} stores {parameter} in another layout ({keys[0]}, ...). "

@@ -1,9 +1,9 @@
-"""The sparse adapter that lies between two checkpoints: the largest changes, and small tensors that go in full."""
+"""Extracts the sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection)."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,33 +11,38 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
 from spiel_kernels import index_dtype
 
+from ..adapter_format import MARKER
 from ..budget import allocate_deltas
+from ..card import facts_of_counts, update_card
 from ..config import SpIELConfig
 from ..weights.base_weight import BaseInfo
-from .adapter_file import AdapterFile
+from .adapter_file import PREFIX, AdapterFile, StoredDelta
 from .checkpoint import Checkpoint, Source, open_checkpoint
-from .differences import Difference, Targets, adaptable_modules, compare, find_targets
-from .edits import DiskSpool, MemorySpool
-from .folder import Cut, find_cut, refuse_existing, whole_folder
-from .tensors import StoredTensor
-
-# The sparse adapter that lies between two checkpoints: the largest changes (lottery-ticket selection).
-
-
-Progress = Callable[[int, int, str], None]
+from .differences import (
+    Difference,
+    SmallTensors,
+    Targets,
+    adaptable_modules,
+    compare,
+    find_small_tensors,
+    find_targets,
+)
+from .folder import refuse_existing, whole_folder
+from .tensors import PIECE_BYTES, Progress, SafetensorsWriter, TensorSpec
 
 
 @dataclass
 class Extraction:
-    """What `extract_delta` found.
+    """The result of `extract_delta`.
 
     Attributes:
-        counts: number of deltas by module; modules without a change are not in it.
+        counts: number of deltas by module; modules without a change are left out.
         kept: share of the squared change of the compared weights that the deltas hold, 0 to 1; 1 if nothing changed.
         left_out: parameters that changed and are not in the adapter, with the reason.
         adapter: the adapter, unless it was written to a folder.
@@ -89,8 +94,11 @@ def extract_delta(
         progress: called with entries read, entries to read and the parameter at hand.
 
     Raises:
-        ValueError: the budget, a target, or a tensor that is missing, of another shape, quantized or not finite.
-        FileNotFoundError, FileExistsError: as they say. Nothing has been written then.
+        ValueError: the budget or a target is wrong, or a tensor is missing, of another shape, quantized or not finite.
+        FileNotFoundError: a folder, file or shard is missing.
+        FileExistsError: there is something at `out_dir`.
+
+    After any error nothing has been written.
     """
     _check_request(density, num_deltas, r, scope)
     if out_dir is not None:
@@ -137,7 +145,7 @@ def _open_pair(base: Source, finetuned: Source) -> tuple[Checkpoint, Checkpoint]
 
 
 def _take_in_untied(infos: dict[str, BaseInfo], before: Checkpoint, after: Checkpoint) -> None:
-    """A weight that is tied in the base only, and whose owner is compared, is compared by itself as well."""
+    """Add the weights that are tied in the base only to the weights to compare, if their owners are among these."""
     for parameter, owner in before.tied.items():
         module, of = parameter.removesuffix(".weight"), owner.removesuffix(".weight")
         if parameter not in after.tied and of in infos and parameter in after.stored:
@@ -145,7 +153,7 @@ def _take_in_untied(infos: dict[str, BaseInfo], before: Checkpoint, after: Check
 
 
 def tied_copies(found: dict[str, int], before: Checkpoint, after: Checkpoint) -> dict[str, str]:
-    """Modules that are tied to one with deltas in both checkpoints, and that one: adapter files name both."""
+    """By module: the module with deltas that it is tied to in both checkpoints. Adapter files name both modules."""
     return {
         name.removesuffix(".weight"): owner.removesuffix(".weight")
         for name, owner in before.tied.items()
@@ -165,7 +173,7 @@ def _result(
 
 
 class _Search:
-    """The passes over all differences."""
+    """Finds the largest changes in several passes over all differences."""
 
     def __init__(
         self,
@@ -180,12 +188,12 @@ class _Search:
         self.scope, self.rewind, self.progress = scope, rewind, progress
         self.found: dict[str, int] = {}
         self._read = 0
-        # Two passes to find the cut, one to take what is above it.
+        # Two passes find the cut, and one takes the changes above it.
         self._total = 3 * sum(pair.numel for pair in pairs.values())
-        self._squares = [0.0, 0.0]
+        self._squares = [0.0, 0.0]  # sums of squared changes: of the chosen entries, of all
 
     def run(self, spool: DiskSpool | MemorySpool) -> float:
-        """Fill the spool; returns the share of the squared change that it holds."""
+        """Put the largest changes into the spool. Returns their share of the squared change of all entries."""
         if self.scope == "global":
             cut = self._cut(list(self.pairs), sum(self.counts.values()))
             cuts = dict.fromkeys(self.pairs, cut)
@@ -245,106 +253,137 @@ def _config(
     )
 
 
-# What changed between two checkpoints besides the weights that deltas can hold: norms, biases and the rest.
+class MemorySpool:
+    """Collects the deltas of an extraction in memory, piece by piece."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
+        """Append ``[n]`` indices and their values to a module's delta."""
+        self._pieces.setdefault(module, []).append((indices, values))
+
+    def deltas(self) -> dict[str, StoredDelta]:
+        return {
+            module: StoredDelta(torch.cat([i for i, _ in pieces]), torch.cat([v for _, v in pieces]))
+            for module, pieces in self._pieces.items()
+        }
 
 
-_FULL = "it has one dimension; norms_and_biases=True saves it in full"
-_UNSUPPORTED = "it belongs to no layer that SpIEL can adapt"
-_OTHER = "it is neither a bias nor the parameter of a norm"
+class DiskSpool:
+    """Collects the deltas of an extraction in files, piece by piece, until their number is known.
+
+    Args:
+        folder: for the files, one per module and kind of tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._found: dict[str, tuple[int, int, torch.dtype]] = {}  # number in file names, entries, dtype of indices
+
+    def add(self, module: str, indices: Tensor, values: Tensor) -> None:
+        """Append ``[n]`` indices and their float32 values to a module's delta."""
+        number, count, _ = self._found.get(module, (len(self._found), 0, None))
+        self._found[module] = (number, count + indices.numel(), indices.dtype)
+        for name, tensor in (("indices", indices), ("values", values)):
+            with open(self._path(number, name), "ab") as file:
+                file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+
+    def write(self, config: SpIELConfig, others: dict[str, Tensor], copies: dict[str, str], folder: Path) -> None:
+        """Write the adapter folder.
+
+        Args:
+            config: of the adapter.
+            others: tensors besides the deltas, by key.
+            copies: modules that have the same delta as another module, with the name of that one.
+            folder: where to write; it exists.
+        """
+        found = {**self._found, **{module: self._found[owner] for module, owner in copies.items()}}
+        specs = {PREFIX + key: TensorSpec.of(tensor.dtype, tuple(tensor.shape)) for key, tensor in others.items()}
+        for module, (_, count, dtype) in found.items():
+            specs[f"{PREFIX}{module}{MARKER}indices"] = TensorSpec.of(dtype, (count,))
+            specs[f"{PREFIX}{module}{MARKER}values"] = TensorSpec.of(torch.float32, (count,))
+        with SafetensorsWriter(folder / SAFETENSORS_WEIGHTS_NAME, specs) as writer:
+            for key, tensor in others.items():
+                writer.write(PREFIX + key, 0, tensor.flatten())
+            for module, (number, _, _) in found.items():
+                for name in ("indices", "values"):
+                    self._copy(self._path(number, name), writer, f"{PREFIX}{module}{MARKER}{name}")
+        config.save_pretrained(str(folder))
+        update_card(folder, [facts_of_counts(config, {module: count for module, (_, count, _) in found.items()})])
+
+    def _path(self, number: int, name: str) -> Path:
+        return self.folder / f"{number}.{name}"
+
+    @staticmethod
+    def _copy(path: Path, writer: SafetensorsWriter, key: str) -> None:
+        start = 0
+        with open(path, "rb") as file:
+            while data := file.read(PIECE_BYTES):
+                writer.write_bytes(key, start, memoryview(data))
+                start += len(data)
+
+
+# A float32's magnitude, read as an integer, ranks as the float does; half of its bits per pass.
+_HALF = 16
+_BUCKETS = 1 << _HALF
 
 
 @dataclass
-class SmallTensors:
-    """Tensors that are saved in full beside deltas.
+class Cut:
+    """Which magnitudes belong to the k largest: all above a bound, and the first few of those equal to it.
 
     Attributes:
-        tensors: by their key in an adapter file.
-        modules: the modules among them, for ``modules_to_save``.
-        has_biases: whether biases of other modules are among them.
-        left_out: parameters that differ and are not among them, with the reason.
+        bound: a magnitude, as the bits of its float32.
+        ties: how many of the magnitudes equal to the bound still belong; `choose` takes the first ones it meets.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    modules: set[str] = field(default_factory=set)
-    has_biases: bool = False
-    left_out: dict[str, str] = field(default_factory=dict)
+    bound: int
+    ties: int
+
+    def choose(self, magnitudes: Tensor) -> Tensor:
+        """Ascending int64 slots of the k largest in a piece of float32 magnitudes ``[n]``. Call in order."""
+        bits = magnitudes.view(torch.int32)
+        chosen = bits > self.bound
+        if self.ties:
+            equal = (bits == self.bound).nonzero().flatten()[: self.ties]
+            self.ties -= equal.numel()
+            chosen[equal] = True
+        return chosen.nonzero().flatten()
 
 
-def find_small_tensors(
-    base: Checkpoint,
-    finetuned: Checkpoint,
-    adapted: Collection[str],
-    adaptable: Collection[str],
-    include: bool,
-    as_in_base: bool,
-) -> SmallTensors:
-    """Collect changed norms and biases.
+def find_cut(pieces: Callable[[], Iterable[Tensor]], k: int | None) -> Cut:
+    """Find the k largest magnitudes, zeros left out; ties go to the earliest.
 
     Args:
-        base, finetuned: two checkpoints with the same names.
-        adapted: modules whose weights become deltas.
-        adaptable: modules whose weights could; those that are not adapted were left out by the caller.
-        include: take norms and biases in; else they are only listed as left out.
-        as_in_base: take the values of the base instead of the fine-tuned ones.
+        pieces: returns the magnitudes, in pieces of float32 ``[n]``, not negative and finite; called up to twice.
+        k: how many magnitudes to find, at least 1; None for all.
     """
-    found = SmallTensors()
-    changed = _changed(base, finetuned, set(adaptable), found.left_out)
-    if not include:
-        found.left_out.update(dict.fromkeys(changed, _FULL))
-        return found
-    source = base if as_in_base else finetuned
-    norms = {module: leaves for module, leaves in _leaves(base).items() if _is_norm(base, module, leaves)}
-    changed_norms = [module for module in norms if any(f"{module}.{leaf}" in changed for leaf in norms[module])]
-    # PEFT saves every module whose name ends like one it is told to save.
-    found.modules = {module for module in norms if module.endswith(tuple(changed_norms))}
-    for module in found.modules:
-        for leaf in norms[module]:
-            found.tensors[f"{module}.{leaf}"] = _full(source.get(f"{module}.{leaf}"))
-    for name in changed:
-        module, _, leaf = name.rpartition(".")
-        if module in found.modules:
-            continue
-        if leaf != "bias":
-            found.left_out[name] = _OTHER
-            continue
-        found.tensors[f"{module}.base_layer.bias" if module in adapted else name] = _full(source.get(name))
-        found.has_biases = True
-    return found
+    if k is None:
+        return Cut(0, 0)
+    counts = torch.zeros(_BUCKETS, dtype=torch.int64)
+    for piece in pieces():
+        counts += torch.bincount(piece.view(torch.int32) >> _HALF, minlength=_BUCKETS)
+    high, above = _bucket_of(counts, k)
+    if high < 0:
+        return Cut(0, 0)
+    counts.zero_()
+    for piece in pieces():
+        bits = piece.view(torch.int32)
+        counts += torch.bincount(bits[(bits >> _HALF) == high] & (_BUCKETS - 1), minlength=_BUCKETS)
+    if high == 0:
+        counts[0] = 0  # zeros
+    low, more = _bucket_of(counts, k - above)
+    if low < 0:
+        return Cut(0, 0)
+    return Cut((high << _HALF) | low, k - above - more)
 
 
-def _full(tensor: StoredTensor) -> Tensor:
-    return tensor.read().view(tensor.shape)
-
-
-def _changed(base: Checkpoint, finetuned: Checkpoint, adaptable: set[str], left_out: dict[str, str]) -> list[str]:
-    """Parameters of one dimension that differ; those of more that no layer can adapt are noted as left out."""
-    changed = []
-    for name in base.stored:
-        module, _, leaf = name.rpartition(".")
-        before, after = base.get(name), finetuned.get(name)
-        if leaf == "weight" and module in adaptable:
-            continue
-        if after is None or after.shape != before.shape:
-            left_out[name] = f"{finetuned.where} has no tensor of that name and shape"
-        elif before.dtype is not None and before.dtype.is_floating_point and Difference(name, before, after).changed():
-            if len(before.shape) > 1:
-                left_out[name] = _UNSUPPORTED
-            else:
-                changed.append(name)
-    left_out.update({name: f"{base.where} has no such tensor" for name in finetuned.stored if base.get(name) is None})
-    fused = base.converted.keys() | finetuned.converted.keys()
-    left_out.update(dict.fromkeys(fused, "it is stored in another layout than the model's; nothing was compared"))
-    return changed
-
-
-def _leaves(checkpoint: Checkpoint) -> dict[str, list[str]]:
-    leaves: dict[str, list[str]] = {}
-    for name in checkpoint.stored:
-        module, _, leaf = name.rpartition(".")
-        leaves.setdefault(module, []).append(leaf)
-    return leaves
-
-
-def _is_norm(checkpoint: Checkpoint, module: str, leaves: list[str]) -> bool:
-    """Whether a module's parameters all have one dimension, and one of them is called weight."""
-    return "weight" in leaves and all(len(checkpoint.get(f"{module}.{leaf}").shape) == 1 for leaf in leaves)
+def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bucket of the k-th largest entry (-1: there are fewer), and the number of entries in the buckets above."""
+    from_top = counts.flip(0).cumsum(0)
+    position = int(torch.searchsorted(from_top, k))
+    if position == counts.numel():
+        return -1, int(from_top[-1])
+    above = int(from_top[position - 1]) if position else 0
+    return counts.numel() - 1 - position, above

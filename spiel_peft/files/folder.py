@@ -1,4 +1,4 @@
-"""Model folders: the files besides weights, writing a folder as a whole, and the positions of the largest entries."""
+"""Model folders: JSON files, copies of the files besides weights, and writing a folder whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,19 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from .checkpoint import read_json
-
-# The files of a model's folder besides its weights.
-
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"),
@@ -33,13 +24,26 @@ _TOKENIZER = (
 _FOLDERS = ("additional_chat_templates",)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises ValueError, naming the file, if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} cannot be read: it is not a JSON object")
+    return value
+
+
 def copy_other_files(base: Path, adapter: Path, out: Path) -> None:
-    """Copy tokenizer, generation config, code and the like, but neither weights nor what a training run left.
+    """Copy tokenizer, generation config, code and the like, but neither weights nor the files of a training run.
 
     An adapter's folder that has a tokenizer of its own (tokens were added) provides all of the tokenizer.
 
     Args:
-        base: the model's folder. adapter: the adapter's. out: where to.
+        base: the model's folder.
+        adapter: the adapter's folder.
+        out: the folder to copy to.
     """
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     for path in sorted(base.iterdir()):
@@ -65,8 +69,8 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     """Change fields of a ``config.json``, wherever in it they are, and the dtype of the weights.
 
     Args:
-        folder: holds the file; nothing is done where there is none.
-        changes: by field. A field of the language model's own part of a config with parts is changed there.
+        folder: holds the file; without a file nothing is done.
+        changes: new values by field. A field of the language model's own part of a config with parts is changed there.
         dtype: such as "bfloat16"; None leaves it.
     """
     path = folder / "config.json"
@@ -89,9 +93,6 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# Writing a folder so that it appears whole or not at all.
-
-
 @contextmanager
 def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside `target` to write into, and rename it to `target` when the block is left.
@@ -111,7 +112,7 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield work
-        # mkdtemp makes it private; the result is to have the permissions of any new folder.
+        # mkdtemp makes a private folder; the result gets the permissions of any new folder.
         umask = os.umask(0)
         os.umask(umask)
         work.chmod(0o777 & ~umask)
@@ -122,7 +123,7 @@ def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Ite
 
 
 def refuse_existing(target: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise a FileExistsError if `target` is there and must not be replaced; for work that is long before it writes."""
+    """Raise a FileExistsError if `target` exists and must not be replaced. Long work calls this before it begins."""
     target = Path(target)
     if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already: choose another folder, or allow overwriting")
@@ -142,71 +143,3 @@ def _put_in_place(work: Path, target: Path) -> None:
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-# The exact k largest of numbers too many to hold: found by counting, in passes over pieces of them.
-
-
-# A float32's magnitude, read as an integer, ranks as the float does; half of its bits per pass.
-_HALF = 16
-_BUCKETS = 1 << _HALF
-
-
-@dataclass
-class Cut:
-    """Which magnitudes belong to the k largest: all above a bound, and the first few of those equal to it.
-
-    Attributes:
-        bound: the magnitude, as the bits of its float32.
-        ties: how many equal to it belong as well, and are not given out yet; those asked about first.
-    """
-
-    bound: int
-    ties: int
-
-    def choose(self, magnitudes: Tensor) -> Tensor:
-        """Slots of the chosen among ``[n]`` float32 magnitudes, int64 ascending. Call in order, once per piece."""
-        bits = magnitudes.view(torch.int32)
-        chosen = bits > self.bound
-        if self.ties:
-            equal = (bits == self.bound).nonzero().flatten()[: self.ties]
-            self.ties -= equal.numel()
-            chosen[equal] = True
-        return chosen.nonzero().flatten()
-
-
-def find_cut(pieces: Callable[[], Iterable[Tensor]], k: int | None) -> Cut:
-    """Find the k largest magnitudes, zeros left out; ties go to the earliest.
-
-    Args:
-        pieces: gives the magnitudes, float32 ``[n]`` each, not negative and finite; called up to twice.
-        k: how many, at least 1; None for all.
-    """
-    if k is None:
-        return Cut(0, 0)
-    counts = torch.zeros(_BUCKETS, dtype=torch.int64)
-    for piece in pieces():
-        counts += torch.bincount(piece.view(torch.int32) >> _HALF, minlength=_BUCKETS)
-    high, above = _bucket_of(counts, k)
-    if high < 0:
-        return Cut(0, 0)
-    counts.zero_()
-    for piece in pieces():
-        bits = piece.view(torch.int32)
-        counts += torch.bincount(bits[(bits >> _HALF) == high] & (_BUCKETS - 1), minlength=_BUCKETS)
-    if high == 0:
-        counts[0] = 0  # zeros
-    low, more = _bucket_of(counts, k - above)
-    if low < 0:
-        return Cut(0, 0)
-    return Cut((high << _HALF) | low, k - above - more)
-
-
-def _bucket_of(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bucket that the k-th largest is in, and how many are in those above; -1 if there are not that many."""
-    from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, k))
-    if position == counts.numel():
-        return -1, int(from_top[-1])
-    above = int(from_top[position - 1]) if position else 0
-    return counts.numel() - 1 - position, above

@@ -1,11 +1,11 @@
-"""Adapters merged into a checkpoint on disk, tensor by tensor; into the weights that a quantized run saw, if asked."""
+"""Merges adapters into a checkpoint on disk, tensor by tensor: into its weights, or into their dequantized values."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,24 @@ from spiel_kernels import write_entries
 from spiel_kernels.quantized_layout import NestedScales, Packed4bit, dequantize_4bit, dequantize_8bit
 
 from ..budget import allocate_deltas
-from ..weights.base_weight import inspect_base
 from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, count_lost, log_loss
-from .adapter_file import AdapterFile, read_adapter
-from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, names_with_head, open_checkpoint, read_json
+from .adapter_file import AdapterFile, parameter_of_key, read_adapter
+from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
-from .folder import copy_other_files, edit_config, refuse_existing, whole_folder
-from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, SafetensorsWriter, StoredTensor, TensorSpec
-
-# Adapters merged into a checkpoint on disk, tensor by tensor.
-
+from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
+from .model_names import names_with_head
+from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, Progress, SafetensorsWriter, StoredTensor, TensorSpec
 
 Path_ = str | os.PathLike[str]
-Progress = Callable[[int, int, str], None]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-# Entries of a piece; sums are float32, counts of what is lost float64.
+# Entries of a piece, of up to 8 bytes: sums are float32, and lost deltas are counted in float64.
 _ENTRIES = PIECE_BYTES // 8
 
 
 @dataclass(frozen=True)
 class _Output:
-    """One tensor to write: where it comes from, what happens to it, and how it is stored."""
+    """One tensor of the merged checkpoint: its name, the tensor it is made of, its edit, and its dtype."""
 
     key: str
     source: StoredTensor
@@ -89,9 +85,13 @@ def merge_adapter_into_checkpoint(
         Counts of deltas that rounding has lost, and what was untied; a notable loss is logged too.
 
     Raises:
-        FileNotFoundError: a folder, file or shard is missing. FileExistsError: there is something at `out_dir`.
+        FileNotFoundError: a folder, file or shard is missing.
+        FileExistsError: there is something at `out_dir`.
         ValueError: a file is damaged, the base is quantized, the adapter is for another base or method, or a result
-            is not finite; names file and tensor. OSError: the disk is full. `out_dir` is left as it was then.
+            is not finite; the message names file and tensor.
+        OSError: the disk is full.
+
+    After any error `out_dir` is as it was before.
     """
     base_dir, out_dir = Path(base_dir), Path(out_dir)
     folders = [Path(adapter_dir)] if isinstance(adapter_dir, (str, os.PathLike)) else [Path(f) for f in adapter_dir]
@@ -147,10 +147,10 @@ def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _add_head(base: Checkpoint, adapters: Sequence[AdapterFile]) -> dict[str, Any]:
-    """Let the base's model have the head that a classifier's adapter brings; returns what the config must say then."""
+    """Give the base's model the head that an adapter brings. Returns the fields of ``config.json`` for it."""
     for adapter in adapters:
-        full = {key: tensor.shape for key, tensor in adapter.others.items() if "_adapter." not in key}
-        full = {key.replace(".base_layer.", "."): shape for key, shape in full.items()}
+        others = adapter.others.items()
+        full = {parameter_of_key(key): tensor.shape for key, tensor in others if "_adapter." not in key}
         if base.names is None or all(base.names.find(name) for name in full):
             continue
         found = names_with_head(Path(base.where), adapter.config.task_type, full)
@@ -161,19 +161,16 @@ def _add_head(base: Checkpoint, adapters: Sequence[AdapterFile]) -> dict[str, An
 
 
 def _check_counts(where: str, adapter: AdapterFile, base: Checkpoint) -> None:
-    """Adapters do not store shapes, but a budget of `r` or `density` tells what size of weight they were made for."""
+    """Refuse an adapter whose budget gives another number of deltas for the base's weights than its file holds.
+
+    Adapter files have no shapes; with a budget of `r` or `density` the number of deltas tells the size of the weight.
+    """
     config = adapter.config
     if base.names is None or config.num_deltas is not None:
         return
-    infos = {}
-    for module in adapter.deltas:
-        parameter = base.names.find(f"{module}.weight")
-        layer = base.names.modules.get((parameter or "").removesuffix(".weight"))
-        info = inspect_base(layer) if layer is not None else ""
-        if not isinstance(info, str):
-            infos[module] = info
+    infos = {module: info for module in adapter.deltas if (info := base.info(module)) is not None}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what there is to say of the budget was said in training
+        warnings.simplefilter("ignore")  # training has given the warnings about the budget
         counts = allocate_deltas(config, infos)
     for module, count in counts.items():
         if adapter.deltas[module].k != count:
@@ -184,7 +181,7 @@ def _check_counts(where: str, adapter: AdapterFile, base: Checkpoint) -> None:
 
 
 class _Merge:
-    """What is to be written for every file of a checkpoint, and the writing."""
+    """Plans the tensors of every file of the merged checkpoint, and writes the files."""
 
     def __init__(
         self, base: Checkpoint, edits: dict[str, Edit], untied: Sequence[str], dtype: torch.dtype | None
@@ -222,13 +219,13 @@ class _Merge:
                     f"{parameter} in {source.where} has dtype {source.dtype}: give the unquantized weights"
                 )
         floating = source.dtype is not None and source.dtype.is_floating_point and source.dtype.itemsize > 1
-        # A tensor that an adapter brings is stored as the one it replaces.
+        # A tensor that an adapter brings is stored in the dtype of the one it replaces.
         own = stored.dtype if stored is not None and floating else source.dtype
         self.parameters[key] = parameter
         self.files[file].append(_Output(key, source, edit, self.dtype if self.dtype and floating else own))
 
     def dequantize(self, config: Any, load_dtype: torch.dtype | None) -> None:
-        """Take dequantized values in place of the stored ones, in all layers that are quantized in training."""
+        """Merge into dequantized values, not the stored ones, in all layers that were quantized in training."""
         check_quantization(config, self.base)
         parameters = quantized_parameters(self.base, config)
         for outputs in self.files.values():
@@ -298,16 +295,15 @@ class _Merge:
         return write_entries(plain, positions, rounded)
 
 
-# Full-precision weights as bitsandbytes would have them after quantizing: what a QLoRA-style run was trained on.
-
-
 class DequantizedTensor(StoredTensor):
-    """A matrix that is quantized and dequantized when it is read; the last one read is kept.
+    """A full-precision matrix that is read as training on a quantized base saw it: quantized and dequantized.
+
+    The first read converts the whole matrix, which is kept until the last piece is read.
 
     Args:
         stored: the full-precision matrix.
         config: transformers' ``BitsAndBytesConfig``.
-        dtype: in which the model was loaded, and quantized from.
+        dtype: the dtype in which the model was loaded before it was quantized.
     """
 
     def __init__(self, stored: StoredTensor, config: Any, dtype: torch.dtype) -> None:
@@ -327,7 +323,7 @@ class DequantizedTensor(StoredTensor):
 
 
 def _round_trip(weight: Tensor, config: Any) -> Tensor:
-    """What the quantized form of a matrix stands for."""
+    """Quantize a matrix and dequantize it again."""
     from bitsandbytes import functional
 
     if config.load_in_8bit:
@@ -346,10 +342,11 @@ def _round_trip(weight: Tensor, config: Any) -> Tensor:
 
 
 def check_quantization(config: Any, base: Checkpoint) -> None:
-    """Raise unless `config` is a 4- or 8-bit ``BitsAndBytesConfig`` and the base's model is known.
+    """Check that `config` can be applied to the base.
 
     Raises:
-        ValueError: as said. ImportError: bitsandbytes is not installed.
+        ValueError: `config` is no 4- or 8-bit ``BitsAndBytesConfig``, or the base's model is not known.
+        ImportError: bitsandbytes is not installed.
     """
     if not (getattr(config, "load_in_4bit", False) or getattr(config, "load_in_8bit", False)):
         raise ValueError(

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+# Called in long work with the amount done, the whole amount, and the name of the item at hand.
+Progress = Callable[[int, int, str], None]
 # Bytes of a piece in which tensors are read, changed and written.
 PIECE_BYTES = 16 << 20
 
@@ -40,8 +42,9 @@ class StoredTensor:
     """A tensor that can be read piece by piece.
 
     Attributes:
-        shape: its shape. dtype: its dtype, None for one that this package cannot compute with.
-        where: names the file, or the object in memory, in messages.
+        shape: of the tensor.
+        dtype: of the tensor; None for a dtype that this package cannot compute with.
+        where: what messages call the file, or the object in memory, that holds the tensor.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None, where: str) -> None:
@@ -56,6 +59,13 @@ class StoredTensor:
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """The entries ``[start, stop)`` of the flattened tensor, on the CPU, in its dtype: ``[stop - start]``."""
         raise NotImplementedError
+
+    def repeats(self, tensor: Tensor) -> bool:
+        """Whether a tensor has this shape and, rounded to this dtype, these entries."""
+        if self.dtype is None or tuple(tensor.shape) != self.shape:
+            return False
+        flat = tensor.flatten()
+        return all(torch.equal(flat[a:b].to(self.dtype), self.read(a, b)) for a, b in self.pieces())
 
     def pieces(self, entries: int | None = None) -> Iterator[tuple[int, int]]:
         """Ranges of entries, in order, that make up the whole tensor, each about `PIECE_BYTES` large."""
@@ -115,16 +125,17 @@ class FileTensor(StoredTensor):
 
 
 def read_safetensors(path: Path) -> dict[str, FileTensor]:
-    """What a safetensors file holds; no tensor is read.
+    """The tensors of a safetensors file, by name; only the header is read.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged or cut off; both name it.
+        FileNotFoundError: there is no such file; the message names it.
+        ValueError: the file is damaged or cut off; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt"):
-            pass  # checks the header, and that the file is as long as that says
+            pass  # checks the header, and that the file has the length it states
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
@@ -139,14 +150,14 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
 
 
 def read_pickled(path: Path) -> dict[str, MemoryTensor]:
-    """The tensors of a ``.bin`` file of `torch.save`, mapped into memory; nothing in it is executed.
+    """The tensors of a ``.bin`` file of `torch.save`, mapped into memory; no code in the file is run.
 
     Raises:
-        ValueError: it is damaged, or holds more than tensors; names it.
+        ValueError: the file is damaged, or holds other objects than tensors; the message names it.
     """
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises what the pickle makes it raise
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]} Save the model as safetensors."
         ) from error
@@ -157,7 +168,7 @@ def read_pickled(path: Path) -> dict[str, MemoryTensor]:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What the header of a safetensors file says of a tensor: the format's name of its dtype, its shape, its bytes."""
+    """A tensor in the header of a safetensors file: its dtype by the format's name, its shape, its size in bytes."""
 
     dtype_name: str
     shape: tuple[int, ...]
@@ -178,9 +189,9 @@ class SafetensorsWriter:
 
     Args:
         path: the file to make.
-        specs: what it is to hold, by tensor name.
+        specs: the tensors that the file will hold, by name.
 
-    Leaving the block without an error flushes the file to disk and checks that all of it was written.
+    Leaving the block without an error flushes the file to disk and checks that every tensor was written in full.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -210,7 +221,7 @@ class SafetensorsWriter:
             raise
 
     def write(self, name: str, start: int, entries: Tensor) -> None:
-        """Write entries ``[n]`` from the flat position `start` on; they must have the dtype announced."""
+        """Write entries ``[n]`` from the flat position `start` on; they must have the dtype of the spec."""
         if entries.numel():
             data = memoryview(entries.contiguous().view(torch.uint8).numpy())
             self.write_bytes(name, start * self._widths[name], data)
@@ -237,13 +248,13 @@ class SafetensorsWriter:
                     self._file.flush()
                     os.fsync(self._file.fileno())
         finally:
-            # Closing flushes once more, and would fail once more.
+            # Closing flushes again, which fails again on a full disk.
             with suppress(OSError):
                 self._file.close()
 
     @contextmanager
     def _named(self, what: str) -> Iterator[None]:
-        """Let an error of the disk say which file and tensor it was about."""
+        """Add the file and the tensor to an error of the disk."""
         try:
             yield
         except OSError as error:

@@ -1,9 +1,11 @@
-"""What an adapter on disk holds, in numbers."""
+"""What an adapter on disk holds, in numbers, and what the log of its training run says."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,10 @@ from torch import Tensor
 from ..adapter_format import split_file_key
 from ..config import SpIELConfig
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta, read_whole_adapter
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import PROGRESS, SETTINGS, STATE_KEYS
 
-# What a config says of how an adapter was made; the rest selects modules or is PEFT's own bookkeeping.
+# Fields of a config that say how an adapter was made; the others select modules or are PEFT's own bookkeeping.
 _CONFIG_FIELDS = (
     "growth",
     "regrow_every",
@@ -37,16 +39,20 @@ _CONFIG_FIELDS = (
     "base_model_name_or_path",
 )
 
+TRAINER_STATE = "trainer_state.json"
+_CLOSE_FIELDS = ("rate", "replaced", "kept", "churn", "mean_abs_delta")
+_CHECKPOINT_NUMBER = re.compile(r"-(\d+)$")
+
 
 @dataclass(frozen=True)
 class ModuleFacts:
-    """One sparse delta.
+    """One sparse delta in numbers.
 
     Attributes:
         module: name of the adapted module in the base model, or of the parameter where that is a target itself.
         deltas: number of values.
         shape: of the weight; None if neither a base nor the file's training state tells.
-        rows: of the weight seen as a matrix.
+        rows: number of rows of the weight seen as a matrix; None as for `shape`.
         dtype: of the values.
         norm: square root of the sum of squares.
         mean_abs, max_abs: of the values.
@@ -91,14 +97,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class AdapterFacts:
-    """One adapter folder.
+    """One adapter folder in numbers.
 
     Attributes:
-        folder: where it lies.
+        folder: the adapter's folder.
         adapter: config and tensors.
         modules: in the order of the file.
-        training: from the training state that the file holds, if any.
-        file_bytes: size of the weights file.
+        training: progress of the run, if the file holds training state.
+        file_bytes: size of the tensors' file in bytes.
     """
 
     folder: Path
@@ -147,7 +153,7 @@ class AdapterFacts:
 
 
 def budget_of(config: SpIELConfig) -> dict[str, Any]:
-    """The budget of a config as it was given; of counts by module only the sum."""
+    """The budget that a config states; counts by module are summed up."""
     name = next(name for name in ("r", "density", "num_deltas") if getattr(config, name) is not None)
     value = getattr(config, name)
     budget: dict[str, Any] = {name: value}
@@ -157,7 +163,7 @@ def budget_of(config: SpIELConfig) -> dict[str, Any]:
     return budget | {name: pattern for name, pattern in patterns.items() if pattern}
 
 
-def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> AdapterFacts:
+def adapter_facts(folder: str | os.PathLike[str], base: Base | None = None) -> AdapterFacts:
     """Read an adapter and measure it.
 
     Args:
@@ -167,7 +173,8 @@ def adapter_facts(folder: str | os.PathLike[str], base: Base | BaseTensors | Non
 
     Raises:
         FileNotFoundError: the folder or a file is missing.
-        ValueError: it is no SpIEL adapter, a tensor is damaged, or the base has no such module or a smaller weight.
+        ValueError: the adapter is of another method, a tensor is damaged, or the base lacks a module or has a smaller
+            weight there.
     """
     folder = Path(folder)
     adapter, state, path = read_with_state(folder)
@@ -201,7 +208,7 @@ def weight_name(config: SpIELConfig, module: str) -> str:
 
 
 def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Shape of the adapted weight, seen as a matrix, as the training state has it; None if it does not."""
+    """Shape of the adapted weight, seen as a matrix, from a delta's training state; None if that does not say."""
     settings = state.get(SETTINGS)
     if settings is None or settings.dtype != torch.int64 or tuple(settings.shape) != (5,):
         return None
@@ -209,7 +216,7 @@ def matrix_shape(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     return (rows, columns) if rows > 0 and columns > 0 else None
 
 
-def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[str, tuple[int, ...]]:
+def _base_shapes(adapter: AdapterFile, base: Checkpoint, where: str) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for module, delta in adapter.deltas.items():
         shape = base.shape(weight_name(adapter.config, module), where)
@@ -223,7 +230,7 @@ def _base_shapes(adapter: AdapterFile, base: BaseTensors, where: str) -> dict[st
 
 
 def rows_of(shape: tuple[int, ...], bare: bool) -> int:
-    """Rows of a weight seen as a matrix; of a bare parameter with several matrices those of all of them."""
+    """Number of rows of a weight seen as a matrix; the matrices of a bare parameter are counted together."""
     return math.prod(shape[:-1]) if bare else shape[0]
 
 
@@ -234,7 +241,6 @@ def _module_facts(name: str, delta: StoredDelta, shape: tuple[int, ...] | None, 
         module=name,
         deltas=delta.k,
         shape=shape,
-        # The training state has the shape of the matrix.
         rows=None if shape is None else rows_of(shape, bare),
         dtype=str(delta.values.dtype).removeprefix("torch."),
         norm=float(torch.linalg.vector_norm(values)),
@@ -251,3 +257,129 @@ def _progress(state: Mapping[str, Mapping[str, Tensor]]) -> Progress | None:
             step, closes, _, _, total = tensor.tolist()
             return Progress(int(step), int(closes), int(total))
     return None
+
+
+@dataclass(frozen=True)
+class Close:
+    """One close of a cycle, as `SpIELCallback` logs it.
+
+    Attributes:
+        step: optimizer step after which the close took place.
+        rate: share of the deltas that the schedule offered for replacement, 0 to 1.
+        replaced, kept: numbers of deltas.
+        churn: share of the deltas that moved, 0 to 1.
+        mean_abs_delta: mean absolute delta before the close.
+    """
+
+    step: int
+    rate: float
+    replaced: int
+    kept: int
+    churn: float
+    mean_abs_delta: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Losses by optimizer step: of the batches trained on, and of the evaluations."""
+
+    train: dict[int, float]
+    held_out: dict[int, float]
+
+
+def find_log(folder: str | os.PathLike[str]) -> Path | None:
+    """The log of the run that an adapter comes from: in its folder, in a trainer's checkpoint there, or one level up.
+
+    Of several checkpoints the last one has the longest log.
+    """
+    folder = Path(folder)
+    for place in (folder, folder.resolve().parent):
+        for path in (place / TRAINER_STATE, *reversed(_checkpoints(place))):
+            if _is_log(path):
+                return path
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [(_CHECKPOINT_NUMBER.search(path.name), path) for path in folder.glob("checkpoint-*")]
+    return [path / TRAINER_STATE for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def _is_log(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        return bool(_closes(_load(path)))
+    except ValueError:
+        return False
+
+
+def read_closes(log: str | os.PathLike[str]) -> list[Close]:
+    """The closes in a ``trainer_state.json``, in the order of their steps.
+
+    Args:
+        log: the file, or a folder with one.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        ValueError: the log cannot be read, or holds no close.
+    """
+    path = _path(log)
+    closes = _closes(_load(path))
+    if not closes:
+        raise ValueError(f"{path} logs no close of a cycle; give SpIELCallback() to the Trainer to have them logged")
+    return closes
+
+
+def read_losses(log: str | os.PathLike[str]) -> Losses:
+    """The losses in a ``trainer_state.json``. Arguments and errors are those of `read_closes`."""
+    path = _path(log)
+    entries = _history(_load(path))
+    try:
+        found = [{int(e["step"]): float(e[key]) for e in entries if key in e} for key in ("loss", "eval_loss")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} logs a loss without a step or a number: {error}") from error
+    if not found[0]:
+        raise ValueError(f"{path} logs no training loss; set logging_steps of the Trainer to have it logged")
+    return Losses(*found)
+
+
+def _path(log: str | os.PathLike[str]) -> Path:
+    path = Path(log)
+    if path.is_dir():
+        found = find_log(path)
+        if found is None:
+            raise FileNotFoundError(
+                f"{path} has no log of closes ({TRAINER_STATE}); they are logged where SpIELCallback() was given to "
+                "the Trainer"
+            )
+        path = found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    return path
+
+
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def _history(content: Any) -> list[dict[str, Any]]:
+    history = content.get("log_history") if isinstance(content, dict) else None
+    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+
+
+def _closes(content: Any) -> list[Close]:
+    entries = [entry for entry in _history(content) if "spiel/churn" in entry]
+    rows = [{key.removeprefix("spiel/"): value for key, value in entry.items()} for entry in entries]
+    try:
+        closes = [Close(int(row["step"]), *(_number(row, name) for name in _CLOSE_FIELDS)) for row in rows]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return sorted(closes, key=lambda close: close.step)
+
+
+def _number(row: dict[str, Any], name: str) -> Any:
+    return int(row[name]) if name in ("replaced", "kept") else float(row[name])

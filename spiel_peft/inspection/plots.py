@@ -15,11 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files.adapter_file import StoredDelta
-from .facts import AdapterFacts, ModuleFacts
-from .logs import Close, Losses
+from ..files.tensors import Progress
+from .facts import AdapterFacts, Close, Losses, ModuleFacts
 
 DPI = 130
-# Cells of the map along each side, at most.
+# Most cells of the map along each side.
 _CELLS = 200
 _BINS = 120
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -82,7 +82,7 @@ def _mean_abs(modules: Sequence[ModuleFacts]) -> float:
 
 
 def histogram_figure(facts: AdapterFacts) -> Figure:
-    """How many deltas have which size, on a logarithmic axis, negative and positive ones apart."""
+    """Histogram of the deltas' absolute values on a logarithmic axis, negative and positive deltas apart."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
     values = [delta.values.float() for delta in facts.adapter.deltas.values()]
@@ -103,7 +103,7 @@ def histogram_figure(facts: AdapterFacts) -> Figure:
 
 
 def matrix_figure(module: ModuleFacts, delta: StoredDelta) -> Figure:
-    """A map of one weight: sum of the absolute deltas in each cell, its sums by row and column beside it.
+    """A map of one weight: the sum of the absolute deltas in each cell, with sums by row and by column beside it.
 
     Raises:
         ValueError: the weight's shape is not known.
@@ -133,7 +133,7 @@ def matrix_figure(module: ModuleFacts, delta: StoredDelta) -> Figure:
 
 
 def churn_figure(closes: Sequence[Close]) -> Figure:
-    """Share of the indices that moved at each close, the share that was offered, and the mean absolute delta."""
+    """At each close: the share of deltas that moved, the share offered for replacement, and the mean absolute delta."""
     steps = [close.step for close in closes]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
@@ -177,18 +177,20 @@ def save_figures(
     figures: dict[str, Callable[[], Figure]],
     folder: str | os.PathLike[str],
     overwrite: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Draw figures and write them as ``<name>.png``; all are drawn before the first is put in place.
 
     Args:
-        figures: what draws each, by name.
-        folder: where to; made if need be, other files in it are left alone.
+        figures: functions that draw the figures, by name.
+        folder: where to write; made if it does not exist. Other files in it are left alone.
         overwrite: replace pictures of these names.
         progress: called with (done, total, what).
 
     Raises:
-        FileExistsError: there is such a picture. ValueError: something cannot be drawn. OSError: the disk is full.
+        FileExistsError: a picture of such a name exists.
+        ValueError: a figure cannot be drawn.
+        OSError: the disk is full.
     """
     folder = Path(folder)
     targets = {name: folder / f"{name}.png" for name in figures}
@@ -215,10 +217,10 @@ def save_figures(
 
 
 def find_module(facts: AdapterFacts, name: str | None) -> ModuleFacts:
-    """The module that a full name or the end of one means; None: the one whose deltas have the largest norm.
+    """Find a module by its full name or the end of it; None gives the module whose deltas have the largest norm.
 
     Raises:
-        ValueError: none or several.
+        ValueError: no module or several modules have that name.
     """
     if name is None:
         return max(facts.modules, key=lambda module: module.norm)

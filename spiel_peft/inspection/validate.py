@@ -21,7 +21,7 @@ from ..adapter_format import MARKER, check_indices_and_values, check_training_st
 from ..budget import allocate_deltas
 from ..config import SpIELConfig, names_module
 from ..files.adapter_file import PREFIX, read_config, read_tensors
-from ..files.base_tensors import Base, BaseTensors, open_base
+from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import STATE_KEYS, RunSettings
 from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
@@ -33,11 +33,11 @@ Entries = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One problem of an adapter.
 
     Attributes:
-        file: the file it is in.
-        tensor: or the field of the config; None if it is about the file as a whole.
+        file: the file at fault.
+        tensor: the tensor, or the field of the config, at fault; None if the whole file is.
         problem: a phrase that continues the name.
     """
 
@@ -49,8 +49,8 @@ class Finding:
         return f"{self.file}: {self.problem}" if self.tensor is None else f"{self.file}: {self.tensor} {self.problem}"
 
 
-def validate_adapter(folder: str | os.PathLike[str], base: Base | BaseTensors | None = None) -> list[Finding]:
-    """List what is wrong with an adapter; nothing if it is sound.
+def validate_adapter(folder: str | os.PathLike[str], base: Base | None = None) -> list[Finding]:
+    """List the problems of an adapter; the list is empty if it is sound.
 
     Checked are every tensor (indices sorted, unique and not negative; values finite; as many of one as of the other;
     training state), and that the config's budget and targets are those of the tensors. With a base also that every
@@ -61,7 +61,8 @@ def validate_adapter(folder: str | os.PathLike[str], base: Base | BaseTensors | 
         base: the model it is for, as `open_base` takes it; only shapes are read.
 
     Raises:
-        FileNotFoundError: there is no such folder. ValueError: the base cannot be read.
+        FileNotFoundError: there is no such folder.
+        ValueError: the base cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -125,9 +126,9 @@ def _sorted_by_module(
 
 
 def _delta_problems(
-    module: str, entries: Entries, config: SpIELConfig | None, base: BaseTensors | None
+    module: str, entries: Entries, config: SpIELConfig | None, base: Checkpoint | None
 ) -> Iterator[tuple[str, str]]:
-    """Names and problems of the tensors of one module."""
+    """Names and problems of the tensors of one module, training state included."""
     shape: tuple[int, ...] | None = matrix_shape(entries)
     if base is not None:
         name = base.find(f"{module}.weight" if config is None else weight_name(config, module))
@@ -157,6 +158,7 @@ def _delta_problems(
 
 
 def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, str]]:
+    """Problems of indices and values, of both if both are bad."""
     values = entries.get("values")
     if values is not None and values.is_floating_point() and values.dtype not in FLOAT_DTYPES:
         yield "values", f"have the dtype {values.dtype}, which deltas cannot have"
@@ -166,7 +168,7 @@ def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, st
         return
     yield problem
     if problem[0] == "indices" and values is not None and "indices" in entries:
-        # What is wrong with the values is told only where the indices are sound; these are, and as many.
+        # Values are judged only beside sound indices: these are sound, and as many.
         stand_in = torch.arange(entries["indices"].numel())
         problem = check_indices_and_values({"indices": stand_in, "values": values}, None)
         if problem is not None:
@@ -187,7 +189,7 @@ def _is_expected(key: str, config: SpIELConfig) -> bool:
         return bool(config.trainable_token_indices)
     if key.endswith(".bias") and config.bias != "none":
         return True
-    # PEFT saves embeddings whose vocabulary was resized by itself.
+    # PEFT itself saves embeddings whose vocabulary was resized.
     owners = {*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES}
     return any(names_module(owner, name) for owner in owners for name in _parents(key))
 
@@ -204,7 +206,7 @@ def _config_problems(config: SpIELConfig, counts: Mapping[str, int], others: Ent
     for owner in config.modules_to_save or ():
         if not any(names_module(owner, name) for key in others for name in _parents(key)):
             yield "modules_to_save", f"has {owner!r}, but the file does not"
-    # Tied modules share a delta, which files hold under the names of both and configs under one.
+    # Tied modules share a delta. Files hold it under the names of both modules, configs under one.
     if not config.ensure_weight_tying:
         yield from _target_problems(config, list(counts))
     if isinstance(config.num_deltas, dict):
@@ -233,7 +235,7 @@ def _target_problems(config: SpIELConfig, modules: list[str]) -> Iterator[tuple[
                 yield "target_modules", f"has {target!r}, but the file has no delta of it"
 
 
-def _info(config: SpIELConfig, module: str, base: BaseTensors) -> BaseInfo | None:
+def _info(config: SpIELConfig, module: str, base: Checkpoint) -> BaseInfo | None:
     if not config.names_parameter(module):
         return base.info(module)
     name = base.find(module)
@@ -246,7 +248,7 @@ def _info(config: SpIELConfig, module: str, base: BaseTensors) -> BaseInfo | Non
 
 
 def _budget_problems(
-    config: SpIELConfig, counts: Mapping[str, int], base: BaseTensors | None
+    config: SpIELConfig, counts: Mapping[str, int], base: Checkpoint | None
 ) -> Iterator[tuple[str, str]]:
     """Where the budget and the base's shapes give another number of deltas than the file has."""
     if base is None or isinstance(config.num_deltas, dict):
@@ -259,7 +261,7 @@ def _budget_problems(
     name = "density" if config.density is not None else "r" if config.r is not None else "num_deltas"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # weights that the budget would more than fill
+            warnings.simplefilter("ignore")  # of weights smaller than the budget
             wanted = allocate_deltas(config, infos)
     except ValueError as error:
         yield name, f"does not fit the file: {' '.join(str(error).split())}"

@@ -1,4 +1,4 @@
-"""Copies of a model are independent; deltas that are to be float32 stay so whatever a trainer casts."""
+"""Copies of a model are independent; float32 deltas stay float32 when a trainer casts the model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CYCLE = {"regrow_every": 2, "accumulation_steps": 1, "total_steps": 12}
 
 @copies
 def test_a_copy_trains_on_its_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    """Copies go on as the one would have, cycle included, and none moves another."""
+    """Copies train on as the original would have, cycle included, and do not change each other."""
     model = adapted(**CYCLE)
     train(model, steps=3)
     first, second = duplicate(model), duplicate(model)
@@ -88,7 +88,7 @@ def test_a_copy_keeps_a_shared_delta_shared(duplicate: Callable[[nn.Module], nn.
 
 
 def cast_all(model: PeftModel, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """What TRL does to the trainable parameters of a quantized model."""
+    """Cast the trainable parameters of a quantized model as TRL does."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for parameter in trainable.values():
         parameter.data = parameter.data.to(dtype)
@@ -146,7 +146,7 @@ def test_small_updates_are_not_lost_after_a_cast() -> None:
 
 @pytest.mark.parametrize(("cast", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16)])
 def test_casting_the_model_casts_the_deltas_until_training(cast: str, dtype: torch.dtype) -> None:
-    """`model.half()` is asked for; indices are left alone; training brings float32 deltas back."""
+    """`model.half()` casts the values, not the indices; training brings float32 deltas back."""
     model = adapted()
     indices = {module: delta.indices.clone() for module, delta in deltas_of(model).items()}
     getattr(model, cast)()

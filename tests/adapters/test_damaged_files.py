@@ -99,7 +99,7 @@ def test_an_existing_adapter_stays_as_it_was(
 def test_a_half_added_adapter_does_not_remain(
     damaged, saved: Saved, edit, message: str, low_cpu_mem_usage: bool
 ) -> None:
-    """The file also has modules that the existing adapter lacks: their layers go away again."""
+    """The file also has modules that the existing adapter lacks: their new layers are removed again."""
     model = adapted(saved.load_base(), seed=9, target_modules=["q_proj", "v_proj"])
     before, grads = snapshot(model), {n: p.requires_grad for n, p in model.named_parameters()}
     with refused(message):
@@ -121,7 +121,7 @@ def test_set_peft_model_state_dict_refuses_it(damaged, saved: Saved, edit, messa
     assert_unchanged(model, before)
 
 
-# transformers' loader converts dtypes before anybody sees them, reports shapes itself, and ignores unknown keys.
+# transformers' loader converts dtypes before it assigns tensors, reports shapes itself, and ignores unknown keys.
 BY_TRANSFORMERS = [name for name in DAMAGE if name not in ("float", "int64", "integer values", "another adapter's key")]
 
 
@@ -247,7 +247,7 @@ def drop_values(tensors: Tensors) -> None:
 
 @pytest.mark.parametrize("edit", [drop_module, drop_values])
 def test_missing_values_are_reported_as_peft_does(damaged, saved: Saved, edit: Callable[[Tensors], None]) -> None:
-    """New indices for old values would be worse than nothing: a module without values is left as it is."""
+    """A module without values in the file stays as it is: new indices do not belong to its old values."""
     folder = damaged(edit)
     with pytest.warns(UserWarning, match="Found missing adapter keys") as record:
         PeftModel.from_pretrained(saved.load_base(), folder)

@@ -34,7 +34,7 @@ corruptions = st.one_of(casts, cuts, grown, flips, shuffles, reshapes, writes, n
 
 @pytest.fixture(scope="module")
 def model(saved: Saved) -> nn.Module:
-    """One for all examples: whatever was loaded into it before must have left it sound."""
+    """One model for all examples: every file loaded into it before must have left it sound."""
     return adapted(saved.load_base(), seed=9)
 
 

@@ -1,4 +1,4 @@
-"""Merging: the merged model computes what the adapted one did, and unmerging restores every bit."""
+"""The merged model has the outputs of the adapted one, and unmerging restores every bit."""
 
 from __future__ import annotations
 

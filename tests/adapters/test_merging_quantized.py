@@ -1,4 +1,4 @@
-"""Merging into NF4 weights: what it loses is said, and unmerging restores the packed bytes."""
+"""Merging into NF4 weights warns of the deltas it loses, and unmerging restores the packed bytes."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ refusals = pytest.mark.parametrize(("fields", "message"), REFUSALS.values(), ids
 
 
 def traits(model: nn.Module) -> dict[str, Any]:
-    """All that an injection could change in a model."""
+    """The state of a model that an injection could change."""
     return {
         "types": {name: type(module) for name, module in model.named_modules()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},

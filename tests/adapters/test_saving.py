@@ -1,4 +1,4 @@
-"""What an adapter file holds, and that every way of loading it gives the same model."""
+"""The content of adapter files; every way of loading one gives the same model."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_several_adapters_are_saved_into_folders_and_loaded_back(tmp_path: Path)
 def test_loading_trained_state_back_reproduces_the_next_steps(
     saved: Saved, tmp_path: Path, low_cpu_mem_usage: bool
 ) -> None:
-    """Deltas, candidates and progress come back: two copies go on alike, and close a cycle on the way."""
+    """Deltas, candidates and progress are restored: two copies train on alike, over a close."""
     models = [
         PeftModel.from_pretrained(
             saved.load_base(), saved.adapter, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage

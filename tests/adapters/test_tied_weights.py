@@ -165,7 +165,7 @@ def test_merging_keeps_the_weights_tied(dtype: torch.dtype) -> None:
     assert same_bits(logits(merged), expected)
 
 
-# --- both, each for itself ---
+# --- both, with a delta each ---
 
 
 def test_two_targets_without_tying_get_two_deltas(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_two_targets_without_tying_get_two_deltas(tmp_path: Path) -> None:
     assert same_bits(logits(PeftModel.from_pretrained(tied_llama(), tmp_path)), expected)
 
 
-# --- PEFT's neighbours ---
+# --- together with modules_to_save and trained tokens ---
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""Folders that commands can be tried on, and running a command in this process."""
+"""Folders for the commands to work on, and a way to run a command in this process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_folders(where: Path) -> None:
-    """Everything that the examples of the commands name."""
+    """Make all files and folders that the examples of the commands name."""
     base = saved(tiny_llama(hidden_size=64, intermediate_size=128), where / "base")
     tokenizer().save_pretrained(base)
     model = adapted(loaded(base), init_weights=True, accumulation_steps=2, regrow_every=3, growth="random")
@@ -62,14 +62,14 @@ def pairs() -> str:
 
 
 class Shell:
-    """Runs commands and keeps what they said."""
+    """Runs commands and keeps their output."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.capsys = capsys
         self.out = self.err = ""
 
     def __call__(self, *arguments: object, code: int = 0) -> str:
-        """Stdout of a command that must end with this code."""
+        """Run a command that must end with this exit code; returns its stdout."""
         self.capsys.readouterr()
         found = main([str(argument) for argument in arguments])
         self.out, self.err = self.capsys.readouterr()
@@ -77,11 +77,11 @@ class Shell:
         return self.out
 
     def json(self, *arguments: object, code: int = 0) -> Any:
-        """What a command prints with --json; nothing else may be on stdout."""
+        """Run a command with --json; returns the object it prints, which must be all of stdout."""
         return json.loads(self(*arguments, "--json", code=code))
 
     def fails(self, *arguments: object, code: int) -> str:
-        """The one line on stderr of a command that must fail with this code, having said nothing on stdout."""
+        """Run a command that must fail with this code and an empty stdout; returns its one line on stderr."""
         out = self(*arguments, code=code)
         assert out == "" and self.err.startswith("error: ") and self.err.count("\n") == 1, self.out + self.err
         assert "Traceback" not in self.err

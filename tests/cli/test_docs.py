@@ -1,4 +1,4 @@
-"""The page on the command line is true: its commands run, and its tables are complete."""
+"""The commands on the page about the command line run, and its tables are complete."""
 
 from __future__ import annotations
 

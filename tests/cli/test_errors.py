@@ -1,4 +1,4 @@
-"""What goes wrong: one line or one JSON object, the right exit code, nothing half-written."""
+"""An error is one line or one JSON object with the right exit code, and leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ USES = {
 
 @contextmanager
 def no_room(nbytes: int) -> Iterator[None]:
-    """No file may become larger than this, as if the disk were full."""
+    """Let writes beyond this file size fail, as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
     try:

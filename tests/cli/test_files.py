@@ -1,4 +1,4 @@
-"""`merge`, `extract`, `combine`, `convert`: the commands do what the functions do, and report it."""
+"""`merge`, `extract`, `combine`, `convert`: the commands write what the functions write, and report it."""
 
 from __future__ import annotations
 

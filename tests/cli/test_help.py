@@ -1,4 +1,4 @@
-"""The help: it is there at once, and its examples run."""
+"""The help appears without importing heavy packages, and its examples run."""
 
 from __future__ import annotations
 

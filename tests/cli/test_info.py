@@ -1,4 +1,4 @@
-"""`spiel-peft info`: its numbers are those of the files."""
+"""`spiel-peft info` prints the numbers that the files hold."""
 
 from __future__ import annotations
 

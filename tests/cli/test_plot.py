@@ -1,4 +1,4 @@
-"""`spiel-peft plot`: which pictures are drawn, and what is in them."""
+"""`spiel-peft plot`: which pictures are drawn, and their content."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from trainer_helpers import regression, trainer
 from spiel_peft import SpIELCallback
 from spiel_peft.files.adapter_file import StoredDelta
 from spiel_peft.inspection import Close, adapter_facts, read_closes
-from spiel_peft.inspection.facts import ModuleFacts
-from spiel_peft.inspection.logs import Losses
+from spiel_peft.inspection.facts import Losses, ModuleFacts
 from spiel_peft.inspection.plots import (
     churn_figure,
     density_figure,
@@ -120,7 +119,7 @@ def test_without_matplotlib_the_extra_is_named(shell: Shell, monkeypatch: pytest
     assert "pip install 'spiel-peft[plot]'" in shell.fails("plot", "language", "--out", "plots", code=5)
 
 
-# -- what is in them -------------------------------------------------------------------------------
+# -- content of the pictures -----------------------------------------------------------------------
 
 
 def test_the_map_holds_every_delta_in_its_place() -> None:

@@ -1,4 +1,4 @@
-"""`spiel-peft train`: it learns, resumes exactly, and refuses what it cannot use before it writes."""
+"""`spiel-peft train` learns, resumes exactly, and refuses bad input before it writes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_resuming_equals_not_having_stopped(shell: Shell, folders: Path) -> None
     shell(*run, "whole")
     shell(*run, "cut")
     before = tensors_of(folders / "whole" / "adapter")
-    # As if stopped after step 10: the later checkpoint and the result are not there.
+    # As if the run was stopped after step 10: the later checkpoint and the result are missing.
     for name in ("checkpoint-12", "adapter"):
         shutil.rmtree(folders / "cut" / name)
     data = shell.json(*run, "cut", "--resume")
@@ -66,7 +66,7 @@ def test_resuming_a_complete_run_saves_its_result(shell: Shell, folders: Path) -
         torch.equal(before[key], after[key]) for key in before if not key.rpartition(".")[2].startswith("spiel_")
     )
     assert "complete already" in shell(*run, "--resume")
-    # With more steps it goes on.
+    # With more steps the run goes on.
     run[run.index("6")] = "9"
     assert shell.json(*run, "--resume")["steps"] == 9
     epochs = [*RUN, *SHORT, "--epochs", "0.5", "--held-out", "0", "--output-dir", "epochs"]
@@ -87,7 +87,7 @@ def test_a_folder_with_a_run_is_kept(shell: Shell, folders: Path) -> None:
     shell(*run, "--overwrite", "--seed", "3", "--save-every", "0")
     adapter = "run/adapter/adapter_model.safetensors"
     assert contents(folders)[adapter] != before[adapter]
-    # What could be resumed of the earlier run is gone.
+    # The checkpoints of the earlier run are gone.
     assert sorted(path.name for path in (folders / "run").iterdir()) == ["adapter", "mine.txt", "trainer_state.json"]
 
 
@@ -186,7 +186,7 @@ def test_questions_are_answered_with_and_without_the_adapter(shell: Shell, folde
     (first, second) = data["answers"]
     assert first["question"] == question and second["question"] == "what is it ?"
     assert first["after"].startswith("it is ") and not first["before"].startswith("it is ")
-    # The merged checkpoint says what the model with the adapter does, bit for bit.
+    # The merged checkpoint has the outputs of the model with the adapter, bit for bit.
     ids = torch.tensor([[3, 4, 5, 6, 20, 8]])
     merged = loaded(folders / "run" / "merged")
     model = PeftModel.from_pretrained(loaded(folders / "base"), "run/adapter")
@@ -196,7 +196,7 @@ def test_questions_are_answered_with_and_without_the_adapter(shell: Shell, folde
     assert f"question  {question}" in text and "before    " in text and "run/merged" in text
     message = shell.fails(*run, "--overwrite", "--load-in-4bit", code=3)
     assert "--merge with --load-in-4bit" in message
-    # A merged checkpoint of an earlier adapter does not stay beside another one.
+    # The merged checkpoint of an earlier adapter is removed.
     shell(*(part for part in run if part != "--merge"), "--overwrite", "--max-steps", "2")
     assert (folders / "run" / "adapter").is_dir() and not (folders / "run" / "merged").exists()
 

@@ -1,4 +1,4 @@
-"""`spiel-peft validate`: it finds every kind of damage, all of it at once, and nothing in sound files."""
+"""`spiel-peft validate` lists every kind of damage at once, and nothing in sound files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def put(tensors: Tensors, name: str, change: Callable[[Tensor], Tensor], module:
     tensors[key_of(module, name)] = change(tensors[key_of(module, name)])
 
 
-# What happens to a file, the tensor that must be named, and what must be said of it. Without a base.
+# Damage of a file, the tensor that must be named, and the problem that must be reported. Without a base.
 DAMAGE: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
     "unsorted": (lambda t: put(t, "indices", lambda i: i.flip(0)), "indices", "not sorted"),
     "repeated": (lambda t: indices(t)[1:2].copy_(indices(t)[:1]), "indices", "more than once"),

@@ -15,7 +15,7 @@ CYCLE = {"regrow_every": 4, "accumulation_steps": 2, "total_steps": 12}
 
 
 def two_adapters(base: nn.Module | None = None, **fields: Any) -> PeftModel:
-    """Random deltas at positions of their own: language on q and down projections, task on down and up ones."""
+    """Random deltas at different positions: languages on q and down projections, the task on down and up ones."""
     model = adapted(base, adapter=LANGUAGE, density=0.2, seed=11, **fields)
     model.add_adapter(TASK, spiel_config(density=0.2, target_modules=["down_proj", "up_proj"], **{"seed": 5, **fields}))
     return model

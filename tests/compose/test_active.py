@@ -55,7 +55,7 @@ def test_both_active_equal_the_dense_sum_and_merging_changes_no_bit(dtype: torch
 
 def test_where_no_position_is_shared_the_sum_is_exact_to_the_bit() -> None:
     model = two_adapters()
-    # Modules of their own: no entry has two deltas, so no order of summation matters.
+    # The adapters change different modules: no entry has two deltas, so the order of the sum does not matter.
     model.delete_adapter(TASK)
     model.add_adapter(TASK, spiel_config(target_modules=["up_proj"]))
     activate(model, BOTH)
@@ -81,7 +81,7 @@ def test_only_what_is_named_is_trained_and_nothing_else_moves() -> None:
 
 
 def test_gradients_are_those_of_the_task_on_top_of_the_language() -> None:
-    """Those of a plain model whose weights hold both, at the task's positions."""
+    """Gradients of a plain model whose weights hold both adapters, at the task's positions."""
     model = two_adapters(tiny_llama(dtype=torch.float64), growth="none")
     activate(model, BOTH, train=[TASK])
     model.train()
@@ -175,7 +175,7 @@ def test_the_best_checkpoint_is_found_under_the_name_default_and_both_stay_activ
     active = activate(model, [LANGUAGE, "default"], train=["default"])
     settings = {**QUIET, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-    # The loss falls: by this measure the first checkpoint is the best.
+    # The loss falls, so the first checkpoint is the best by this measure.
     args = TrainingArguments(output_dir=str(tmp_path), max_steps=3, learning_rate=0.02, **settings)
     trainer = Trainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows()[:4])
     trainer.train()

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from spiel_peft import SM3, LanguageCycler, LanguageCyclerCallback
-from spiel_peft.compose.cycling import language_of_batch
+from spiel_peft.compose.active import language_of_batch
 
 from .helpers import CYCLE, LANGUAGES, TASK, batches, dense_deltas, model_with_languages, plain_with
 

@@ -1,4 +1,4 @@
-"""Languages that take turns on several data-parallel ranks: the same one everywhere, and one common task."""
+"""Languages that take turns on several data-parallel ranks: all ranks use the same language and train one task."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def outcome(model: PeftModel, used: list[str]) -> dict[str, Any]:
 
 def parallel(rank: int, **fields: Any) -> dict[str, Any]:
     model = model_with_languages(**fields)
-    # Before it is wrapped: what is trained must be known then.
+    # Before the model is wrapped, which reads off the parameters that require a gradient.
     LanguageCycler(model, LANGUAGES, TASK)
     ddp = DistributedDataParallel(model)
     cycler = LanguageCycler(ddp, LANGUAGES, TASK)

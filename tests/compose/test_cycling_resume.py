@@ -14,7 +14,7 @@ from trainers.helpers import QUIET
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spiel_peft import LanguageCycler, LanguageCyclerCallback
-from spiel_peft.compose.cycling import language_of_batch
+from spiel_peft.compose.active import language_of_batch
 
 from .helpers import CYCLE, LANGUAGES, TASK, batches, model_with_languages
 

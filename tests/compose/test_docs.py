@@ -1,4 +1,4 @@
-"""docs/composing.md is true: its code runs, one block after the other, and its table is complete."""
+"""The code of docs/composing.md runs, one block after the other, and its table is complete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "composing.md").read_text(encoding=
 
 
 class Names(dict[str, Any]):
-    """What the page takes for given; `base` is a new one every time."""
+    """The names that the page assumes; `base` is a new model every time."""
 
     def __missing__(self, name: str) -> Any:
         if name == "base":

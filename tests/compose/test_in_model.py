@@ -102,7 +102,7 @@ def test_it_can_be_trained_and_its_training_state_is_saved(tmp_path: Path) -> No
     before = {name: delta.indices.clone() for name, delta in deltas_of(model, "mix").items()}
     others = [dense_deltas(model, name) for name in BOTH]
     train(model, steps=3)
-    # Its deltas were not zero: the first close replaces a share of them, not all.
+    # The run began with deltas that are not zero: the first close replaces a share of them, not all.
     kept = [torch.isin(d.indices, before[n]).float().mean() for n, d in deltas_of(model, "mix").items()]
     assert 0.5 < float(torch.stack(kept).mean()) < 1
     for now, then in zip((dense_deltas(model, name) for name in BOTH), others, strict=True):
@@ -224,7 +224,7 @@ def test_what_one_adapter_saved_in_full_is_taken_over(extra: dict[str, Any], tmp
 
 
 def read_saved(model: PeftModel, adapter: str, folder: Path) -> dict[str, torch.Tensor]:
-    """What an adapter holds besides deltas, by key in the base model."""
+    """The tensors of an adapter besides its deltas, by key in the base model."""
     model.save_pretrained(folder / "full", selected_adapters=[adapter])
     tensors = read_adapter(folder / "full" / adapter)
     return {key.removeprefix("base_model.model."): t for key, t in tensors.items() if "spiel_delta" not in key}

@@ -1,4 +1,4 @@
-"""What adapters have in common, counted by sets."""
+"""The overlap of adapters, compared with counts by Python sets."""
 
 from __future__ import annotations
 

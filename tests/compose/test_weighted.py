@@ -36,7 +36,7 @@ def dense(pair: Pair | None) -> Tensor:
 
 
 def as_in_peft(keep: int) -> float:
-    """The density at which PEFT keeps exactly so many entries of the dense tensor."""
+    """The density at which PEFT keeps exactly this number of entries of the dense tensor."""
     return (keep + 0.5) / NUMEL
 
 
@@ -79,7 +79,7 @@ def test_signs_are_elected_without_the_weights_and_a_tie_is_positive() -> None:
     assert total[1].item() == -5 and frequency[1].item() == 2
     even = [(at, torch.tensor([value])) for value in (-3.0, 3.0)]
     assert combine(even, [1.0, 0.5], "ties", density=1.0)[1].item() == 1.5
-    # Both agree; the weights take one from the other.
+    # The signs agree, but the weights subtract one adapter from the other.
     same = [(at, torch.tensor([3.0]))] * 2
     assert combine(same, [1.0, -1.0], "ties", density=1.0)[1].item() == 0
 
@@ -97,7 +97,7 @@ def test_dare_keeps_random_deltas_scaled_up(kind: str, oracle: str) -> None:
         assert torch.allclose(values, originals[slots] / 0.4)
     weights = [0.7, -0.2]
     tensors, scale = [dense(p) for p in alone], torch.tensor(weights, dtype=torch.float64)
-    # PEFT's rule on what is left, with no pruning of its own.
+    # PEFT's rule applied to the deltas that are left, without pruning.
     rule: Callable[..., Tensor] = getattr(merge_utils, oracle)
     expected = rule(tensors, scale, 1.0) if oracle == "ties" else rule(tensors, scale)
     got = combine(pairs, weights, kind, density=0.4)
@@ -115,7 +115,7 @@ def test_dare_depends_on_seed_module_and_place_alone_and_is_right_on_average() -
     other_module = combine_deltas(pairs, Combination((1.0, 1.0), "dare_linear", 0.5), "another")
     other_seed = combine(pairs, [1.0, 1.0], "dare_linear", density=0.5, seed=1)
     assert not torch.equal(dense(first), dense(other_module)) and not torch.equal(dense(first), dense(other_seed))
-    # The two adapters are equal, what is kept of them is not.
+    # The two adapters are equal, but different deltas of them are kept.
     assert not torch.equal(dense(first), 2 * dense(combine([pairs[0], None], [1.0, 1.0], "dare_linear", density=0.5)))
     draws = [dense(combine(pairs, [1.0, 1.0], "dare_linear", density=0.5, seed=seed)) for seed in range(400)]
     error = (torch.stack(draws).mean(0) - 2 * dense(pairs[0])).abs() / dense(pairs[0]).abs().clamp(min=1e-9)

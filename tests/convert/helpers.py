@@ -1,4 +1,4 @@
-"""Tiny models, and independent writers and appliers of the formats that are converted."""
+"""Tiny models, and writers of the formats that are converted, made without this package's code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def column_major(dense: Tensor) -> dict[str, Any]:
     positions = np.flatnonzero(flat)
     steps: list[Any] = np.diff(positions).tolist()
     if len(positions):
-        steps = [positions[0], *steps]  # the first stays a number of numpy's, as in the files there are
+        steps = [positions[0], *steps]  # the first stays a numpy number, as in files of the library
     return {"size": dense.shape, "index_steps": steps, "values": torch.tensor(flat[positions])}
 
 

@@ -1,4 +1,4 @@
-"""Everything that may be given as the base of a conversion."""
+"""Every kind of object that can be the base of a conversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from spiel_peft.convert import export_shira, export_sparse_patch, read_sparse_patches
-from spiel_peft.files.base_tensors import open_base
+from spiel_peft.files.checkpoint import open_base
 from spiel_peft.weights.base_weight import EMBEDDING, LINEAR, TRANSPOSED
 
 from .helpers import Q, tiny_bert

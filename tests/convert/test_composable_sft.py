@@ -1,4 +1,4 @@
-"""pytorch_diff.bin: what the converted adapter computes, and everything that is refused."""
+"""Adapters made of pytorch_diff.bin compute the same; damaged and hostile files are refused."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_outputs_are_those_of_the_source(tmp_path: Path, tables: tuple[str, str]
     adapter = read_adapter(tmp_path / "out")
     assert adapter.config.growth == "none" and adapter.config.bias == "spiel_only"
     assert set(adapter.config.modules_to_save) >= {"classifier", f"{LAYER}.attention.output.LayerNorm"}
-    # All biases of adapted modules are there, and the part of the LayerNorm that did not change.
+    # The adapter has all biases of adapted modules, and the unchanged part of the LayerNorm.
     assert f"{LAYER}.output.dense.base_layer.bias" in adapter.others
     assert f"{LAYER}.attention.output.LayerNorm.bias" in adapter.others
 
@@ -114,7 +114,7 @@ def test_the_base_may_be_a_folder_of_a_model_without_the_head(tmp_path: Path) ->
 
 
 def test_files_written_by_older_versions_are_read(tmp_path: Path) -> None:
-    """numpy kept its numbers elsewhere, and torch had a format without zip."""
+    """Older numpy had its numbers in another module, and older torch had a format without zip."""
     diff = sparse_like(torch.empty(6, 4))
     new = write(tmp_path / "new", {"diffs": {"lin.weight": column_major(diff)}}) / "pytorch_diff.bin"
     (tmp_path / "numpy").mkdir()

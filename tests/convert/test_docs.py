@@ -1,4 +1,4 @@
-"""The page on converting is true: its blocks run."""
+"""The code blocks of the page on converting run."""
 
 from __future__ import annotations
 

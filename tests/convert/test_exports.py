@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from spiel_peft.convert import export_dense_diff, export_shira, export_sparse_patch, read_sparse_patches, sparse_patches
 from spiel_peft.convert.shira import pad_with_zeros
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter
-from spiel_peft.files.base_tensors import BaseTensors
 from spiel_peft.files.checkpoint import Checkpoint
 from spiel_peft.files.tensors import StoredTensor
 
@@ -125,14 +124,14 @@ def apply_patches(folder: Path, base: Path, dtype: torch.dtype) -> nn.Module:
 def test_a_patched_checkpoint_computes_what_the_adapter_does(tmp_path: Path, dtype: torch.dtype) -> None:
     base = tmp_path / "base"
     tiny_llama(dtype=dtype).save_pretrained(base)
-    # In lower precision PEFT keeps a module saved in full as float32, which no checkpoint of the base can.
+    # With a base in lower precision, PEFT keeps a module saved in full as float32; a checkpoint cannot.
     others = ["model.norm"] if dtype == torch.float32 else []
     loaded_base = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     adapter, expected = saved(tmp_path, loaded_base, r=2, modules_to_save=others)
     result = export_sparse_patch(adapter, tmp_path / "patch", base)
     assert result.modules == sorted(f"{name}.weight" for name in [*read_adapter(adapter).deltas, *others])
     assert torch.equal(logits(apply_patches(tmp_path / "patch", base, dtype)), expected)
-    # As they would be sent, without a file.
+    # Patches that are sent without a file.
     patches = list(sparse_patches(adapter, base))
     for sent, stored in zip(patches, read_sparse_patches(tmp_path / "patch"), strict=True):
         assert sent.name == stored.name and torch.equal(sent.values, stored.values)
@@ -165,8 +164,8 @@ class Huge(StoredTensor):
 
 
 def test_positions_that_int32_cannot_hold_are_refused() -> None:
-    checkpoint = Checkpoint("huge", {"big.weight": Huge()}, stored={"big.weight": "big.weight"})
-    base = BaseTensors("huge", {"big.weight": (2**28 + 1, 8)}, None, checkpoint)
+    base = Checkpoint("huge", {"big.weight": Huge()})
+    base.use_names(None)
 
     def patches(last: int) -> list[Any]:
         deltas = {"big": StoredDelta(torch.tensor([3, last]), torch.ones(2))}
@@ -218,7 +217,7 @@ def test_the_base_plus_the_dense_difference_computes_the_same(tmp_path: Path, ba
     assert torch.equal(logits(model), expected)
 
 
-# What they have in common
+# All exports
 
 
 @pytest.mark.parametrize("export", EXPORTERS)

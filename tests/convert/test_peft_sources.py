@@ -1,4 +1,4 @@
-"""Adapters of the published SpIEL code, of SHiRA and of Super-Tuning: what the converted ones compute."""
+"""Converted adapters of the published SpIEL code, SHiRA and Super-Tuning compute the same as the originals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def save_source(folder: Path, config: Any) -> Tensor:
-    """An adapter of PEFT's on a tiny Llama, saved; returns its outputs once loaded again."""
+    """Save an adapter of PEFT on a tiny Llama; returns its outputs after loading it again."""
     torch.manual_seed(5)
     get_peft_model(tiny_llama(), config).save_pretrained(folder)
     return loaded(tiny_llama(), folder)
@@ -167,7 +167,7 @@ def test_shira_needs_the_shapes_and_positions_inside_them(tmp_path: Path) -> Non
         convert_adapter(tmp_path / "shira", tmp_path / "out", base=small)
     tensors = load_file(tmp_path / "shira" / FILE)
     key = f"{PREFIX}{Q}.shira_indices"
-    # As written on Windows.
+    # PEFT on Windows writes floats.
     save_file({**tensors, key: tensors[key].float()}, tmp_path / "shira" / FILE)
     assert convert_adapter(tmp_path / "shira", tmp_path / "out", base=shapes()).num_deltas == 64
     save_file({**tensors, key: tensors[key].float() + 0.5}, tmp_path / "shira" / FILE)

@@ -1,4 +1,4 @@
-"""What users without this package get: the SHiRA export works, and a SpIEL adapter fails with a message."""
+"""Without this package, the SHiRA export works, and loading a SpIEL adapter fails with a clear message."""
 
 from __future__ import annotations
 

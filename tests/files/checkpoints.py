@@ -38,7 +38,7 @@ def changed(model: nn.Module, size: float = 0.01, seed: int = 5) -> nn.Module:
 
 
 def trained_adapter(base: Path, folder: Path, dtype: torch.dtype | str = "auto", **config: object) -> Path:
-    """An adapter with random deltas, and random changes of whatever else is trained, saved."""
+    """An adapter with random deltas, and random changes of the other trained parameters, saved."""
     model = adapted(loaded(base, dtype), **config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Merging into the weights that a quantized run was trained on: those that the quantized bytes stand for."""
+"""Merging into the dequantized values of a base, which a quantized run was trained on."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_the_merged_weights_are_those_of_training(tmp_path: Path, base: Path, ca
 
 def test_outputs_are_those_of_the_quantized_model(tmp_path: Path, base: Path) -> None:
     config = BitsAndBytesConfig(**CONFIGS["nf4-double"])
-    # All layers, as bitsandbytes computes the others in bfloat16 on some CPUs.
+    # All layers are adapted: bitsandbytes computes the others in bfloat16 on some CPUs.
     model = trained(base, config, torch.float32, "all-linear")
     model.save_pretrained(tmp_path / "adapter")
     merge_adapter_into_checkpoint(base, tmp_path / "adapter", tmp_path / "seen", quantization_config=config)

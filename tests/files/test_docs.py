@@ -1,4 +1,4 @@
-"""The code on the pages about extracting and exporting runs and does what they say."""
+"""The code on the pages about extracting and exporting runs, with the results that the pages state."""
 
 from __future__ import annotations
 

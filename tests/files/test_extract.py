@@ -231,7 +231,7 @@ def test_progress_is_told_to_the_end() -> None:
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """Half of 96 MiB of weights becomes an adapter of as many bytes, in less than the largest of three tensors."""
+    """Half of 96 MiB of weights becomes an adapter of the same size, with less memory than one of the three tensors."""
     for name, seed in (("base", 0), ("tuned", 1)):
         generator = torch.Generator().manual_seed(seed)
         save_file(
@@ -241,7 +241,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     piece = tensor_files.PIECE_BYTES // 16
     with pytest.MonkeyPatch.context() as patch, PeakMemory() as memory:
         patch.setattr("spiel_peft.files.differences._ENTRIES", piece // 4)
-        patch.setattr("spiel_peft.files.edits.PIECE_BYTES", piece)
+        patch.setattr("spiel_peft.files.extract.PIECE_BYTES", piece)
         found = extract_delta(
             tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", density=0.5
         )

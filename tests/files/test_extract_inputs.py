@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit each other or cannot be read: the error names file and tensor, nothing is written."""
+"""Checkpoints that do not fit together or cannot be read: the error names file and tensor, nothing is written."""
 
 from __future__ import annotations
 

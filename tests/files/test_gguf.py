@@ -1,4 +1,4 @@
-"""The second step of the way to llama.cpp: a merged checkpoint written as GGUF is the same model."""
+"""A merged checkpoint written as GGUF, for llama.cpp, is the same model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def permuted(weight: Tensor, heads: int) -> Tensor:
 
 
 def write_gguf(config: PreTrainedConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """What llama.cpp's convert_hf_to_gguf.py writes of a Llama, without a tokenizer."""
+    """Write a Llama as llama.cpp's convert_hf_to_gguf.py does, without a tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)

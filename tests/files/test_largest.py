@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spiel_peft.files.folder import find_cut
+from spiel_peft.files.extract import find_cut
 
 
 def chosen(values: Tensor, sizes: list[int], k: int | None) -> list[int]:
@@ -22,7 +22,7 @@ def chosen(values: Tensor, sizes: list[int], k: int | None) -> list[int]:
 
 
 def expected(values: Tensor, k: int | None) -> list[int]:
-    """By sorting: largest first, ties to the earliest, zeros never."""
+    """The same by sorting: largest first, ties go to the earliest, zeros are never chosen."""
     ranked = sorted(range(values.numel()), key=lambda i: (-float(values[i]), i))
     return sorted(i for i in ranked[:k] if values[i] > 0)
 

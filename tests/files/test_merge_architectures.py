@@ -49,7 +49,7 @@ def out(model: nn.Module) -> Tensor:
 def merged(
     kind: type[nn.Module], base: Path, targets: list[str], folder: Path
 ) -> tuple[nn.Module, nn.Module, list[str]]:
-    """The adapted model, the merged one as loaded, and what was untied."""
+    """The adapted model, the merged checkpoint loaded, and the parameters that were untied."""
     model = get_peft_model(kind.from_pretrained(base), spiel_config(target_modules=targets, task_type=None)).eval()
     model.save_pretrained(folder / "adapter")
     report = merge_adapter_into_checkpoint(base, folder / "adapter", folder / "out")

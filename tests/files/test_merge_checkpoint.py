@@ -1,4 +1,4 @@
-"""Adapters merged into checkpoint files: the same outputs as unmerged, in a folder that needs nothing of ours."""
+"""Adapters merged into checkpoint files: the same outputs as unmerged, in a folder that loads without this package."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_float32_keeps_what_half_precision_would_lose(tmp_path: Path, stored: to
 
 
 def test_a_sum_is_rounded_once(tmp_path: Path) -> None:
-    """From float32 to bfloat16 by way of the float32 sum, not of a rounded base."""
+    """The float32 sum is rounded to bfloat16, not the base before the sum."""
     base = saved(tiny_llama(), tmp_path / "base")
     adapter = trained_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     merge_adapter_into_checkpoint(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
@@ -115,7 +115,7 @@ def test_only_what_belongs_to_the_model_is_copied(tmp_path: Path) -> None:
     kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "modeling_own.py"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == kept | {"config.json", "model.safetensors"}
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "base tokenizer.json"
-    # Tokens were added in training: the adapter's folder has the tokenizer that belongs to it.
+    # Training added tokens: the adapter's folder has the tokenizer with them.
     (adapter / "tokenizer_config.json").write_text("adapter")
     merge_adapter_into_checkpoint(base, adapter, tmp_path / "own")
     assert (tmp_path / "own" / "tokenizer_config.json").read_text() == "adapter"
@@ -165,7 +165,7 @@ def test_several_adapters_add_up_with_their_weights(tmp_path: Path) -> None:
 
 
 def test_an_embedding_s_delta_can_be_weighted(tmp_path: Path) -> None:
-    """PEFT saves the whole embedding beside its delta; as long as it is the base's, it is no replacement."""
+    """PEFT saves the whole embedding beside its delta. It replaces nothing if it equals the base's embedding."""
     base = saved(tiny_llama(), tmp_path / "base")
     adapter = trained_adapter(base, tmp_path / "adapter", target_modules=["embed_tokens"])
     assert "model.embed_tokens.base_layer.weight" in read_adapter(adapter).others
@@ -232,7 +232,7 @@ def test_files_with_other_names_than_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("in_full", [False, True], ids=["delta", "in full"])
 def test_fused_experts_are_taken_apart(tmp_path: Path, name: str, in_full: bool) -> None:
-    """What transformers 5 has as one parameter of all experts, the files hold by expert and projection."""
+    """transformers 5 has one parameter for all experts, while the files hold a tensor per expert and projection."""
     base = saved(mixtral(), tmp_path / "base")
     fused = f"model.layers.0.mlp.experts.{name}"
     wanted = loaded(base)
@@ -301,7 +301,7 @@ def test_a_resized_vocabulary_is_taken_from_the_adapter(tmp_path: Path, tied: bo
 @pytest.mark.parametrize("targets", ["q_proj", "embed_tokens"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_pickled_weights_are_read_and_written_as_safetensors(tmp_path: Path, shards: int, targets: str) -> None:
-    """Such files hold tied weights under all their names."""
+    """``.bin`` files hold tied weights under all their names."""
     base = saved(tiny_llama(tied=True), tmp_path / "base")
     adapter = trained_adapter(base, tmp_path / "adapter", target_modules=[targets])
     expected = unmerged_logits(base, adapter)
@@ -336,7 +336,7 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """96 MiB in one file, of three equal tensors: less than one of them on top of what is there before."""
+    """Merging 96 MiB in one file of three equal tensors takes less memory than one tensor."""
     base = tmp_path / "base"
     base.mkdir()
     save_file({f"{layer}.weight": torch.randn(2048, 4096) for layer in "abc"}, base / "model.safetensors")

@@ -33,7 +33,7 @@ def adapter(tmp_path: Path, base: Path) -> Path:
 
 
 def refused(base: Path, adapter: Path, message: str, error: type[Exception] = ValueError, **options: object) -> None:
-    """The merge fails with this message, beside nothing and beside an output folder that may be replaced."""
+    """The merge fails with this message and writes nothing, whether the output folder exists or not."""
     out = adapter.parent / "out"
     with pytest.raises(error, match=message):
         merge_adapter_into_checkpoint(base, adapter, out, **options)
@@ -126,7 +126,7 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
 
 
 def full_after(write: Callable[..., object], allowed: int = 7) -> Callable[..., object]:
-    """A function that fails as on a full disk after some calls, in every run anew."""
+    """A function that fails as on a full disk after some calls, then starts to count again."""
     calls = [0]
 
     def write_until_full(*args: object) -> object:

@@ -1,4 +1,4 @@
-"""What rounding loses is counted as measured, said where it is notable, and not said where it is not."""
+"""Deltas lost in rounding are counted exactly, and reported only where the loss is notable."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_merge_into_files_counts_what_is_lost(tmp_path: Path, size: float, cap
 
 
 def test_rounding_the_base_itself_is_not_counted(tmp_path: Path) -> None:
-    """A float32 base stored in bfloat16 moves everywhere; large deltas arrive all the same."""
+    """Storing a float32 base in bfloat16 changes every weight; large deltas are not lost."""
     base = tmp_path / "base"
     base.mkdir()
     save_file({"layer.weight": torch.randn(64, 64) * 0.03}, base / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Tensor files written in pieces are safetensors files; damaged ones are named."""
+"""Tensor files written in pieces are safetensors files; errors name damaged files."""
 
 from __future__ import annotations
 
