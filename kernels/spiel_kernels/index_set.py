@@ -14,12 +14,17 @@ Replacing position 3 by 2 keeps the set sorted, and ``source`` tells where each 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .dispatch import operation
+
+T = TypeVar("T")
 
 _AS_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,6 +79,49 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
 
+def rows_and_columns(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 ``[n]``, of flat positions ``[n]`` in a matrix with `cols` columns and < 2**50 entries.
+
+    A product in float64 is faster than an integer division. Adding a half keeps the quotient away from the next
+    integer by more than its rounding error.
+    """
+    rows = positions.to(torch.float64).add_(0.5).mul_(1.0 / max(1, cols)).to(torch.int64)
+    return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
+
+
+def row_bounds(indices: Tensor, rows: int, cols: int, block_rows: int = 1) -> Tensor:
+    """Slot of the first position in each block of rows, and the number of positions: int64 ``[blocks + 1]``.
+
+    Args:
+        indices: ``[k]`` sorted flat positions in ``[rows, cols]``.
+        block_rows: rows of a block; the last block may have fewer.
+    """
+    starts = torch.arange(0, rows + block_rows, block_rows, device=indices.device).clamp_(max=rows) * cols
+    if rows * cols >= 2**31:  # int32 cannot hold the last start
+        indices = indices.to(torch.int64)
+    return torch.searchsorted(indices, starts.to(indices.dtype))
+
+
+class PerIndexSet(Generic[T]):
+    """Remembers what was computed from an index set, until the tensor dies or is written to (other than by ``.data``).
+
+    It keeps one result per tensor: a result for another key takes the place of the earlier one.
+    """
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+
+    def get(self, indices: Tensor, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
+        """The result of `compute` for these indices and this key, computed anew only if it is not known."""
+        if indices.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
+            return compute()
+        key = (indices._version, *key)
+        known = self._known.get(indices)
+        if known is None or known[0] != key:
+            known = self._known[indices] = (key, compute())
+        return known[1]
+
+
 def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw `k` of `numel` positions uniformly, without replacement.
 
@@ -92,7 +140,7 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
         left_out = sample_positions(numel, numel - k, generator)
         mask = torch.ones(numel, dtype=torch.bool)
         mask[left_out] = False
-        return mask.nonzero().flatten()
+        return true_slots(mask)
     drawn = torch.empty(0, dtype=torch.int64)
     while drawn.numel() < k:
         missing = k - drawn.numel()

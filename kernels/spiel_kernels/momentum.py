@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
+from .index_set import rows_and_columns, true_slots
 
 _MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
 _INFINITY = float("inf")
@@ -34,16 +35,6 @@ def _key_of(score: float) -> int:
 def _score_of(key: int) -> float:
     (score,) = struct.unpack("<d", struct.pack("<q", key ^ _MAGNITUDE if key < 0 else key))
     return score
-
-
-def split_positions(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64 ``[n]``, of flat positions ``[n]`` in a matrix with `cols` columns and < 2**50 entries.
-
-    A product in float64 is faster than an integer division; the half keeps the quotient away from the next integer by
-    more than its rounding error.
-    """
-    rows = positions.to(torch.float64).add_(0.5).mul_(1.0 / cols).to(torch.int64)
-    return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
 
 
 # The best entries of an outer sum, without the matrix. Scores are ``log_row[i] + log_col[j]`` in float64. With one of
@@ -121,7 +112,7 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
     Returns:
         int64 ``[min(m, candidates)]``.
     """
-    left_out = split_positions(excluded, log_col.numel())
+    left_out = rows_and_columns(excluded, log_col.numel())
     scores = OuterSum.build(log_row, log_col, left_out, by_rows=log_row.numel() <= log_col.numel())
     reach = _near_threshold(scores, m)
     hidden = scores.reached(reach)
@@ -135,7 +126,7 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
         total, left = torch.stack([reach.sum(), hidden.sum()]).tolist()
     positions, values = scores.pairs(reach, total, hidden)
     if left and positions.device.type == "cpu":
-        kept = (values > -_INFINITY).nonzero().flatten()
+        kept = true_slots(values > -_INFINITY)
         positions, values = positions[kept], values[kept]
     positions, order = torch.sort(positions)
     best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices
@@ -285,7 +276,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
     nu = torch.empty(indices.shape, dtype=row.dtype, device=row.device)
     chunk = _CHUNK if row.device.type == "cpu" else max(1, indices.numel())
     for part, out, some in zip(indices.split(chunk), nu.split(chunk), gradient.split(chunk), strict=True):
-        rows, cols = split_positions(part, col.numel())
+        rows, cols = rows_and_columns(part, col.numel())
         torch.minimum(row.index_select(0, rows), col.index_select(0, cols), out=out).add_(some.to(row.dtype).square())
         new_row.scatter_reduce_(0, rows, out, "amax", include_self=True)
         new_col.scatter_reduce_(0, cols, out, "amax", include_self=True)

@@ -23,34 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-# What plans are chosen for, whatever a batch brings: a resumed run must make the choice of the run it continues.
-NOMINAL_TOKENS = 2048
-
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: str = "auto") -> OuterPlan:
-    """`plan_outer`, made once per index set, which changes once per cycle, and used in every backward pass.
-
-    A plan is remembered as long as the tensor `indices` lives and is not written to (other than by ``.data``).
-
-    Args:
-        indices: ``[k]`` sorted, unique flat positions in ``[rows, cols]``.
-        dtype: of the operands, the wider one if they differ.
-        method: "auto", "compact", "dense" or "entries".
-    """
-    if indices.is_inference():  # has no version
-        return plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method)
-    key = (indices._version, rows, cols, dtype, method)
-    known = _plans.get(indices)
-    if known is not None and known[0] == key:
-        return known[1]
-    plan = plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method)
-    _plans[indices] = (key, plan)
-    return plan
-
+from .index_set import PerIndexSet, row_bounds, rows_and_columns
 
 # Rows and columns of a tile. A wide tile reads fewer bytes per product, a narrow one leaves fewer products unused.
 TILE_SHAPES = ((64, 64), (64, 128), (128, 128))
@@ -290,13 +264,11 @@ def plan_outer(
         method = "dense"
     if method == "entries":
         return OuterPlan(method, rows, cols, k)
-    # Positions of a matrix that int32 cannot number may still come in int32 as long as they are small.
-    positions = indices if rows * cols < 2**31 else indices.to(torch.int64)
     block_rows = dense_block_rows(rows, cols)
-    bounds = _dense_bounds(positions, rows, cols, block_rows)
+    bounds = row_bounds(indices, rows, cols, block_rows)
     if method == "dense":
         return OuterPlan(method, rows, cols, k, (block_rows, *bounds.tolist()))
-    blocks = _RowBlocks.build(positions, rows, cols)
+    blocks = _RowBlocks.build(indices, rows, cols)
     shapes = TILE_SHAPES if tile_shape is None else (tile_shape,)
     host = torch.cat([bounds, torch.stack([blocks.count_tiles(shape) for shape in shapes])]).tolist()
     counts = dict(zip(shapes, host[bounds.numel() :], strict=True))
@@ -311,10 +283,24 @@ def plan_outer(
     return OuterPlan(method, rows, cols, k, shape, tuple(blocks.tiles(shape, counts[shape])))
 
 
-def _dense_bounds(positions: Tensor, rows: int, cols: int, block_rows: int) -> Tensor:
-    """int64 ``[blocks + 1]``: slot of the first position in each row block, and k."""
-    starts = torch.arange(0, rows + block_rows, block_rows, device=positions.device).clamp_(max=rows) * cols
-    return torch.searchsorted(positions, starts.to(positions.dtype))
+# What plans are chosen for, whatever a batch brings: a resumed run must make the choice of the run it continues.
+NOMINAL_TOKENS = 2048
+
+_plans: PerIndexSet[OuterPlan] = PerIndexSet()
+
+
+def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: str = "auto") -> OuterPlan:
+    """`plan_outer`, made once per index set, which changes once per cycle, and used in every backward pass.
+
+    A plan is remembered as long as the tensor `indices` lives and is not written to (other than by ``.data``).
+
+    Args:
+        indices: ``[k]`` sorted, unique flat positions in ``[rows, cols]``.
+        dtype: of the operands, the wider one if they differ.
+        method: "auto", "compact", "dense" or "entries".
+    """
+    key = (rows, cols, dtype, method)
+    return _plans.get(indices, key, lambda: plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method))
 
 
 def narrow_dtype(count: int) -> torch.dtype:
@@ -341,14 +327,12 @@ class _RowBlocks:
     @staticmethod
     def build(positions: Tensor, rows: int, cols: int) -> _RowBlocks:
         device = positions.device
-        starts = torch.arange(rows + 1, device=device) * cols
-        counts = torch.searchsorted(positions, starts.to(positions.dtype)).diff()
+        counts = row_bounds(positions, rows, cols).diff()
         # Stable, so that equal index sets make equal plans on every device.
         order = torch.argsort(counts, descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(rows, device=device)
-        row = torch.div(positions, cols, rounding_mode="floor").to(torch.int64)
-        col = positions - row * cols
+        row, col = rows_and_columns(positions, cols)
         blocks = math.ceil(rows / _COARSE) * (_COARSE // _FINE)
         active = torch.zeros(blocks * cols, dtype=torch.bool, device=device)
         active.index_fill_(0, torch.div(rank[row], _FINE, rounding_mode="floor") * cols + col, True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .index_set import PerIndexSet, row_bounds
 from .workspace import workspace
 
 
@@ -117,30 +117,14 @@ def _quiet_first_use() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 1], dtype=torch.int32), one, one.float(), (1, 1))
 
 
-# Bounds of the rows in an index set, ``int32 [rows + 1]``: they change when the indices do.
-_row_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
-    if indices.is_inference():  # has no version
-        return _search_bounds(indices, rows, cols)
-    key = (indices._version, rows, cols)
-    known = _row_bounds.get(indices)
-    if known is None or known[0] != key:
-        known = _row_bounds[indices] = (key, _search_bounds(indices, rows, cols))
-    return known[1]
-
-
-def _search_bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
-    # int64 bounds: the last one may be 2**31 for int32 positions.
-    starts = torch.arange(rows + 1, device=indices.device) * cols
-    return torch.searchsorted(indices.to(torch.int64), starts).to(torch.int32)
+# int32 ``[rows + 1]``: the bounds of the rows in an index set.
+_row_bounds: PerIndexSet[Tensor] = PerIndexSet()
 
 
 def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """A CSR matrix of zeros with the given sorted flat positions."""
     return torch.sparse_csr_tensor(
-        _bounds(indices, rows, cols),
+        _row_bounds.get(indices, (rows, cols), lambda: row_bounds(indices, rows, cols).to(torch.int32)),
         torch.fmod(indices, cols).to(torch.int32),  # faster than `remainder`, the same for what is not negative
         torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
         (rows, cols),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .dispatch import operation
-from .index_set import true_slots
+from .index_set import index_dtype, true_slots
 
 # Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
 # than a fifth of what it should let pass.
@@ -21,6 +21,24 @@ _MARGIN = 2.5
 _GROUP = 8
 
 
+def best_mask(scores: Tensor, k: int) -> Tensor:
+    """Marks the `k` largest scores; among equal scores the earlier slot wins. Does not wait for the device.
+
+    ``torch.topk`` leaves the choice among ties open, so two runs, or two devices, could differ.
+
+    Args:
+        scores: ``[n]``, no NaN.
+        k: at least 1 and at most n.
+
+    Returns:
+        bool ``[n]``.
+    """
+    threshold = torch.topk(scores, k, sorted=False).values.min()
+    above, ties = scores > threshold, scores == threshold
+    place = ties.cumsum(0, dtype=index_dtype(scores.numel()))
+    return above.logical_or_(ties.logical_and_(place <= k - above.sum()))
+
+
 def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
     return scores.new_empty(min(k, scores.numel()), dtype=torch.int64)
 
@@ -28,8 +46,6 @@ def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
 @operation("stable_topk(Tensor scores, int k) -> Tensor", _fake_stable_topk)
 def stable_topk(scores: Tensor, k: int) -> Tensor:
     """Slots of the `k` largest scores; among equal scores the earlier slot wins.
-
-    ``torch.topk`` leaves the choice among ties open, so two runs, or two devices, could differ.
 
     Args:
         scores: ``[n]``, no NaN.
@@ -43,11 +59,7 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
         return torch.arange(scores.numel(), device=scores.device)
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    keep = scores > threshold
-    ties = true_slots(scores == threshold)
-    keep[ties[: k - int(keep.sum())]] = True
-    return true_slots(keep)
+    return true_slots(best_mask(scores, k))
 
 
 def check_k(k: int) -> None:
@@ -170,3 +182,15 @@ class StreamingTopK:
         self._scores, self._positions = [scores], [positions]
         self._held = self._held_at_bound = scores.numel()
         self._bound, self._bounded = float(scores.min()), True
+
+
+def topk_of_blocks(blocks: Iterable[tuple[int, Tensor]], k: int, device: torch.device) -> Tensor:
+    """Positions of the k largest scores above zero, int64 ascending, on `device`.
+
+    Args:
+        blocks: the position of each block's first score, ascending, and the block's scores of any shape.
+    """
+    top = StreamingTopK(k)
+    for first, scores in blocks:
+        top.update(scores.flatten(), first)
+    return top.result().to(device)

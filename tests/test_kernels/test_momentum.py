@@ -275,15 +275,6 @@ def test_growth_takes_strided_and_low_precision_accumulators() -> None:
     assert top_outer_positions(row, col, excluded, 25).tolist() == expected
 
 
-def test_positions_beyond_int32() -> None:
-    """Rows and columns of flat positions up to 2**50, at the ends of a row."""
-    for cols in (3, 2**20 + 1, 2**25 - 39):
-        rows = torch.tensor([0, 1, 2**50 // cols - 1])
-        for col in (0, 1, cols // 2, cols - 1):
-            got = momentum.split_positions(rows * cols + col, cols)
-            assert torch.equal(got[0], rows) and (got[1] == col).all()
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -40,6 +40,12 @@ def test_stable_topk(scores: list[float], k: int, dtype: torch.dtype) -> None:
     assert got.tolist() == sorted(by_rank[:k])
 
 
+def test_best_mask() -> None:
+    scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 0.0, 1.0])
+    for k, expected in ((1, [3]), (4, [1, 2, 3, 4]), (5, [1, 2, 3, 4, 6]), (6, [0, 1, 2, 3, 4, 6]), (7, [*range(7)])):
+        assert streaming.best_mask(scores, k).nonzero().flatten().tolist() == expected
+
+
 @property_test
 @given(SCORES, st.integers(0, 45), st.lists(st.integers(0, 9), max_size=12), st.sampled_from(FLOATS))
 def test_streaming_equals_one_sort(scores: list[float], k: int, cuts: list[int], dtype: torch.dtype) -> None:

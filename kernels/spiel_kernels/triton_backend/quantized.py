@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import quantized_layout
 from ..quantized_layout import Packed4bit, code_table
 
 # Elements per program, touched entries per round, warps: a thread reads 4 bytes and writes 8 neighbouring elements.
 BLOCK = 2048
 CHUNK = 256
 WARPS = 8
-RECIPROCAL_127 = tl.constexpr(7.874015718698502e-3)
+RECIPROCAL_127 = tl.constexpr(quantized_layout.RECIPROCAL_127)
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..outer_plan import dense_block_rows
-from ..outer_products import outer_block
-from ..streaming import StreamingTopK
+from ..outer_products import outer_block, outer_row_blocks
+from ..streaming import best_mask, topk_of_blocks
 
 # Rows in the sample, at least, and entries, as far as that allows. Rows are drawn evenly from all of them sorted by the
 # norm of their column of a: with row and column norms spread over several decades and k between 0.25% and 3% of the
@@ -112,18 +112,6 @@ class Pool:
         self.count = ends[-1:]
 
 
-def best_slots(scores: Tensor, k: int) -> Tensor:
-    """bool ``[n]``: the k largest of `scores` ``[n]`` that are above zero, the earlier of equal ones. No NaN, no wait.
-
-    Args:
-        k: at least 1 and at most n.
-    """
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    above, ties = scores > threshold, scores == threshold
-    wanted = k - above.sum()
-    return (above | (ties & (ties.cumsum(0) <= wanted))) & (scores > 0)
-
-
 def sampled_bound(a: Tensor, b: Tensor, k: int) -> Tensor:
     """float32 ``[1]``: a score that somewhat more than k entries reach, as far as a sample of rows can tell."""
     rows, cols = a.shape[1], b.shape[1]
@@ -141,16 +129,13 @@ def sampled_bound(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 def _row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Position of the first entry, and the products, of each row block of ``a.T @ b``."""
-    size = dense_block_rows(a.shape[1], b.shape[1])
-    for first in range(0, a.shape[1], size):
-        yield first * b.shape[1], outer_block(a[:, first : first + size], b)
+    blocks = outer_row_blocks(a, b, dense_block_rows(a.shape[1], b.shape[1]))
+    return ((first * b.shape[1], block) for first, block in blocks)
 
 
 def _topk_waiting(a: Tensor, b: Tensor, k: int) -> Tensor:
-    top = StreamingTopK(k)
-    for first, block in _row_blocks(a, b):
-        top.update(block.abs().flatten(), first)
-    return top.result().to(a.device)
+    """`topk_outer` in a way that waits for the device after each block."""
+    return topk_of_blocks(((first, block.abs_()) for first, block in _row_blocks(a, b)), k, a.device)
 
 
 def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
@@ -180,7 +165,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
         pool = Pool.empty(capacity, a.device)
         for first, block in _row_blocks(a, b):
             pool.append(block, first, bound)
-        best = best_slots(pool.scores, k)
+        best = best_mask(pool.scores, k).logical_and_(pool.scores > 0)
         count, positive = torch.stack([pool.count[0], (bound[0] > 0).long()]).tolist()
     if count > capacity or (positive and count < k):
         return _topk_waiting(a, b, k)

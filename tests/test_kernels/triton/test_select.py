@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spiel_kernels.triton_backend import select
-from spiel_kernels.triton_backend.select import best_slots, sampled_bound, topk_outer
+from spiel_kernels.triton_backend.select import sampled_bound, topk_outer
 
 from ..oracle import top_positions
 
@@ -118,13 +118,6 @@ def test_values_that_are_not_finite(device: str) -> None:
 def test_strided_operands(device: str) -> None:
     a, b = small_integers(60, 4).to(device).T, small_integers(8, 80).to(device)[::2, ::2]
     assert topk_outer(a, b, 30).tolist() == expected_positions(a, b, 30)
-
-
-def test_best_slots() -> None:
-    scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 0.0, 1.0])
-    assert best_slots(scores, 1).nonzero().flatten().tolist() == [3]
-    assert best_slots(scores, 4).nonzero().flatten().tolist() == [1, 2, 3, 4]
-    assert best_slots(scores, 7).nonzero().flatten().tolist() == [1, 2, 3, 4, 6]
 
 
 def test_the_sample_predicts_the_bound() -> None:
