@@ -1,4 +1,4 @@
-"""Gradients of single weight entries; the dense weight gradient is never held whole."""
+"""Computes weight gradients at selected entries; the dense weight gradient is never held whole."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") ->
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
 
     Raises:
-        ValueError: operands that do not fit, or a method that is unknown or not for their device.
+        ValueError: the operands' shapes do not fit, or the method is unknown or does not run on their device.
     """
     return gather_outer_sets(a, b, [indices], method)[0]
 
 
 def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto") -> list[Tensor]:
-    """`gather_outer` for several index sets at once: what does not depend on the positions is done once."""
+    """`gather_outer` for several index sets at once: products and copies of the operands are made once for all."""
     for indices in index_sets:
         check_outer_operands(a, b, indices)
     if method not in METHODS:
@@ -122,18 +122,18 @@ def _gather_planned(
 
 
 def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
-    """Selected entries of ``a.T @ b`` as a plan lays them out: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
+    """Selected entries of ``a.T @ b``, gathered by a plan: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
 
     Args:
-        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0 and need not be what was planned for.
-        indices: ``[k]``, those that the plan was made from.
-        plan: of `plan_outer`, on the operands' device.
+        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides. N may be 0 and differ from the plan's tokens.
+        indices: ``[k]``, from which the plan was made.
+        plan: from `plan_outer`, on the operands' device.
 
     Returns:
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
 
     Raises:
-        ValueError: operands that are not those of the plan.
+        ValueError: the plan was made for other shapes or another number of indices.
     """
     check_planned(a, b, indices, plan)
     return _gather_planned(a, b, indices, plan.method, plan.layout, plan.tensors)
@@ -142,7 +142,7 @@ def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Te
 def embedding_row_gradients(
     grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows of an embedding's weight gradient that can be other than zero.
+    """The rows of an embedding's weight gradient that may be other than zero.
 
     Args:
         grad_out: ``[*ids.shape, width]``; ids: integer, any shape.
@@ -199,7 +199,7 @@ def _pick_rows(rows: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """What `torch.nn.functional.conv*d` needs besides the tensors; padding is numeric and zero-valued."""
+    """Weight shape and settings of a convolution (`torch.nn.functional.conv*d`) with numeric zero padding."""
 
     weight_shape: tuple[int, ...]  # [out, in / groups, *kernel]
     stride: tuple[int, ...]
@@ -217,7 +217,7 @@ class ConvGeometry:
 
 
 def conv_weight_gradient(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, first: int, last: int) -> Tensor:
-    """Rows first..last of a convolution's weight gradient, ``[last - first, cols]`` in the accumulation dtype.
+    """Rows first to last (exclusive) of a convolution's weight gradient: ``[last - first, cols]``, accumulation dtype.
 
     Args:
         grad_out: ``[batch, out, *spatial]``; x: ``[batch, in, *spatial]``.
@@ -273,5 +273,5 @@ def gather_conv_sets(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, index_
 
 
 def gather_dense(gradient: Tensor, indices: Tensor) -> Tensor:
-    """Selected entries of a gradient that is already there, in the accumulation dtype."""
+    """Selected entries ``[k]`` of a dense gradient of any shape, in the accumulation dtype."""
     return read_entries(gradient, indices).to(accumulation_dtype(gradient))

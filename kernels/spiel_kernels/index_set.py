@@ -1,4 +1,4 @@
-"""The index set of a sparse delta: drawn, checked and edited in one place.
+"""Draws, checks and edits index sets, the positions of sparse deltas.
 
 An index set is a one-dimensional integer tensor of flat positions in a weight: sorted, unique and in range. Worked
 example, a 2 x 3 weight of which the entries marked x are trained::
@@ -30,7 +30,7 @@ _AS_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sorted_order(keys: Tensor, descending: bool = False) -> Tensor:
-    """Slots in the order of their keys; among equal keys the earlier slot comes first, either way round.
+    """Slots in the order of their keys; among equal keys the earlier slot comes first, also in descending order.
 
     On a CPU NumPy sorts, in a tenth of the time that PyTorch's stable sort takes.
 
@@ -52,11 +52,11 @@ def sorted_order(keys: Tensor, descending: bool = False) -> Tensor:
 
 
 def _as_int32(keys: Tensor) -> Tensor | None:
-    """Integers of 32 bits in the same order, or None where there are none."""
+    """The keys as integers of 32 bits that sort in the same order; None if they do not fit."""
     if type(keys) is not Tensor or keys.numel() >= 1 << 31:
         return None
     if keys.dtype in _AS_FLOAT32:
-        bits = (keys.detach().to(torch.float32) + 0.0).view(torch.int32)  # there is one zero now
+        bits = (keys.detach().to(torch.float32) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         # Of negative floats larger bits mean a smaller number.
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if keys.dtype in (torch.int32, torch.int16, torch.uint8):
@@ -136,7 +136,7 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
     if not 0 <= k <= numel:
         raise ValueError(f"k must be between 0 and numel={numel}, got {k}")
     if 2 * k > numel:
-        # A dense draw would reject too often; the set left out is the smaller one.
+        # So many draws would often repeat a position. Fewer positions are left out, so draw those.
         left_out = sample_positions(numel, numel - k, generator)
         mask = torch.ones(numel, dtype=torch.bool)
         mask[left_out] = False
@@ -148,7 +148,7 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
         drawn = torch.unique(torch.cat([drawn, extra]))
     surplus = drawn.numel() - k
     if surplus:
-        # Any k of the drawn ones are a uniform choice as long as what is dropped is itself uniform.
+        # A uniform choice of the drawn positions is dropped, so that those kept are a uniform choice too.
         keep = torch.ones(drawn.numel(), dtype=torch.bool)
         keep[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
         drawn = drawn[keep]
@@ -156,11 +156,11 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
 
 
 def check_index_set(indices: Tensor, numel: int | None) -> str | None:
-    """Say what is wrong with an index set, or None when nothing is.
+    """Describe the first fault of an index set; None if it has none.
 
     Args:
-        indices: the tensor to judge, any dtype and shape, on any device but meta.
-        numel: size of the weight the positions point into; None leaves the upper bound and the width open.
+        indices: the tensor to check, any dtype and shape, on any device but meta.
+        numel: number of entries of the weight; None leaves the largest position and the dtype's width unchecked.
 
     Returns:
         A phrase that continues "<tensor name> ...", or None.
@@ -198,7 +198,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
     Args:
         indices: ``[k]`` integer, sorted and unique.
         drop: bool ``[k]``, True for the m slots that leave.
-        grown: integer ``[m]``, positions outside the kept ones, unique, in any order.
+        grown: integer ``[m]``, unique positions in any order, none of them among those kept.
 
     Returns:
         ``(new, source)``: ``new`` int64 ``[k]`` sorted and unique; ``source`` int64 ``[k]`` with, for every new
@@ -214,7 +214,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
     kept = indices.index_select(0, kept_slots).to(torch.int64)
     order = sorted_order(grown)
     grown = grown.index_select(0, order)
-    # Both are in order now: a grown position comes after as many as are below it, kept and grown.
+    # Both are sorted now: the slot of a grown position is the number of kept and of grown positions below it.
     places = torch.searchsorted(kept, grown) + torch.arange(grown.numel(), device=grown.device)
     is_kept = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
     is_kept[places] = False
@@ -229,7 +229,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
 def seeded_generator(seed: int, module_name: str, cycle: int) -> torch.Generator:
     """A CPU generator for one module and cycle.
 
-    Python's own `hash` of a string changes from process to process, which would let ranks and resumed runs drift.
+    Python's own `hash` of a string differs from process to process, which would make ranks and resumed runs differ.
 
     Args:
         seed: the config's seed.

@@ -1,4 +1,7 @@
-"""Selected entries of ``a.T @ b`` by a plan, in plain PyTorch: the oracle of the Triton kernels, and their float64."""
+"""Computes ``a.T @ b`` in blocks of rows, and gathers selected entries by a plan, in plain PyTorch.
+
+Tests compare the Triton kernels with it, and float64 operands, for which there are no kernels, run here on a GPU too.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def outer_block(a: Tensor, b: Tensor) -> Tensor:
     """``a.T @ b`` in the accumulation dtype, ``[columns of a, columns of b]``, for a block of columns of a."""
     dtype = accumulation_dtype(a, b)
     if a.is_cuda and a.dtype == b.dtype and a.dtype.itemsize == 2 and hasattr(torch.ops.aten.mm, "dtype"):
-        # Rounds nothing and copies nothing, unlike the general case below.
+        # Returns the float32 sums unrounded and needs no float32 copies of the operands, unlike the general case below.
         return torch.mm(a.T, b, out_dtype=dtype)
     return a.to(dtype).T @ b.to(dtype)
 
@@ -63,7 +66,7 @@ def read_row_blocks(
     Args:
         index_sets: ``[k]`` sorted flat positions each, on one device.
         shape: rows and columns of the matrix; block_rows: rows of a block.
-        bounds: what `row_bounds` gives for each index set and `block_rows`.
+        bounds: the `row_bounds` of each index set for `block_rows`.
         block: computes the rows from the first to the last (exclusive) of a block.
         dtype: of the result.
 
@@ -83,7 +86,7 @@ def read_row_blocks(
 
 
 def locate_entries(indices: Tensor, plan: OuterPlan) -> tuple[Tensor, Tensor]:
-    """Where the compact method computes each entry.
+    """The tile in which the compact method computes each entry, and the place in the tile.
 
     Returns:
         ``(tile, place)``, both int64 ``[k]``: number of the tile, and row-major place in it.
@@ -143,6 +146,6 @@ _EXECUTORS = {"compact": _gather_compact, "dense": _gather_dense, "entries": _ga
 
 
 def gather_by_plan(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
-    """`gather_planned` in plain PyTorch, on any device: the oracle of the kernels, and what runs in float64."""
+    """`gather_planned` in plain PyTorch, on any device and in any floating dtype."""
     check_planned(a, b, indices, plan)
     return _EXECUTORS[plan.method](a, b, indices, plan)

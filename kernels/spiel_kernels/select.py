@@ -1,4 +1,4 @@
-"""Exact top-k selection of gradient entries, streamed over blocks so that no dense gradient is held."""
+"""Selects the k largest entries of a weight gradient exactly, block by block, so that no dense gradient is held."""
 
 from __future__ import annotations
 
@@ -103,6 +103,6 @@ def _fake_topk_dense(gradient: Tensor, k: int) -> Tensor:
 
 @operation("topk_dense(Tensor gradient, int k) -> Tensor", _fake_topk_dense)
 def topk_dense(gradient: Tensor, k: int) -> Tensor:
-    """`topk_outer` for a gradient that is already there, of any shape."""
+    """`topk_outer` for a dense gradient of any shape; positions in the flattened gradient."""
     check_k(k)
     return _top_of(gradient.flatten(), k)

@@ -1,4 +1,4 @@
-"""The index set: drawn, checked and edited; properties over all small cases."""
+"""Index sets are drawn, checked and edited: properties over random small cases."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_sample_is_an_index_set_of_k(size: tuple[int, int], seed: int) -> None:
 
 @pytest.mark.parametrize("k", [3, 9, 12], ids=["sparse", "dense", "half-plus"])
 def test_sample_is_uniform(k: int) -> None:
-    """Every position of 16 is drawn k/16 of the time, within five standard deviations."""
+    """Each of 16 positions is drawn in k/16 of the draws, within five standard deviations."""
     draws, source = 4000, generator(1)
     counts = torch.zeros(16)
     for _ in range(draws):
@@ -103,7 +103,7 @@ def test_check_of_a_large_weight_wants_int64() -> None:
 
 @st.composite
 def exchanges(draw: st.DrawFn) -> tuple[list[int], list[bool], list[int]]:
-    """An index set, which slots leave, and as many new positions outside the kept ones."""
+    """An index set, a mask of the slots to drop, and as many new positions that are not among those kept."""
     indices = sorted(draw(st.sets(st.integers(0, 60), max_size=15)))
     drop = draw(st.lists(st.booleans(), min_size=len(indices), max_size=len(indices)))
     kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}

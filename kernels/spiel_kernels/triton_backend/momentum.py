@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..index_set import row_bounds
 
-# A row of a 4096-wide matrix holds some 40 entries at 1% density; rows that hold more take several rounds.
+# Entries per round of a row. A row of a 4096-wide matrix holds some 40 at 1% density.
 _BLOCK = 128
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
