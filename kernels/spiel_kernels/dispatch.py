@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and how `torch.compile` sees it.
+"""Chooses between PyTorch and Triton for each operation, and registers operations for `torch.compile`.
 
 Every operation has a plain PyTorch implementation, which is the oracle of its tests and the path on CPUs; some have a
 Triton one for CUDA. By default CUDA tensors go to Triton where it is installed and everything else to PyTorch. An
@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def new_library(namespace: str) -> torch.library.Library:
-    """A library for operators of a namespace; one that an earlier import of the same package made gives way."""
+    """A library for the operators of a namespace; replaces the library of an earlier import of the same package."""
     libraries = torch.library.__dict__.setdefault("_spiel_libraries", {})
     earlier = libraries.pop(namespace, None)
     if earlier is not None:
@@ -40,7 +40,7 @@ _forced: str | None = None
 
 @functools.cache
 def _from_environment() -> str:
-    # Once: looking into the environment takes as long as a small operation.
+    # Cached: reading the environment takes as long as a small operation.
     name = os.environ.get("SPIEL_KERNELS", "auto")
     if name not in BACKENDS:
         raise ValueError(f"SPIEL_KERNELS must be one of {', '.join(BACKENDS)}, got {name!r}")
@@ -49,7 +49,7 @@ def _from_environment() -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Choose the implementation of all operations for a while, in all threads of the process.
+    """Choose the implementation of all operations for the length of a block, in all threads of the process.
 
     Args:
         name: "auto", "torch" or "triton". With ``TRITON_INTERPRET=1`` in the environment from the start, "triton" runs
@@ -67,6 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def triton_installed() -> bool:
+    """Whether the package triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -83,7 +84,7 @@ def runs_triton(*tensors: Tensor) -> bool:
     """
     name = _forced or _from_environment()
     if name == "torch" or (name == "auto" and not tensors[0].is_cuda):
-        return False  # at once: layers ask several times in every pass
+        return False  # the usual case comes first: layers ask several times in every pass
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
     if name == "auto":
         return on_gpu and triton_installed()

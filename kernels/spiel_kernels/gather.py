@@ -1,9 +1,9 @@
-"""Gradients of single weight entries; the dense weight gradient is never held whole."""
+"""Computes weight gradients at selected entries; the dense weight gradient is never held whole."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,53 +11,20 @@ from torch import Tensor
 
 from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype, read_entries
+from .index_set import row_bounds, rows_and_columns, true_slots
 from .outer_plan import OuterPlan, plan_for
-from .outer_products import check_planned, gather_by_plan
+from .outer_products import check_operands, check_planned, gather_by_plan, outer_block, read_row_blocks
 from .sampled import gather_sampled, sampled_pays
-
-# Entries of a block that is not worth making smaller.
-_SMALL_BLOCK = 1 << 19
-
-
-def _gather_rows(rows: int) -> int:
-    # Large enough for a matrix product at full speed, never the whole gradient.
-    return max(1, min(512, rows // 2))
-
-
-def _select_rows(rows: int, cols: int, k: int) -> int:
-    # A selection holds its best so far beside the block.
-    few = min(256, rows // 4)
-    if 4 * k < rows * cols:
-        few = min(rows // 2, max(few, _SMALL_BLOCK // max(cols, 1)))
-    return max(1, few)
 
 
 def _gather_from_blocks(
-    index_sets: Sequence[Tensor], rows: int, cols: int, block: Callable[[int, int], Tensor], dtype: torch.dtype
+    index_sets: Sequence[Tensor], shape: tuple[int, int], block: Callable[[int, int], Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
-    """Read sorted flat positions from row blocks that are computed once, and only where a position needs them."""
-    outs = [torch.empty(indices.numel(), dtype=dtype, device=indices.device) for indices in index_sets]
-    size = _gather_rows(rows)
-    starts = torch.arange(0, rows + size, size, device=index_sets[0].device) * cols
-    bounds = torch.stack([torch.searchsorted(indices.to(torch.int64), starts) for indices in index_sets]).tolist()
-    for number in range(starts.numel() - 1):
-        spans = [(ends[number], ends[number + 1]) for ends in bounds]
-        if all(begin == end for begin, end in spans):
-            continue
-        first = number * size
-        values = block(first, min(first + size, rows)).flatten()
-        for out, indices, (begin, end) in zip(outs, index_sets, spans, strict=True):
-            out[begin:end] = values.index_select(0, indices[begin:end] - first * cols)
-    return outs
-
-
-def outer_row_blocks(a: Tensor, b: Tensor, k: int) -> Iterator[tuple[int, Tensor]]:
-    """Row blocks of ``a.T @ b`` in the accumulation dtype, as ``(first row, block)``, to select k entries from."""
-    dtype = accumulation_dtype(a, b)
-    wide = b.to(dtype)
-    size = _select_rows(a.shape[1], b.shape[1], k)
-    for start in range(0, a.shape[1], size):
-        yield start, a[:, start : start + size].to(dtype).T @ wide
+    """`read_row_blocks` with blocks that a matrix product computes at full speed, but never the whole matrix."""
+    rows, cols = shape
+    size = max(1, min(512, rows // 2))
+    bounds = torch.stack([row_bounds(indices, rows, cols, size) for indices in index_sets]).tolist()
+    return read_row_blocks(index_sets, shape, size, bounds, block, dtype)
 
 
 METHODS = ("auto", "sampled", "dense", "compact", "entries")
@@ -65,8 +32,7 @@ METHODS = ("auto", "sampled", "dense", "compact", "entries")
 
 def check_outer_operands(a: Tensor, b: Tensor, indices: Tensor) -> None:
     """Raise a ValueError unless these can be operands of `gather_outer`."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0]:
-        raise ValueError(f"a and b must be [N, rows] and [N, cols], got {tuple(a.shape)} and {tuple(b.shape)}")
+    check_operands(a, b)
     if indices.dim() != 1:
         raise ValueError(f"indices must be one-dimensional, got shape {tuple(indices.shape)}")
 
@@ -94,13 +60,13 @@ def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") ->
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
 
     Raises:
-        ValueError: operands that do not fit, or a method that is unknown or not for their device.
+        ValueError: the operands' shapes do not fit, or the method is unknown or does not run on their device.
     """
     return gather_outer_sets(a, b, [indices], method)[0]
 
 
 def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto") -> list[Tensor]:
-    """`gather_outer` for several index sets at once: what does not depend on the positions is done once."""
+    """`gather_outer` for several index sets at once: products and copies of the operands are made once for all."""
     for indices in index_sets:
         check_outer_operands(a, b, indices)
     if method not in METHODS:
@@ -119,9 +85,9 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method
     wide = b.to(dtype)
 
     def block(first: int, last: int) -> Tensor:
-        return a[:, first:last].to(dtype).T @ wide
+        return outer_block(a[:, first:last], wide)
 
-    return _gather_from_blocks(index_sets, rows, cols, block, dtype)
+    return _gather_from_blocks(index_sets, (rows, cols), block, dtype)
 
 
 def _gather_by_plans(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str, triton: bool) -> list[Tensor]:
@@ -156,18 +122,18 @@ def _gather_planned(
 
 
 def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
-    """Selected entries of ``a.T @ b`` as a plan lays them out: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
+    """Selected entries of ``a.T @ b``, gathered by a plan: ``g[j] = sum_n a[n, row_j] * b[n, col_j]``.
 
     Args:
-        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides, N may be 0 and need not be what was planned for.
-        indices: ``[k]``, those that the plan was made from.
-        plan: of `plan_outer`, on the operands' device.
+        a: ``[N, rows]``, floating; b: ``[N, cols]``; any strides. N may be 0 and differ from the plan's tokens.
+        indices: ``[k]``, from which the plan was made.
+        plan: from `plan_outer`, on the operands' device.
 
     Returns:
         ``[k]`` in the accumulation dtype (float32, or float64 if an operand has it).
 
     Raises:
-        ValueError: operands that are not those of the plan.
+        ValueError: the plan was made for other shapes or another number of indices.
     """
     check_planned(a, b, indices, plan)
     return _gather_planned(a, b, indices, plan.method, plan.layout, plan.tensors)
@@ -176,7 +142,7 @@ def gather_planned(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Te
 def embedding_row_gradients(
     grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool
 ) -> tuple[Tensor, Tensor]:
-    """The rows of an embedding's weight gradient that can be other than zero.
+    """The rows of an embedding's weight gradient that may be other than zero.
 
     Args:
         grad_out: ``[*ids.shape, width]``; ids: integer, any shape.
@@ -216,7 +182,7 @@ def gather_embedding_sets(
 ) -> list[Tensor]:
     """`gather_embedding` for several index sets at once: the rows are summed once."""
     rows, sums = embedding_row_gradients(grad_out, ids, padding_idx, by_frequency)
-    return [_pick_rows(rows, sums, indices.to(torch.int64)) for indices in index_sets]
+    return [_pick_rows(rows, sums, indices) for indices in index_sets]
 
 
 def _pick_rows(rows: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
@@ -224,16 +190,16 @@ def _pick_rows(rows: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
     out = torch.zeros(positions.numel(), dtype=sums.dtype, device=positions.device)
     if rows.numel() == 0:
         return out
-    wanted = torch.div(positions, width, rounding_mode="floor")
+    wanted, columns = rows_and_columns(positions, width)
     slots = torch.searchsorted(rows, wanted).clamp_(max=rows.numel() - 1)
-    hit = (rows[slots] == wanted).nonzero().flatten()
-    out[hit] = sums[slots[hit], positions[hit] % width]
+    hit = true_slots(rows[slots] == wanted)
+    out[hit] = sums[slots[hit], columns[hit]]
     return out
 
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """What `torch.nn.functional.conv*d` needs besides the tensors; padding is numeric and zero-valued."""
+    """Weight shape and settings of a convolution (`torch.nn.functional.conv*d`) with numeric zero padding."""
 
     weight_shape: tuple[int, ...]  # [out, in / groups, *kernel]
     stride: tuple[int, ...]
@@ -251,7 +217,7 @@ class ConvGeometry:
 
 
 def conv_weight_gradient(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, first: int, last: int) -> Tensor:
-    """Rows first..last of a convolution's weight gradient, ``[last - first, cols]`` in the accumulation dtype.
+    """Rows first to last (exclusive) of a convolution's weight gradient: ``[last - first, cols]``, accumulation dtype.
 
     Args:
         grad_out: ``[batch, out, *spatial]``; x: ``[batch, in, *spatial]``.
@@ -281,13 +247,6 @@ def conv_weight_gradient(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, fi
     return torch.cat(parts)
 
 
-def conv_row_blocks(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Iterator[tuple[int, Tensor]]:
-    """Row blocks of a convolution's weight gradient, as ``(first row, block)``, to select k entries from."""
-    size = _select_rows(geometry.rows, geometry.cols, k)
-    for start in range(0, geometry.rows, size):
-        yield start, conv_weight_gradient(grad_out, x, geometry, start, min(start + size, geometry.rows))
-
-
 def gather_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, indices: Tensor) -> Tensor:
     """Selected entries of a convolution's weight gradient.
 
@@ -310,9 +269,9 @@ def gather_conv_sets(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, index_
     def block(first: int, last: int) -> Tensor:
         return conv_weight_gradient(grad_out, x, geometry, first, last)
 
-    return _gather_from_blocks(index_sets, geometry.rows, geometry.cols, block, dtype)
+    return _gather_from_blocks(index_sets, (geometry.rows, geometry.cols), block, dtype)
 
 
 def gather_dense(gradient: Tensor, indices: Tensor) -> Tensor:
-    """Selected entries of a gradient that is already there, in the accumulation dtype."""
+    """Selected entries ``[k]`` of a dense gradient of any shape, in the accumulation dtype."""
     return read_entries(gradient, indices).to(accumulation_dtype(gradient))

@@ -1,4 +1,4 @@
-"""The index set of a sparse delta: drawn, checked and edited in one place.
+"""Draws, checks and edits index sets, the positions of sparse deltas.
 
 An index set is a one-dimensional integer tensor of flat positions in a weight: sorted, unique and in range. Worked
 example, a 2 x 3 weight of which the entries marked x are trained::
@@ -14,18 +14,23 @@ Replacing position 3 by 2 keeps the set sorted, and ``source`` tells where each 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .dispatch import operation
+
+T = TypeVar("T")
 
 _AS_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sorted_order(keys: Tensor, descending: bool = False) -> Tensor:
-    """Slots in the order of their keys; among equal keys the earlier slot comes first, either way round.
+    """Slots in the order of their keys; among equal keys the earlier slot comes first, also in descending order.
 
     On a CPU NumPy sorts, in a tenth of the time that PyTorch's stable sort takes.
 
@@ -47,11 +52,11 @@ def sorted_order(keys: Tensor, descending: bool = False) -> Tensor:
 
 
 def _as_int32(keys: Tensor) -> Tensor | None:
-    """Integers of 32 bits in the same order, or None where there are none."""
+    """The keys as integers of 32 bits that sort in the same order; None if they do not fit."""
     if type(keys) is not Tensor or keys.numel() >= 1 << 31:
         return None
     if keys.dtype in _AS_FLOAT32:
-        bits = (keys.detach().to(torch.float32) + 0.0).view(torch.int32)  # there is one zero now
+        bits = (keys.detach().to(torch.float32) + 0.0).view(torch.int32)  # -0.0 becomes 0.0
         # Of negative floats larger bits mean a smaller number.
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
     if keys.dtype in (torch.int32, torch.int16, torch.uint8):
@@ -74,6 +79,49 @@ def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel < 2**31 else torch.int64
 
 
+def rows_and_columns(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 ``[n]``, of flat positions ``[n]`` in a matrix with `cols` columns and < 2**50 entries.
+
+    A product in float64 is faster than an integer division. Adding a half keeps the quotient away from the next
+    integer by more than its rounding error.
+    """
+    rows = positions.to(torch.float64).add_(0.5).mul_(1.0 / max(1, cols)).to(torch.int64)
+    return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
+
+
+def row_bounds(indices: Tensor, rows: int, cols: int, block_rows: int = 1) -> Tensor:
+    """Slot of the first position in each block of rows, and the number of positions: int64 ``[blocks + 1]``.
+
+    Args:
+        indices: ``[k]`` sorted flat positions in ``[rows, cols]``.
+        block_rows: rows of a block; the last block may have fewer.
+    """
+    starts = torch.arange(0, rows + block_rows, block_rows, device=indices.device).clamp_(max=rows) * cols
+    if rows * cols >= 2**31:  # int32 cannot hold the last start
+        indices = indices.to(torch.int64)
+    return torch.searchsorted(indices, starts.to(indices.dtype))
+
+
+class PerIndexSet(Generic[T]):
+    """Remembers what was computed from an index set, until the tensor dies or is written to (other than by ``.data``).
+
+    It keeps one result per tensor: a result for another key takes the place of the earlier one.
+    """
+
+    def __init__(self) -> None:
+        self._known = WeakIdKeyDictionary()
+
+    def get(self, indices: Tensor, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
+        """The result of `compute` for these indices and this key, computed anew only if it is not known."""
+        if indices.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
+            return compute()
+        key = (indices._version, *key)
+        known = self._known.get(indices)
+        if known is None or known[0] != key:
+            known = self._known[indices] = (key, compute())
+        return known[1]
+
+
 def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
     """Draw `k` of `numel` positions uniformly, without replacement.
 
@@ -88,11 +136,11 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
     if not 0 <= k <= numel:
         raise ValueError(f"k must be between 0 and numel={numel}, got {k}")
     if 2 * k > numel:
-        # A dense draw would reject too often; the set left out is the smaller one.
+        # So many draws would often repeat a position. Fewer positions are left out, so draw those.
         left_out = sample_positions(numel, numel - k, generator)
         mask = torch.ones(numel, dtype=torch.bool)
         mask[left_out] = False
-        return mask.nonzero().flatten()
+        return true_slots(mask)
     drawn = torch.empty(0, dtype=torch.int64)
     while drawn.numel() < k:
         missing = k - drawn.numel()
@@ -100,7 +148,7 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
         drawn = torch.unique(torch.cat([drawn, extra]))
     surplus = drawn.numel() - k
     if surplus:
-        # Any k of the drawn ones are a uniform choice as long as what is dropped is itself uniform.
+        # A uniform choice of the drawn positions is dropped, so that those kept are a uniform choice too.
         keep = torch.ones(drawn.numel(), dtype=torch.bool)
         keep[torch.randperm(drawn.numel(), generator=generator)[:surplus]] = False
         drawn = drawn[keep]
@@ -108,11 +156,11 @@ def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:
 
 
 def check_index_set(indices: Tensor, numel: int | None) -> str | None:
-    """Say what is wrong with an index set, or None when nothing is.
+    """Describe the first fault of an index set; None if it has none.
 
     Args:
-        indices: the tensor to judge, any dtype and shape, on any device but meta.
-        numel: size of the weight the positions point into; None leaves the upper bound and the width open.
+        indices: the tensor to check, any dtype and shape, on any device but meta.
+        numel: number of entries of the weight; None leaves the largest position and the dtype's width unchecked.
 
     Returns:
         A phrase that continues "<tensor name> ...", or None.
@@ -150,7 +198,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
     Args:
         indices: ``[k]`` integer, sorted and unique.
         drop: bool ``[k]``, True for the m slots that leave.
-        grown: integer ``[m]``, positions outside the kept ones, unique, in any order.
+        grown: integer ``[m]``, unique positions in any order, none of them among those kept.
 
     Returns:
         ``(new, source)``: ``new`` int64 ``[k]`` sorted and unique; ``source`` int64 ``[k]`` with, for every new
@@ -166,7 +214,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
     kept = indices.index_select(0, kept_slots).to(torch.int64)
     order = sorted_order(grown)
     grown = grown.index_select(0, order)
-    # Both are in order now: a grown position comes after as many as are below it, kept and grown.
+    # Both are sorted now: the slot of a grown position is the number of kept and of grown positions below it.
     places = torch.searchsorted(kept, grown) + torch.arange(grown.numel(), device=grown.device)
     is_kept = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
     is_kept[places] = False
@@ -181,7 +229,7 @@ def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Ten
 def seeded_generator(seed: int, module_name: str, cycle: int) -> torch.Generator:
     """A CPU generator for one module and cycle.
 
-    Python's own `hash` of a string changes from process to process, which would let ranks and resumed runs drift.
+    Python's own `hash` of a string differs from process to process, which would make ranks and resumed runs differ.
 
     Args:
         seed: the config's seed.

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
+from .index_set import rows_and_columns, true_slots
 
 _MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
 _INFINITY = float("inf")
-# Thresholds per round and rounds. On a CPU every comparison costs; on a GPU every launch does, so that there are many
-# thresholds, and a fixed number of rounds instead of a wait after each.
+# Thresholds per round and (most) rounds of the search. On a CPU comparisons cost time. On a GPU launches and waits do:
+# it tries many thresholds per round, in a fixed number of rounds.
 _CPU_SEARCH = (1, 64)
 _GPU_SEARCH = (63, 4)
-# Candidates that cost less to list than another round would to leave out.
+# So many candidates beyond those wanted are listed rather than left out by another round, which would cost more.
 _SPARE = 64
 
 
@@ -36,32 +37,22 @@ def _score_of(key: int) -> float:
     return score
 
 
-def split_positions(positions: Tensor, cols: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64 ``[n]``, of flat positions ``[n]`` in a matrix with `cols` columns and < 2**50 entries.
-
-    A product in float64 is faster than an integer division; the half keeps the quotient away from the next integer by
-    more than its rounding error.
-    """
-    rows = positions.to(torch.float64).add_(0.5).mul_(1.0 / cols).to(torch.int64)
-    return rows, torch.sub(positions.to(torch.int64), rows, alpha=cols)
-
-
-# The best entries of an outer sum, without the matrix. Scores are ``log_row[i] + log_col[j]`` in float64. With one of
-# the vectors sorted, the pairs that reach a threshold are a prefix of it for every entry of the other, so that one
-# binary search per entry counts them. Two searches use this:
+# The best entries of an outer sum are found without the matrix. Scores are ``log_row[i] + log_col[j]`` in float64. One
+# of the vectors is sorted. The pairs that reach a threshold are then a prefix of it for every entry of the other, so
+# that one binary search per entry counts them. Two searches use this:
 #
 # - `_near_threshold` bisects by value, many thresholds at a time and without waiting for the device. Its binary search
-#   compares ``log_col[j]`` with ``threshold - log_row[i]``, which rounds otherwise than the score does; it therefore
-#   returns a little more than it found, by a margin that covers the rounding.
+#   compares ``log_col[j]`` with ``threshold - log_row[i]``, which rounds otherwise than the score does. It therefore
+#   lowers the threshold that it found by a margin that covers the rounding.
 # - `_exact_threshold` bisects over the bits of the score itself and ends at the score of the last position that is
-#   chosen. It serves what the first one cannot: more equal scores than could be listed, and infinite accumulators.
+#   chosen. It is needed for more equal scores than can be listed, and for infinite accumulators.
 
 
 @dataclass(frozen=True)
 class OuterSum:
-    """The scores ``outer[i] + inner[j]`` of all pairs, `inner` in descending order, and the pairs left out.
+    """The scores ``outer[i] + inner[j]`` of all pairs, `inner` sorted in descending order, and the pairs left out.
 
-    ``-inf`` marks entries without candidates. A pair is position ``i * outer_stride + order[j] * inner_stride``.
+    ``-inf`` marks entries without candidates. A pair is the position ``i * outer_stride + order[j] * inner_stride``.
     """
 
     outer: Tensor  # float64 [A]
@@ -75,7 +66,7 @@ class OuterSum:
 
     @classmethod
     def build(cls, log_row: Tensor, log_col: Tensor, left_out: tuple[Tensor, Tensor], by_rows: bool) -> OuterSum:
-        """Sort one vector: the columns' if `by_rows`, else the rows'. `left_out`: rows and columns of the pairs."""
+        """Sort the columns' vector if `by_rows`, else the rows'. `left_out`: rows and columns of the pairs left out."""
         outer, inner = (log_row, log_col) if by_rows else (log_col, log_row)
         left_outer, left_inner = left_out if by_rows else reversed(left_out)
         strides = (log_col.numel(), 1) if by_rows else (1, log_col.numel())
@@ -85,17 +76,17 @@ class OuterSum:
         return cls(outer, inner[order], order, *strides, left_outer, rank.index_select(0, left_inner), scores)
 
     def pairs(self, reach: Tensor, total: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions and scores, ``[total]`` each, of the first ``reach[i]`` pairs of every i; -inf: left out.
+        """Positions and scores, ``[total]`` each, of the first ``reach[i]`` pairs of every i; left out: score -inf.
 
         Args:
-            reach: int64 ``[A]`` with the sum `total`.
-            hidden: bool ``[k]``, what `reached` gives for it.
+            reach: int64 ``[A]``, `total` in sum.
+            hidden: bool ``[k]``, `reached` for this reach.
         """
         ends = reach.cumsum(0)
         owner = torch.repeat_interleave(reach, output_size=total)
         starts = ends - reach
         rank = torch.arange(total, device=reach.device).sub_(starts.index_select(0, owner))
-        # One slot more, for pairs that are left out but lie beyond the reach.
+        # The last slot takes the -inf of pairs that are left out but lie beyond the reach.
         scores = torch.empty(total + 1, dtype=torch.float64, device=reach.device)
         torch.add(self.outer.index_select(0, owner), self.inner.index_select(0, rank), out=scores[:total])
         slots = starts.index_select(0, self.left_out_outer).add_(self.left_out_rank)
@@ -121,7 +112,7 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
     Returns:
         int64 ``[min(m, candidates)]``.
     """
-    left_out = split_positions(excluded, log_col.numel())
+    left_out = rows_and_columns(excluded, log_col.numel())
     scores = OuterSum.build(log_row, log_col, left_out, by_rows=log_row.numel() <= log_col.numel())
     reach = _near_threshold(scores, m)
     hidden = scores.reached(reach)
@@ -135,7 +126,7 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
         total, left = torch.stack([reach.sum(), hidden.sum()]).tolist()
     positions, values = scores.pairs(reach, total, hidden)
     if left and positions.device.type == "cpu":
-        kept = (values > -_INFINITY).nonzero().flatten()
+        kept = true_slots(values > -_INFINITY)
         positions, values = positions[kept], values[kept]
     positions, order = torch.sort(positions)
     best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices
@@ -147,9 +138,9 @@ def _listable(scores: OuterSum, m: int) -> int:
 
 
 def _near_threshold(scores: OuterSum, m: int) -> Tensor:
-    """Per entry of `scores.outer` a prefix of `scores.inner`, together at least the m best candidates, ties included.
+    """A reach (int64 ``[A]``) whose pairs hold the m best candidates, ties included.
 
-    Not many more than that, unless many scores are equal. All scores must be below +inf.
+    They are not many more than m, unless many scores are equal. All scores must be below +inf.
     """
     on_cpu = scores.outer.device.type == "cpu"
     thresholds, rounds = _CPU_SEARCH if on_cpu else _GPU_SEARCH
@@ -159,7 +150,7 @@ def _near_threshold(scores: OuterSum, m: int) -> Tensor:
     left_out = torch.sort(scores.left_out_scores).values if thresholds > 1 else scores.left_out_scores
     for _ in range(rounds):
         trial = low + (high - low) * (number[1:] / number.numel())
-        # At most too many of those left out are subtracted: a threshold that passes has its m candidates.
+        # Of the pairs left out too many may be subtracted, never too few: a threshold that passes has m candidates.
         surplus = _prefixes(scores.outer, descending, trial[:, None]).sum(1) - m - _count(left_out, trial - slack)
         best = number[1:].where(surplus >= 0, 0).amax(0, keepdim=True)
         low, high = torch.cat([low, trial])[best], torch.cat([trial, high])[best]
@@ -169,14 +160,17 @@ def _near_threshold(scores: OuterSum, m: int) -> Tensor:
 
 
 def _count(left_out: Tensor, thresholds: Tensor) -> Tensor:
-    """How many of the scores left out reach a threshold; for more than one threshold they are sorted."""
+    """How many of the scores left out reach each threshold; the scores are sorted if there are several thresholds."""
     if thresholds.numel() == 1:
         return torch.count_nonzero(left_out >= thresholds)
     return left_out.numel() - torch.searchsorted(left_out, thresholds)
 
 
 def _prefixes(outer: Tensor, descending: Tensor, thresholds: Tensor) -> Tensor:
-    """How many pairs reach a threshold, up to rounding; `descending` is the negative of a descending vector."""
+    """How many pairs of each entry of `outer` reach a threshold, up to rounding.
+
+    `descending` is the negative of `OuterSum.inner`, and so ascends.
+    """
     return torch.searchsorted(descending, outer - thresholds, right=True)
 
 
@@ -190,7 +184,7 @@ def _score_range(scores: OuterSum) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _extremes(scores: OuterSum) -> Tensor:
-    """Least and most of `scores.outer` and of `scores.inner` where there are candidates; +inf, -inf if nowhere."""
+    """Least and largest entry of `scores.outer`, then of `scores.inner`, of those above -inf; +inf and -inf if none."""
     ends = []
     for vector in (scores.outer, scores.inner):
         ends += [vector.where(vector > -_INFINITY, _INFINITY).amin(), vector.amax()]
@@ -198,9 +192,9 @@ def _extremes(scores: OuterSum) -> Tensor:
 
 
 def _exact_threshold(scores: OuterSum, m: int) -> Tensor:
-    """`_near_threshold` for any scores: with the m best candidates come at most k + cols more pairs.
+    """`_near_threshold` for any scores: the reach holds at most k + cols pairs beyond the m best candidates.
 
-    `scores` are by rows. Equal scores at the threshold are taken from the first rows only, as many as are needed.
+    `scores` are built by rows. Equal scores at the threshold are taken from the first rows only, as many as are needed.
     """
     least_outer, most_outer, least_inner, most_inner = _extremes(scores).tolist()
     low, high = _key_of(least_outer + least_inner), _key_of(most_outer + most_inner) + 1
@@ -222,7 +216,7 @@ def _exact_threshold(scores: OuterSum, m: int) -> Tensor:
     hidden = (scores.reached(reach_low) & ~scores.reached(reach_high)).to(torch.int64)
     ties.index_add_(0, scores.left_out_outer, hidden, alpha=-1)
     enough = ties.cumsum(0) >= -surplus(reach_high)
-    # Rows before the first with enough, and that one itself.
+    # Rows up to and with the first at which the ties are enough.
     needed = torch.cat([enough.new_zeros(1), enough[:-1]]).logical_not_()
     return reach_low.where(needed, reach_high)
 
@@ -240,7 +234,7 @@ def _exact_prefixes(scores: OuterSum, threshold: float) -> Tensor:
     return reach
 
 
-# Entries per round on a CPU: temporary tensors stay in the cache, and small beside the deltas of a large matrix.
+# Entries per round on a CPU: temporary tensors stay in the cache, and are small beside the deltas of a large matrix.
 _CHUNK = 1 << 15
 
 
@@ -267,7 +261,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
         ``nu``, ``[k]`` in the accumulators' dtype.
 
     Raises:
-        ValueError: `gradient` has not one entry per position, or the accumulators differ in dtype.
+        ValueError: `gradient` and `indices` differ in shape, or the accumulators in dtype.
     """
     if gradient.shape != indices.shape or indices.dim() != 1:
         raise ValueError(
@@ -285,7 +279,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
     nu = torch.empty(indices.shape, dtype=row.dtype, device=row.device)
     chunk = _CHUNK if row.device.type == "cpu" else max(1, indices.numel())
     for part, out, some in zip(indices.split(chunk), nu.split(chunk), gradient.split(chunk), strict=True):
-        rows, cols = split_positions(part, col.numel())
+        rows, cols = rows_and_columns(part, col.numel())
         torch.minimum(row.index_select(0, rows), col.index_select(0, cols), out=out).add_(some.to(row.dtype).square())
         new_row.scatter_reduce_(0, rows, out, "amax", include_self=True)
         new_col.scatter_reduce_(0, cols, out, "amax", include_self=True)
@@ -332,16 +326,16 @@ def top_outer_positions(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> T
 
 
 def top_outer_positions_dense(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> Tensor:
-    """`top_outer_positions` from all scores at once: what tests and benchmarks compare with."""
+    """`top_outer_positions` computed from the whole matrix of scores; tests and benchmarks compare with it."""
     scores = (_candidate_logs(row)[:, None] + _candidate_logs(col)).flatten()
     scores[excluded.to(torch.int64)] = float("-inf")
-    # Infinity less infinity is no candidate either.
+    # The sum of +inf and -inf is NaN, and no candidate either.
     scores.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     values, best_first = torch.sort(scores, descending=True, stable=True)
     return best_first[: min(m, int(torch.count_nonzero(values > float("-inf"))))]
 
 
 def _candidate_logs(accumulator: Tensor) -> Tensor:
-    """Logs in float64, -inf where there is nothing to rank: zero, negative or NaN."""
+    """Logs in float64; -inf, no candidate, for accumulators that are zero, negative or NaN."""
     logs = accumulator.to(torch.float64).log()
     return logs.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))

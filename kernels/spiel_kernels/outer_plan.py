@@ -1,8 +1,8 @@
-"""How the selected entries of ``a.T @ b`` are gathered: decided and laid out once per index set, as plain data.
+"""Plans how selected entries of ``a.T @ b`` are gathered, once per index set. A plan is plain data.
 
 Positions that were picked by gradient concentrate: rows sorted by how many positions they hold and taken 64 at a time
-touch few columns. The compact method multiplies just those. Worked example, a 4 x 6 matrix in blocks of two rows and
-tiles of two columns, the entries marked x selected::
+touch few columns. The compact method multiplies only these columns. Worked example, a 4 x 6 matrix in blocks of two
+rows and tiles of two columns, the entries marked x selected::
 
     row 0  . . . x . .      rows by count: 2 1 0 3        block 0 = rows 2, 1: columns 0 1 3 4
     row 1  x . . x . .      (equal counts: in order)      block 1 = rows 0, 3: column  3
@@ -23,34 +23,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-# What plans are chosen for, whatever a batch brings: a resumed run must make the choice of the run it continues.
-NOMINAL_TOKENS = 2048
-
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: str = "auto") -> OuterPlan:
-    """`plan_outer`, made once per index set, which changes once per cycle, and used in every backward pass.
-
-    A plan is remembered as long as the tensor `indices` lives and is not written to (other than by ``.data``).
-
-    Args:
-        indices: ``[k]`` sorted, unique flat positions in ``[rows, cols]``.
-        dtype: of the operands, the wider one if they differ.
-        method: "auto", "compact", "dense" or "entries".
-    """
-    if indices.is_inference():  # has no version
-        return plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method)
-    key = (indices._version, rows, cols, dtype, method)
-    known = _plans.get(indices)
-    if known is not None and known[0] == key:
-        return known[1]
-    plan = plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method)
-    _plans[indices] = (key, plan)
-    return plan
-
+from .index_set import PerIndexSet, row_bounds, rows_and_columns
 
 # Rows and columns of a tile. A wide tile reads fewer bytes per product, a narrow one leaves fewer products unused.
 TILE_SHAPES = ((64, 64), (64, 128), (128, 128))
@@ -62,8 +36,8 @@ BUSY_PROGRAMS = 2 * 132
 TOKENS_PER_SPLIT = 512
 
 
-# What a gather of gradient entries costs on a GPU, by method: pure arithmetic. "compact": matrix products over the
-# columns that a block of rows touches. "dense": all columns, in row blocks. "entries": a dot product per entry.
+# The cost of a gather on a GPU is estimated for three methods. "compact": matrix products over the columns that a block
+# of rows touches. "dense": all columns, in row blocks. "entries": a dot product per entry.
 
 
 @dataclass(frozen=True)
@@ -106,12 +80,12 @@ class Problem:
 def dense_block_rows(rows: int, cols: int) -> int:
     """Rows of the block that the dense method holds at a time."""
     fit = DENSE_BLOCK_ENTRIES // max(1, cols)
-    # Whole tiles of the library's matrix product, where the matrix is large enough for that to matter.
+    # A multiple of the tiles of the library's matrix product, where the block is large enough for that to matter.
     return max(1, min(rows, fit - fit % 128 if fit > 128 else fit))
 
 
 def token_splits(tiles: int, tokens: int) -> int:
-    """Into how many runs of tokens, summed in the end, a product of `tiles` tiles is cut."""
+    """Into how many runs of tokens a product of `tiles` tiles is cut; the runs are summed in the end."""
     return max(1, min(math.ceil(BUSY_PROGRAMS / max(1, tiles)), tokens // TOKENS_PER_SPLIT))
 
 
@@ -127,7 +101,7 @@ def _picking(problem: Problem, model: CostModel, splits: int = 1) -> float:
 
 
 def dense_seconds(problem: Problem, model: CostModel) -> float:
-    """Row blocks of the whole product, each followed by the gather of its entries."""
+    """Estimated time of the dense method: row blocks of the whole product, and the gather of each block's entries."""
     area = problem.rows * problem.cols
     blocks = math.ceil(problem.rows / dense_block_rows(problem.rows, problem.cols))
     products = 2 * area * problem.tokens / model.flops(problem.dtype) + 4 * area / model.cache_bandwidth
@@ -135,7 +109,7 @@ def dense_seconds(problem: Problem, model: CostModel) -> float:
 
 
 def entries_seconds(problem: Problem, model: CostModel) -> float:
-    """Two columns read per entry."""
+    """Estimated time of the entries method, which reads two columns per entry."""
     read = 2 * problem.k * problem.tokens * problem.dtype.itemsize
     return _copies(problem, model) + read / model.cache_bandwidth + model.launch
 
@@ -179,7 +153,7 @@ def estimate_costs(
 
 
 def choose_method(problem: Problem, tiles: Mapping[tuple[int, int], int], model: CostModel | None = None) -> str:
-    """The method of least cost."""
+    """The method of least estimated cost."""
     costs = estimate_costs(problem, tiles, model)
     return min(costs, key=lambda method: costs[method])
 
@@ -191,7 +165,7 @@ _COARSE = max(high for high, _ in TILE_SHAPES)
 
 
 class Tiles(NamedTuple):
-    """Where the compact method multiplies. "Narrow" is int16 where the numbers fit, else int32.
+    """Rows and columns that the compact method multiplies. "Narrow" is int16 where the numbers fit, else int32.
 
     A block is a number of rows that stand together in `row_order`. Its active columns, ascending, are cut into tiles;
     the last tile of a block is filled up with the matrix's last column.
@@ -206,7 +180,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class OuterPlan:
-    """What `plan_outer` decided for one index set.
+    """How the entries of one index set are gathered, from `plan_outer`.
 
     Args:
         method: "compact", "dense" or "entries".
@@ -269,7 +243,8 @@ def plan_outer(
 ) -> OuterPlan:
     """Decide how the entries at `indices` of a product ``a.T @ b`` are gathered.
 
-    Depends on the arguments alone, so that equal runs make equal plans. Waits for the device once ("entries": never).
+    The plan depends on the arguments alone, so that equal runs make equal plans. Waits for the device once ("entries":
+    never).
 
     Args:
         indices: int32 or int64 ``[k]``, sorted and unique flat positions in ``[rows, cols]``.
@@ -279,10 +254,10 @@ def plan_outer(
         method: "auto" takes the one of least estimated cost on a GPU; float64 operands, for which there are no GPU
             kernels, get "dense".
         tile_shape: rows and columns of a tile of the compact method, one of `TILE_SHAPES`; by estimated cost if None.
-        model: rates of the device, for what is left to choose.
+        model: rates of the device, from which costs are estimated.
 
     Raises:
-        ValueError: an argument that does not fit, by name.
+        ValueError: an argument does not fit; the message names it.
     """
     _check(indices, rows, cols, tokens, method, tile_shape)
     k = indices.numel()
@@ -290,13 +265,11 @@ def plan_outer(
         method = "dense"
     if method == "entries":
         return OuterPlan(method, rows, cols, k)
-    # Positions of a matrix that int32 cannot number may still come in int32 as long as they are small.
-    positions = indices if rows * cols < 2**31 else indices.to(torch.int64)
     block_rows = dense_block_rows(rows, cols)
-    bounds = _dense_bounds(positions, rows, cols, block_rows)
+    bounds = row_bounds(indices, rows, cols, block_rows)
     if method == "dense":
         return OuterPlan(method, rows, cols, k, (block_rows, *bounds.tolist()))
-    blocks = _RowBlocks.build(positions, rows, cols)
+    blocks = _RowBlocks.build(indices, rows, cols)
     shapes = TILE_SHAPES if tile_shape is None else (tile_shape,)
     host = torch.cat([bounds, torch.stack([blocks.count_tiles(shape) for shape in shapes])]).tolist()
     counts = dict(zip(shapes, host[bounds.numel() :], strict=True))
@@ -311,10 +284,25 @@ def plan_outer(
     return OuterPlan(method, rows, cols, k, shape, tuple(blocks.tiles(shape, counts[shape])))
 
 
-def _dense_bounds(positions: Tensor, rows: int, cols: int, block_rows: int) -> Tensor:
-    """int64 ``[blocks + 1]``: slot of the first position in each row block, and k."""
-    starts = torch.arange(0, rows + block_rows, block_rows, device=positions.device).clamp_(max=rows) * cols
-    return torch.searchsorted(positions, starts.to(positions.dtype))
+# The number of tokens that plans are made for. It does not depend on the batch: a resumed run must choose as the run
+# that it continues did.
+NOMINAL_TOKENS = 2048
+
+_plans: PerIndexSet[OuterPlan] = PerIndexSet()
+
+
+def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: str = "auto") -> OuterPlan:
+    """The plan for an index set, made once per cycle and used in every backward pass.
+
+    It is remembered as `PerIndexSet` says.
+
+    Args:
+        indices: ``[k]`` sorted, unique flat positions in ``[rows, cols]``.
+        dtype: of the operands, the wider one if they differ.
+        method: "auto", "compact", "dense" or "entries".
+    """
+    key = (rows, cols, dtype, method)
+    return _plans.get(indices, key, lambda: plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method))
 
 
 def narrow_dtype(count: int) -> torch.dtype:
@@ -324,7 +312,7 @@ def narrow_dtype(count: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _RowBlocks:
-    """An index set by row blocks, on its device.
+    """An index set sorted into row blocks, on its device.
 
     Args:
         order: int64 ``[rows]``, row numbers by falling count; rank: its inverse.
@@ -341,14 +329,12 @@ class _RowBlocks:
     @staticmethod
     def build(positions: Tensor, rows: int, cols: int) -> _RowBlocks:
         device = positions.device
-        starts = torch.arange(rows + 1, device=device) * cols
-        counts = torch.searchsorted(positions, starts.to(positions.dtype)).diff()
+        counts = row_bounds(positions, rows, cols).diff()
         # Stable, so that equal index sets make equal plans on every device.
         order = torch.argsort(counts, descending=True, stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(rows, device=device)
-        row = torch.div(positions, cols, rounding_mode="floor").to(torch.int64)
-        col = positions - row * cols
+        row, col = rows_and_columns(positions, cols)
         blocks = math.ceil(rows / _COARSE) * (_COARSE // _FINE)
         active = torch.zeros(blocks * cols, dtype=torch.bool, device=device)
         active.index_fill_(0, torch.div(rank[row], _FINE, rounding_mode="floor") * cols + col, True)
@@ -367,7 +353,7 @@ class _RowBlocks:
         return torch.div(active.sum(1) + (wide - 1), wide, rounding_mode="floor")
 
     def tiles(self, shape: tuple[int, int], total: int) -> Tiles:
-        """Lay out `total` tiles of a shape."""
+        """The `total` tiles of a shape."""
         high, wide = shape
         rows, cols, device = self.order.numel(), self.active.shape[1], self.order.device
         active = self.active_columns(high)
@@ -375,7 +361,7 @@ class _RowBlocks:
         blocks = per_block.numel()
         first = torch.zeros(blocks + 1, dtype=torch.int64, device=device)
         torch.cumsum(per_block, 0, out=first[1:])
-        # Place of every active column among those of its block, read for the columns that positions touch.
+        # The place of every active column among the active columns of its block; only these are read.
         lane = active.cumsum(1, dtype=torch.int32).sub_(1)
         block = torch.div(self.rank[self.row], high, rounding_mode="floor")
         slot = first[block] * wide + lane[block, self.col]

@@ -1,4 +1,4 @@
-"""Quantized base weights: dequantize and add sparse deltas, in one pass into a workspace.
+"""Dequantizes a weight and adds sparse deltas to it, in one pass into a workspace.
 
 An adapted entry is ``round(W0 + deltas)``: W0 as bitsandbytes dequantizes it, which for 4 bits means rounded to the
 dtype it was quantized from; the sum in float32; rounded once to the dtype of the output. Every other entry is W0, cast.
@@ -24,8 +24,8 @@ from .quantized_layout import (
     dequantize_entries_8bit,
 )
 
-# Elements dequantized at a time on a CPU, to be in its cache until they are in the workspace: 3 to 7 times faster than
-# a whole matrix at once.
+# Elements dequantized at a time on a CPU. They stay in its cache until they are in the workspace, which is 3 to 7 times
+# faster than a whole matrix at once.
 CPU_BLOCK_ELEMENTS = 1 << 20
 
 
@@ -194,7 +194,7 @@ def _fold_8bit(
 
 
 def _one_fast_delta(deltas: Deltas) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor, Tensor]]]:
-    """The delta that the kernel adds, or else those that are left to do after it."""
+    """The delta that the kernel adds, if there is one of 32 bits or less, and the deltas to be added after it."""
     present = [pair for pair in deltas if pair[0].numel()]
     if len(present) == 1 and present[0][1].dtype != torch.float64:
         return present[0], []
@@ -202,7 +202,7 @@ def _one_fast_delta(deltas: Deltas) -> tuple[tuple[Tensor, Tensor] | None, list[
 
 
 def _fold_entries(read: Callable[[Tensor], Tensor], deltas: Deltas, out: Tensor) -> None:
-    """Add deltas to entries that are read from the quantized weight: those in `out` may have been rounded once more."""
+    """Add deltas to entries read from the quantized weight; entries of `out` may have been rounded to its dtype."""
     positions = union_positions(deltas)
     write_entries(out, positions, sum_entries(read(positions), positions, deltas).to(out.dtype))
 
@@ -247,7 +247,7 @@ def row_ranges(rows: int, cols: int, device: torch.device, multiple: int = 1) ->
 
 
 def row_blocks_4bit(weight: Packed4bit) -> Iterator[tuple[int, Packed4bit]]:
-    """A matrix in blocks of whole rows, each with its first row; the blocks' scales are float32."""
+    """Blocks of rows of a matrix, each with the number of its first row; the blocks' scales are float32."""
     rows, cols = weight.shape
     scales, size = block_scales(weight), weight.blocksize
     for first, last in row_ranges(rows, cols, weight.packed.device, size):

@@ -1,4 +1,4 @@
-"""Matrices quantized as bitsandbytes does it: how they are stored, and what they stand for.
+"""Stores and dequantizes matrices in the 4-bit and 8-bit formats of bitsandbytes.
 
 4 bits (NF4, FP4): two elements to a byte, the first in the high nibble, each an index into a table of 16 values; every
 `blocksize` consecutive elements of the flattened matrix share a scale, their largest magnitude, which may itself be
@@ -36,7 +36,7 @@ def code_table(quant_type: str, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class NestedScales:
-    """What turns 8-bit scales back: ``code[scale] * absmax[block of the scale] + offset``, each step in float32.
+    """How 8-bit scales are dequantized: ``code[scale] * absmax[block of the scale] + offset``, each step in float32.
 
     Attributes:
         code: ``[256]`` float32.
@@ -59,10 +59,10 @@ class Packed4bit:
         packed: the bytes, of any shape and dtype, contiguous.
         absmax: ``[ceil(numel / blocksize)]`` scales, float32, or uint8 together with `nested`.
         shape: rows and columns of the matrix.
-        dtype: what it was quantized from, and dequantizing rounds to: float32, bfloat16 or float16.
+        dtype: of the matrix before it was quantized, to which dequantizing rounds: float32, bfloat16 or float16.
         quant_type: "nf4" or "fp4".
         blocksize: elements that share a scale.
-        nested: how to read 8-bit scales.
+        nested: how 8-bit scales are dequantized; None for float32 scales.
     """
 
     packed: Tensor
@@ -74,7 +74,7 @@ class Packed4bit:
     nested: NestedScales | None = None
 
     def __post_init__(self) -> None:
-        """Raise a ValueError that names the first attribute that does not fit the others."""
+        """Raise a ValueError that names the first attribute that is invalid or does not fit the others."""
         if self.quant_type not in CODES:
             raise ValueError(f"quant_type must be one of {', '.join(CODES)}, got {self.quant_type!r}")
         if self.blocksize not in BLOCKSIZES:

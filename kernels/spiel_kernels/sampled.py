@@ -1,4 +1,4 @@
-"""Selected entries of an outer product on the CPU, token chunk by token chunk, without its other entries."""
+"""Computes selected entries of ``a.T @ b`` on the CPU, chunk by chunk of tokens, and no other entries."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
+from .index_set import PerIndexSet, row_bounds
 from .workspace import workspace
 
 
 class _Slot:
-    """The last copy, the tensor that it was made of, as long as that lives, and what that tensor's version was."""
+    """The last copy, with the tensor it was made from and that tensor's version then, as long as the tensor lives."""
 
     def __init__(self) -> None:
         self.kept: tuple[weakref.ref[Tensor], int, Tensor] | None = None
@@ -35,8 +35,8 @@ _last = _PerThread()
 def turned(x: Tensor) -> Tensor:
     """A copy of a matrix, or of a batch of rows, whose columns lie in memory one after the other.
 
-    The dot products of the sampled gather read columns. A transposing copy is scalar work, as dear as those dot
-    products. Made in the forward pass it finds its input in the caches, and layers that share an input (query, key and
+    The dot products of the sampled gather read columns. A transposing copy is scalar work and takes as long as they
+    do. Made in the forward pass, it finds its input in the caches, and layers that share an input (query, key and
     value; gate and up) share the copy. It is kept for the backward pass in place of the activation, so memory stays the
     same.
 
@@ -52,7 +52,7 @@ def turned(x: Tensor) -> Tensor:
     if kept is not None and kept[0]() is x and kept[1] == x._version:
         return kept[2]
     copy = x.detach().reshape(-1, x.shape[-1]).T.contiguous().T
-    if not x.is_inference():  # has no version
+    if not x.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
         owner = weakref.ref(slot)
 
         def forget(reference: weakref.ref[Tensor]) -> None:
@@ -70,7 +70,7 @@ def is_turned(x: Tensor) -> bool:
 
 
 CHUNK_TOKENS = 256
-# As many rows and columns together as may take twice as many tokens: their copies still fit into caches.
+# Up to so many rows and columns together, a chunk has twice as many tokens: the copies still fit into the caches.
 _SMALL = 2304
 
 
@@ -96,52 +96,36 @@ class SampledCost:
 
 # A little above what the bundled model's shapes gave on two cores with AVX-512 (45 and 3.5, `SmolLM2` at 512 tokens).
 CPU_COST = SampledCost(per_size=60.0, per_density=4.5)
-# Beyond this the dense product in row blocks is the safer choice.
+# The sampled gather is chosen if its estimated time is below this share of the dense product's.
 WORTH_IT = 0.95
 
 
 def sampled_pays(rows: int, cols: int, k: int) -> bool:
     """Whether `gather_sampled` is expected to beat the dense product in row blocks for k of rows * cols entries.
 
-    A function of sizes alone, never of a clock: the two ways round differently, and a run must be repeatable.
+    It depends on sizes alone, never on a clock: the two methods round differently, and a run must be repeatable.
     """
     return CPU_COST.over_dense(rows, cols, k) < WORTH_IT
 
 
 @functools.cache
 def _quiet_first_use() -> None:
-    """Take PyTorch's once-per-process notice that CSR tensors are young, so that no user has to."""
+    """Have PyTorch give its warning that CSR tensors are in beta, which comes once per process, where it is ignored."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one = torch.zeros(1, dtype=torch.int32)
         torch.sparse_csr_tensor(torch.tensor([0, 1], dtype=torch.int32), one, one.float(), (1, 1))
 
 
-# Bounds of the rows in an index set, ``int32 [rows + 1]``: they change when the indices do.
-_row_bounds: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
-    if indices.is_inference():  # has no version
-        return _search_bounds(indices, rows, cols)
-    key = (indices._version, rows, cols)
-    known = _row_bounds.get(indices)
-    if known is None or known[0] != key:
-        known = _row_bounds[indices] = (key, _search_bounds(indices, rows, cols))
-    return known[1]
-
-
-def _search_bounds(indices: Tensor, rows: int, cols: int) -> Tensor:
-    # int64 bounds: the last one may be 2**31 for int32 positions.
-    starts = torch.arange(rows + 1, device=indices.device) * cols
-    return torch.searchsorted(indices.to(torch.int64), starts).to(torch.int32)
+# int32 ``[rows + 1]``: the bounds of the rows in an index set.
+_row_bounds: PerIndexSet[Tensor] = PerIndexSet()
 
 
 def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """A CSR matrix of zeros with the given sorted flat positions."""
     return torch.sparse_csr_tensor(
-        _bounds(indices, rows, cols),
-        torch.fmod(indices, cols).to(torch.int32),  # faster than `remainder`, the same for what is not negative
+        _row_bounds.get(indices, (rows, cols), lambda: row_bounds(indices, rows, cols).to(torch.int32)),
+        torch.fmod(indices, cols).to(torch.int32),  # faster than `remainder`, and the same for positions
         torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
         (rows, cols),
         check_invariants=False,
@@ -183,8 +167,8 @@ def gather_sampled(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], dtype: to
     wanted = [total for total in sums if total is not None]
     chunk = min(_chunk_tokens(rows + cols), tokens)
     whole = chunk == tokens
-    # Rows of the transposed operands are what the dot products run along. Few calls: after a large matrix product,
-    # which leaves nothing else in the caches, each takes several microseconds.
+    # The dot products run along the rows of the transposed operands. Calls are few: each takes several microseconds
+    # after a large matrix product, which leaves nothing else in the caches.
     as_they_are = [whole and x.dtype == dtype and is_turned(x) for x in (a, b)]
     width = sum(0 if as_it_is else x.shape[1] for x, as_it_is in zip((a, b), as_they_are, strict=True))
     with workspace((width, chunk), dtype, a.device) if width else nullcontext() as copies:

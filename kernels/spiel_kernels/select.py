@@ -1,24 +1,37 @@
-"""Exact top-k selection of gradient entries, streamed over blocks so that no dense gradient is held."""
+"""Selects the k largest entries of a weight gradient exactly, block by block, so that no dense gradient is held."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .dispatch import operation, runs_triton
-from .gather import ConvGeometry, conv_row_blocks, embedding_row_gradients, outer_row_blocks
-from .streaming import StreamingTopK, check_k
+from .fold import accumulation_dtype
+from .gather import ConvGeometry, conv_weight_gradient, embedding_row_gradients
+from .index_set import rows_and_columns
+from .outer_products import check_operands, outer_row_blocks
+from .streaming import check_k, topk_of_blocks
 
-# Entries of a dense gradient at a time.
+# Entries of a dense gradient that are looked at in one go.
 _DENSE_BLOCK = 1 << 20
+# A block of a gradient with fewer entries is not worth making smaller.
+_SMALL_BLOCK = 1 << 19
 
 
-def _top_of(scores: Tensor, k: int) -> Tensor:
-    """Slots of the k largest of ``|scores|`` ``[n]``, never all of them at once."""
-    top = StreamingTopK(k)
-    for number, block in enumerate(scores.detach().split(_DENSE_BLOCK)):
-        top.update(block.abs(), number * _DENSE_BLOCK)
-    return top.result().to(scores.device)
+def _block_rows(rows: int, cols: int, k: int) -> int:
+    """Rows of a block of a ``[rows, cols]`` gradient from which k entries are selected, beside the best so far."""
+    few = min(256, rows // 4)
+    if 4 * k < rows * cols:
+        few = min(rows // 2, max(few, _SMALL_BLOCK // max(cols, 1)))
+    return max(1, few)
+
+
+def _top_of(values: Tensor, k: int) -> Tensor:
+    """Slots of the k largest of ``|values|`` ``[n]``; copies one block of the values at a time."""
+    parts = enumerate(values.detach().split(_DENSE_BLOCK))
+    return topk_of_blocks(((number * _DENSE_BLOCK, part.abs()) for number, part in parts), k, values.device)
 
 
 def _fake_topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
@@ -40,26 +53,29 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
         ValueError: k is negative, or `a` and `b` are not matrices of as many rows.
     """
     check_k(k)
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[0]:
-        raise ValueError(f"a and b must be [N, rows] and [N, cols], got {tuple(a.shape)} and {tuple(b.shape)}")
+    check_operands(a, b)
     if runs_triton(a, b):
         from .triton_backend import select
 
         return select.topk_outer(a, b, k)
-    top = StreamingTopK(k)
-    for start, block in outer_row_blocks(a.detach(), b.detach(), k):
-        top.update(block.abs_().flatten(), start * b.shape[1])
-    return top.result().to(a.device)
+    cols = b.shape[1]
+    wide = b.detach().to(accumulation_dtype(a, b))
+    blocks = outer_row_blocks(a.detach(), wide, _block_rows(a.shape[1], cols, k))
+    return topk_of_blocks(((first * cols, block.abs_()) for first, block in blocks), k, a.device)
 
 
 def topk_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Tensor:
     """`topk_outer` for a convolution's weight gradient; positions in ``[out, in / groups, *kernel]``."""
     check_k(k)
-    top = StreamingTopK(k)
-    if x.shape[0]:
-        for start, block in conv_row_blocks(grad_out.detach(), x.detach(), geometry, k):
-            top.update(block.abs_().flatten(), start * geometry.cols)
-    return top.result().to(x.device)
+    grad_out, x = grad_out.detach(), x.detach()
+    rows, size = geometry.rows, _block_rows(geometry.rows, geometry.cols, k)
+
+    def scores() -> Iterator[tuple[int, Tensor]]:
+        for first in range(0, rows if x.shape[0] else 0, size):
+            gradient = conv_weight_gradient(grad_out, x, geometry, first, min(first + size, rows))
+            yield first * geometry.cols, gradient.abs_()
+
+    return topk_of_blocks(scores(), k, x.device)
 
 
 def _fake_topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool, k: int) -> Tensor:
@@ -77,8 +93,8 @@ def topk_embedding(grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_fr
     width = gradients.shape[1]
     # Rows are in ascending order, so slots among them rank ties as positions do.
     slots = _top_of(gradients.flatten(), k)
-    row = torch.div(slots, width, rounding_mode="floor")
-    return rows[row] * width + (slots - row * width)
+    row, column = rows_and_columns(slots, width)
+    return rows[row] * width + column
 
 
 def _fake_topk_dense(gradient: Tensor, k: int) -> Tensor:
@@ -87,6 +103,6 @@ def _fake_topk_dense(gradient: Tensor, k: int) -> Tensor:
 
 @operation("topk_dense(Tensor gradient, int k) -> Tensor", _fake_topk_dense)
 def topk_dense(gradient: Tensor, k: int) -> Tensor:
-    """`topk_outer` for a gradient that is already there, of any shape."""
+    """`topk_outer` for a dense gradient of any shape; positions in the flattened gradient."""
     check_k(k)
     return _top_of(gradient.flatten(), k)

@@ -1,24 +1,42 @@
-"""The k largest of many scores, exactly: of one tensor, or of blocks that arrive one after the other."""
+"""Finds the k largest of many scores exactly, in one tensor or in blocks that arrive one after the other."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .dispatch import operation
-from .index_set import true_slots
+from .index_set import index_dtype, true_slots
 
-# Scores looked at for a guess of a threshold, at least, and those of them that reach it: such a guess is off by less
-# than a fifth of what it should let pass.
+# A threshold is guessed from a sample of at least so many scores, of which at least so many reach it. The number of all
+# scores that reach it is then off by less than a fifth.
 _SAMPLE = 4096
 _SAMPLE_REACHED = 256
-# Standard deviations by which a guess is lower than the sample says: it is of no use if fewer than k reach it.
+# Standard deviations by which the guess is lower than the sample says: a threshold that fewer than k reach is useless.
 _MARGIN = 2.5
-# Scores of which the largest stands for all; it must be rare that it is above the bound.
+# Scores are compared with a bound in groups of this size, by their largest; that rarely is above the bound.
 _GROUP = 8
+
+
+def best_mask(scores: Tensor, k: int) -> Tensor:
+    """Marks the `k` largest scores; among equal scores the earlier slot wins. Does not wait for the device.
+
+    ``torch.topk`` leaves the choice among ties open, so two runs, or two devices, could differ.
+
+    Args:
+        scores: ``[n]``, no NaN.
+        k: at least 1 and at most n.
+
+    Returns:
+        bool ``[n]``.
+    """
+    threshold = torch.topk(scores, k, sorted=False).values.min()
+    above, ties = scores > threshold, scores == threshold
+    place = ties.cumsum(0, dtype=index_dtype(scores.numel()))
+    return above.logical_or_(ties.logical_and_(place <= k - above.sum()))
 
 
 def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
@@ -28,8 +46,6 @@ def _fake_stable_topk(scores: Tensor, k: int) -> Tensor:
 @operation("stable_topk(Tensor scores, int k) -> Tensor", _fake_stable_topk)
 def stable_topk(scores: Tensor, k: int) -> Tensor:
     """Slots of the `k` largest scores; among equal scores the earlier slot wins.
-
-    ``torch.topk`` leaves the choice among ties open, so two runs, or two devices, could differ.
 
     Args:
         scores: ``[n]``, no NaN.
@@ -43,11 +59,7 @@ def stable_topk(scores: Tensor, k: int) -> Tensor:
         return torch.arange(scores.numel(), device=scores.device)
     if k == 0:
         return torch.empty(0, dtype=torch.int64, device=scores.device)
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    keep = scores > threshold
-    ties = true_slots(scores == threshold)
-    keep[ties[: k - int(keep.sum())]] = True
-    return true_slots(keep)
+    return true_slots(best_mask(scores, k))
 
 
 def check_k(k: int) -> None:
@@ -56,7 +68,7 @@ def check_k(k: int) -> None:
 
 
 def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
-    """A value that probably k of the scores in `pieces` reach, and not many more; perhaps NaN if some of them are.
+    """A value that probably k of the scores in `pieces` reach, and not many more; may be NaN if a score is NaN.
 
     Args:
         pieces: ``[n_i]`` each, not all empty.
@@ -73,7 +85,7 @@ def sampled_threshold(pieces: Sequence[Tensor], k: int) -> float:
 
 
 def few_above(scores: Tensor, bound: float) -> Tensor | None:
-    """Slots of `scores` ``[n]`` above `bound`, int64 ascending; NaN is not. None where they are not few.
+    """Slots of `scores` ``[n]`` above `bound`, int64 ascending, without NaN; None if they are not few.
 
     Looks at the largest of eight scores first, and at all eight only where that is above the bound.
     """
@@ -102,8 +114,8 @@ class StreamingTopK:
 
     def __init__(self, k: int, floor: float = 0.0) -> None:
         self.k = k
-        # A score must be above this: the floor, and later what k of the scores held reach. A score equal to it
-        # loses, as those held have lower positions.
+        # A score must be above the bound: first the floor, later a value that k of the scores held reach. A score equal
+        # to that loses, as the scores held have lower positions.
         self._bound = floor
         self._bounded = False
         self._scores: list[Tensor] = []
@@ -132,7 +144,7 @@ class StreamingTopK:
             self._shrink()
 
     def result(self) -> Tensor:
-        """int64 positions found, at most k, ascending."""
+        """int64 positions of the k largest scores, ascending; fewer if fewer were above the floor."""
         if not self._scores:
             return torch.empty(0, dtype=torch.int64)
         if self._held > self.k:
@@ -140,7 +152,7 @@ class StreamingTopK:
         return self._positions[0] if len(self._positions) == 1 else torch.cat(self._positions)
 
     def _many_above(self, scores: Tensor) -> Tensor:
-        """Slots of `scores` above the bound, or of the k largest and some more if that tells a higher bound."""
+        """Slots of `scores` above the bound, which is raised first if k of these scores reach a higher one."""
         if not self._bounded and scores.numel() > self.k:
             threshold = sampled_threshold([scores], self.k)
             if threshold > self._bound:
@@ -151,7 +163,7 @@ class StreamingTopK:
         return true_slots(scores > self._bound)
 
     def _raise_bound(self) -> None:
-        """Look for a value above the bound that k of the scores held reach."""
+        """Raise the bound to a value that k of the scores held reach, if a sample of them shows one."""
         threshold = sampled_threshold(self._scores, self.k)
         if threshold > self._bound:
             reached = sum(int(torch.count_nonzero(scores >= threshold)) for scores in self._scores)
@@ -160,7 +172,7 @@ class StreamingTopK:
         self._held_at_bound = self._held
 
     def _shrink(self) -> None:
-        """Hold the k best of more."""
+        """Drop all scores held but the k best."""
         scores, positions = torch.cat(self._scores), torch.cat(self._positions)
         if self._bounded:
             slots = true_slots(scores >= self._bound)
@@ -170,3 +182,15 @@ class StreamingTopK:
         self._scores, self._positions = [scores], [positions]
         self._held = self._held_at_bound = scores.numel()
         self._bound, self._bounded = float(scores.min()), True
+
+
+def topk_of_blocks(blocks: Iterable[tuple[int, Tensor]], k: int, device: torch.device) -> Tensor:
+    """Positions of the k largest scores above zero, int64 ascending, on `device`.
+
+    Args:
+        blocks: the position of each block's first score, ascending, and the block's scores of any shape.
+    """
+    top = StreamingTopK(k)
+    for first, scores in blocks:
+        top.update(scores.flatten(), first)
+    return top.result().to(device)

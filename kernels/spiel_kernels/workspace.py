@@ -1,9 +1,9 @@
-"""Memory that all layers share for a weight that is needed for one operation only.
+"""Lends memory that all layers share to a weight that is needed for one operation only.
 
 An adapted weight often lives for one matrix product. Allocating it anew for every layer costs page faults on a CPU
-(several times the work itself) and fragments the memory of a GPU. So buffers are lent: a buffer belongs to its borrower
-until the operation that reads it has been issued, then it goes back and the next borrower gets it. It grows to the
-largest weight asked for.
+(several times the work itself) and fragments the memory of a GPU. So buffers are lent. A buffer belongs to its borrower
+until the operation that reads it has been issued; then the next borrower gets it. It grows to the largest weight asked
+for.
 
 Two borrowers never share a buffer, whether they are two threads or two nested operations. On a GPU a buffer returns to
 the stream it was used on, whose operations run in the order in which they were issued. Usually one weight is needed at
@@ -35,7 +35,7 @@ def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device | s
     Args:
         shape: of the tensor; sizes may be 0.
         dtype: its dtype.
-        device: where; "cuda" is the current CUDA device.
+        device: of the tensor; "cuda" is the current CUDA device.
 
     Yields:
         A contiguous tensor of that shape, not tracked by autograd.
@@ -48,7 +48,7 @@ def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device | s
     try:
         yield buffer[:numel].view(tuple(shape))
     finally:
-        if type(buffer) is Tensor:  # a fake tensor must not stay
+        if type(buffer) is Tensor:  # a fake tensor must not be lent again
             with _lock:
                 _free.setdefault(key, []).append(buffer)
 
@@ -66,7 +66,7 @@ def _borrow(key: Key, numel: int) -> Tensor:
         free = _free.get(key)
         buffer = free.pop() if free else None
     if buffer is None or buffer.numel() < numel:
-        buffer = None  # before the larger one is there, so that the two never exist together
+        buffer = None  # freed before the larger buffer is allocated
         with torch.inference_mode(False):  # a tensor made in inference mode could not be written to outside it
             buffer = torch.empty(numel, dtype=key[1], device=key[0])
     return buffer

@@ -1,4 +1,8 @@
-"""Forward and backward through an adapted weight: only what needs a gradient gets one."""
+"""Forward and backward passes through adapted weights, in autograd functions for eager mode.
+
+The functions `layer_output`, `input_gradient` and `value_gradients` do the work. The operators for `torch.compile`
+(`spiel_peft.autograd.compiled`) call the same ones.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +16,77 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spiel_kernels import apply_deltas
+from spiel_kernels.index_set import rows_and_columns
 
 from ..delta import SparseDelta, WeightGradient
-from ..weights.folding import Pairs, WeightSource
-from .operations import ConvOp, DenseGradient, EmbeddingGradient, LinearOp
+from ..weights.folding import Pairs, WeightSource, WeightState
+from .operations import ConvOp, DenseGradient, EmbeddingOp, LinearOp, WeightOp
 
 
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """What is computed inside runs in the dtype of its operands."""
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Operations inside run in the dtype of their operands."""
     device = x.device.type
     # Entering autocast costs more than asking for it.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def gather_delta_gradients(
+def layer_output(
+    op: WeightOp, source: WeightSource, state: WeightState, pairs: Pairs, x: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The output of a layer whose weight has deltas added.
+
+    Args:
+        op: what the layer computes with its weight.
+        source, state: how the weight is read, and the state in which this pass finds it.
+        pairs: ``indices`` ``[k]`` and ``values`` ``[k]`` of each delta, not tracked by autograd.
+        x: input in the compute dtype; integer ids for an embedding.
+        bias: ``[out]`` in the compute dtype, or None.
+    """
+    if isinstance(op, EmbeddingOp):
+        return _look_up(source.unchanged(state), pairs, x, state.dtype)
+    with _no_autocast(x):
+        return source.use(state, pairs, x.dtype, lambda adapted: op.forward(x, adapted, bias))
+
+
+def input_gradient(
+    op: LinearOp | ConvOp,
+    source: WeightSource,
+    state: WeightState,
+    pairs: Pairs,
+    grad_out: Tensor,
+    x_shape: torch.Size,
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of a layer's input ``[*x_shape]``; raises a RuntimeError if the weight is not in that state."""
+    with _no_autocast(grad_out):
+        return source.use(state, pairs, compute_dtype, lambda adapted: op.grad_input(grad_out, adapted, x_shape))
+
+
+def value_gradients(
     deltas: Sequence[SparseDelta], gradient: WeightGradient | None, pairs: Pairs, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradient of each delta's values, None where it is not needed.
 
-    Collectors say first at which other positions they want the weight gradient: all are gathered in one go.
+    Each delta's collector is asked first at which other positions it wants the weight gradient. All positions are
+    gathered in one go.
+
+    Args:
+        deltas, pairs: the deltas of the pass and, for each, its indices and values ``[k]``.
+        gradient: the weight gradient; may be None if no delta needs a gradient.
+        needed: which of the deltas need a gradient.
     """
-    if len(pairs) == 1 and needed[0]:
-        return [_gradient_of_one(deltas[0], gradient, *pairs[0])]
+    with _no_autocast(pairs[0][1]):
+        if len(pairs) == 1 and needed[0]:
+            return [_gradient_of_one(deltas[0], gradient, *pairs[0])]
+        return in_places(needed, _gradients_of_several(deltas, gradient, pairs, needed))
+
+
+def _gradients_of_several(
+    deltas: Sequence[SparseDelta], gradient: WeightGradient | None, pairs: Pairs, needed: Sequence[bool]
+) -> list[Tensor]:
     asked = [(delta, *pair) for delta, pair, need in zip(deltas, pairs, needed, strict=True) if need]
     if not asked:
-        return [None] * len(pairs)
+        return []
     extra = [_positions_wanted(delta, gradient) for delta, _, _ in asked]
     sets = [indices for _, indices, _ in asked] + [positions for positions in extra if positions is not None]
     gathered = iter(gradient.gather_sets(sets))
@@ -44,8 +94,7 @@ def gather_delta_gradients(
     for (delta, _, _), own, positions in zip(asked, active, extra, strict=True):
         if positions is not None:
             delta.collector.collect(delta, own, next(gathered))
-    grads = iter(own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True))
-    return [next(grads) if need else None for need in needed]
+    return [own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True)]
 
 
 def _positions_wanted(delta: SparseDelta, gradient: WeightGradient) -> Tensor | None:
@@ -57,7 +106,7 @@ def _positions_wanted(delta: SparseDelta, gradient: WeightGradient) -> Tensor | 
 
 
 def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, values: Tensor) -> Tensor:
-    """The same for the usual case. Every instruction counts: a large matrix product has just emptied the caches."""
+    """`value_gradients` for one delta, the usual case: few instructions, as a matrix product has emptied the caches."""
     positions = _positions_wanted(delta, gradient)
     if positions is None:
         (own,) = gradient.gather_sets((indices,))
@@ -67,15 +116,45 @@ def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tens
     return own if own.dtype == values.dtype else own.to(values.dtype)
 
 
-def delta_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
-    """What a backward pass returns for `flat`, its last inputs: nothing for indices, gradients for values."""
-    needed = ctx.needs_input_grad[-len(pairs) :]
-    return [None] * len(pairs) + gather_delta_gradients(ctx.deltas, gradient, pairs, needed)
+def in_places(needed: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of the deltas that need one, in order, with None for each of the others."""
+    rest = iter(gradients)
+    return [next(rest) if need else None for need in needed]
+
+
+def _look_up(table: Tensor, pairs: Pairs, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (integer, any shape) of a table with deltas, ``[*ids.shape, width]``; reads only the rows in use."""
+    width = table.shape[1]
+    rows, inverse = torch.unique(ids, return_inverse=True)
+    slot_of_row = torch.full((table.shape[0],), -1, dtype=torch.int64, device=ids.device)
+    # The look-up refuses ids that are out of range, negative ones too: it comes before anything is indexed with them.
+    used_rows = F.embedding(rows, table)
+    slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
+    compact = []
+    for indices, values in pairs:
+        row, column = rows_and_columns(indices, width)
+        slots = slot_of_row[row]
+        used = (slots >= 0).nonzero().flatten()
+        compact.append((slots[used] * width + column[used], values[used]))
+    return apply_deltas(used_rows, compact, dtype)[inverse]
 
 
 def pairs_of(tensors: Sequence[Tensor]) -> Pairs:
+    """Indices and values by delta, from a list of all indices followed by all values."""
     half = len(tensors) // 2
     return list(zip(tensors[:half], tensors[half:], strict=True))
+
+
+def tensors_of(deltas: list[SparseDelta]) -> list[Tensor]:
+    """The indices of all deltas, then the values of all deltas; calls the deltas, so that their hooks run."""
+    called = [delta() for delta in deltas]
+    return [indices for indices, _ in called] + [values for _, values in called]
+
+
+def _flat_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
+    """What a backward pass returns for its last inputs, `tensors_of` the deltas: indices have no gradient."""
+    needed = ctx.needs_input_grad[-len(pairs) :]
+    return [None] * len(pairs) + value_gradients(ctx.deltas, gradient, pairs, needed)
 
 
 class _Adapted(torch.autograd.Function):
@@ -84,162 +163,107 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        op: LinearOp | ConvOp,
+        op: WeightOp,
         source: WeightSource,
+        state: WeightState,
         deltas: list[SparseDelta],
         x: Tensor,
-        weight: Tensor | None,
+        weight: Tensor | None,  # here for its gradient alone: the base weight, if it is trained too
         bias: Tensor | None,
-        *flat: Tensor,
+        *flat: Tensor,  # `tensors_of` the deltas
     ) -> Tensor:
-        # weight is here for its gradient alone, in case it is trained too; flat: all indices, then all values
         half = len(flat) // 2
-        trains = any(ctx.needs_input_grad[6 + half :]) or ctx.needs_input_grad[4]
-        ctx.op, ctx.source, ctx.deltas = op, source, deltas
+        trains = any(ctx.needs_input_grad[-half:]) or ctx.needs_input_grad[5]
+        ctx.op, ctx.source, ctx.state, ctx.deltas = op, source, state, deltas
         ctx.compute_dtype, ctx.x_shape = x.dtype, x.shape
         pairs = pairs_of(flat)
-        with no_autocast(x):
-            out, shape = source.use(pairs, x.dtype, lambda adapted: (op.forward(x, adapted, bias), adapted.shape))
+        out = layer_output(op, source, state, pairs, x, bias)
         # After the product, which has brought x into the caches.
         k = sum(indices.numel() for indices, _ in pairs)
-        ctx.save_for_backward(op.activation(x, shape, k) if trains else None, *flat)
+        ctx.save_for_backward(op.activation(x, out, k) if trains else None, *flat)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *flat = ctx.saved_tensors
-        pairs = pairs_of(flat)
-        needs = ctx.needs_input_grad
+        pairs, op, needs = pairs_of(flat), ctx.op, ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
-        with no_autocast(grad_out):
-            if needs[3]:
-                grad_x = ctx.source.use(
-                    pairs, ctx.compute_dtype, lambda adapted: ctx.op.grad_input(grad_out, adapted, ctx.x_shape)
-                )
+        if needs[4]:
+            grad_x = input_gradient(op, ctx.source, ctx.state, pairs, grad_out, ctx.x_shape, ctx.compute_dtype)
+        gradient = op.gradient(grad_out, x) if x is not None else None
+        with _no_autocast(grad_out):
+            if needs[6]:
+                grad_bias = op.grad_bias(grad_out)
             if needs[5]:
-                grad_bias = ctx.op.grad_bias(grad_out)
-            gradient = ctx.op.gradient(grad_out, x) if x is not None else None
-            if needs[4]:
                 grad_weight = gradient.dense()
-            grads = delta_gradients(ctx, gradient, pairs)
-        return (None, None, None, grad_x, grad_weight, grad_bias, *grads)
-
-
-def look_up(table: Tensor, pairs: Pairs, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows `ids` (integer, any shape) of a table with deltas, ``[*ids.shape, width]``; reads only the rows in use."""
-    width = table.shape[1]
-    rows, inverse = torch.unique(ids, return_inverse=True)
-    slot_of_row = torch.full((table.shape[0],), -1, dtype=torch.int64, device=ids.device)
-    # Before anything is indexed with them: refuses ids that are out of range, negative ones too.
-    used_rows = F.embedding(rows, table)
-    slot_of_row[rows] = torch.arange(rows.numel(), device=ids.device)
-    compact = []
-    for indices, values in pairs:
-        positions = indices.to(torch.int64)
-        slots = slot_of_row[torch.div(positions, width, rounding_mode="floor")]
-        used = (slots >= 0).nonzero().flatten()
-        compact.append((slots[used] * width + positions[used] % width, values[used]))
-    return apply_deltas(used_rows, compact, dtype)[inverse]
-
-
-class _AdaptedEmbedding(torch.autograd.Function):
-    """y = (W + deltas)[ids]; only the rows in use are read."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        source: WeightSource,
-        deltas: list[SparseDelta],
-        ids: Tensor,
-        weight: Tensor | None,
-        padding_idx: int | None,
-        by_frequency: bool,
-        *flat: Tensor,
-    ) -> Tensor:
-        full = source.unchanged()
-        ctx.deltas, ctx.args, ctx.weight_shape = deltas, (padding_idx, by_frequency), full.shape
-        ctx.save_for_backward(ids, *flat)
-        return look_up(full, pairs_of(flat), ids, source.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        ids, *flat = ctx.saved_tensors
-        pairs = pairs_of(flat)
-        needs = ctx.needs_input_grad
-        gradient = EmbeddingGradient(grad_out, ids, *ctx.args)
-        grad_weight = None
-        if needs[3]:
-            grad_weight = torch.ops.aten.embedding_dense_backward(
-                grad_out, ids, ctx.weight_shape[0], -1 if ctx.args[0] is None else ctx.args[0], ctx.args[1]
-            )
-        grads = delta_gradients(ctx, gradient, pairs)
-        return (None, None, None, grad_weight, None, None, *grads)
+        return (None, None, None, None, grad_x, grad_weight, grad_bias, *_flat_gradients(ctx, gradient, pairs))
 
 
 class _FoldedWeight(torch.autograd.Function):
     """W + deltas as a tensor, for layers whose forward pass is their own: their weight gradient is dense."""
 
     @staticmethod
-    def forward(ctx: Any, source: WeightSource, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, source: WeightSource, state: WeightState, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor
+    ) -> Tensor:
         ctx.deltas = deltas
         ctx.save_for_backward(*flat)
-        return source.adapted(pairs_of(flat))
+        return source.adapted(state, pairs_of(flat))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        pairs = pairs_of(ctx.saved_tensors)
-        needs = ctx.needs_input_grad
-        gradient = DenseGradient(grad_out)
-        grads = delta_gradients(ctx, gradient, pairs)
-        return (None, None, grad_out if needs[2] else None, *grads)
-
-
-def tensors_of(deltas: list[SparseDelta]) -> list[Tensor]:
-    called = [delta() for delta in deltas]
-    return [indices for indices, _ in called] + [values for _, values in called]
-
-
-# The autograd functions hold modules and callables, which torch.compile cannot trace: it runs them as they are. What
-# keeps it out costs eager calls more than asking whether it is there.
-_adapted_outside_graph = torch.compiler.disable(_Adapted.apply)
-_embedding_outside_graph = torch.compiler.disable(_AdaptedEmbedding.apply)
-_folded_outside_graph = torch.compiler.disable(_FoldedWeight.apply)
+        grads = _flat_gradients(ctx, DenseGradient(grad_out), pairs_of(ctx.saved_tensors))
+        return (None, None, None, grad_out if ctx.needs_input_grad[3] else None, *grads)
 
 
 def adapted_forward(
-    op: LinearOp | ConvOp,
-    source: WeightSource,
-    deltas: list[SparseDelta],
-    x: Tensor,
-    bias: Tensor | None,
+    op: WeightOp, source: WeightSource, deltas: list[SparseDelta], x: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Apply `op` with the adapted weight. x has the compute dtype; the bias is cast to it.
+    """The output of a layer whose weight has deltas added, recorded by autograd.
 
     Gradients flow to x, the bias, the deltas' values and, if it requires one, the base weight.
+
+    Args:
+        op: what the layer computes with its weight.
+        source: how the weight is read.
+        deltas: to add.
+        x: ``[..., in]`` in the compute dtype; integer ids for an embedding.
+        bias: ``[out]`` of any dtype, cast to the compute dtype; None for an embedding.
     """
+    forward = _adapted_outside_graph if torch.compiler.is_compiling() else _adapted_forward
+    return forward(op, source, deltas, x, bias)
+
+
+def _adapted_forward(
+    op: WeightOp, source: WeightSource, deltas: list[SparseDelta], x: Tensor, bias: Tensor | None
+) -> Tensor:
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
-    weight = source.parameter if source.parameter is not None and source.parameter.requires_grad else None
-    apply = _adapted_outside_graph if torch.compiler.is_compiling() else _Adapted.apply
-    return apply(op, source, deltas, x, weight, bias, *tensors_of(deltas))
+    state = source.state(x.dtype)
+    weight = state.parameter if state.parameter is not None and state.parameter.requires_grad else None
+    return _Adapted.apply(op, source, state, deltas, x, weight, bias, *tensors_of(deltas))
 
 
-def adapted_embedding(
-    source: WeightSource,
-    deltas: list[SparseDelta],
-    ids: Tensor,
-    padding_idx: int | None,
-    by_frequency: bool,
-) -> Tensor:
-    """Look `ids` (integer, any shape) up in the adapted table; returns ``[*ids.shape, width]``."""
-    apply = _embedding_outside_graph if torch.compiler.is_compiling() else _AdaptedEmbedding.apply
-    return apply(source, deltas, ids, source.parameter, padding_idx, by_frequency, *tensors_of(deltas))
+def folded_weight(source: WeightSource, deltas: list[SparseDelta], state: WeightState | None = None) -> Tensor:
+    """The adapted weight as a tensor that passes its (dense) gradient on to the deltas.
+
+    Args:
+        source: how the weight is read.
+        deltas: to add.
+        state: of the weight in this pass; noted now if None.
+    """
+    fold = _folded_outside_graph if torch.compiler.is_compiling() else _folded_weight
+    return fold(source, deltas, state)
 
 
-def folded_weight(source: WeightSource, deltas: list[SparseDelta]) -> Tensor:
-    """The adapted weight as a tensor that passes its (dense) gradient on to the deltas."""
-    apply = _folded_outside_graph if torch.compiler.is_compiling() else _FoldedWeight.apply
-    return apply(source, deltas, source.parameter, *tensors_of(deltas))
+def _folded_weight(source: WeightSource, deltas: list[SparseDelta], state: WeightState | None) -> Tensor:
+    state = state or source.state()
+    return _FoldedWeight.apply(source, state, deltas, state.parameter, *tensors_of(deltas))
+
+
+# Autograd functions that hold modules cannot be traced by torch.compile, which runs these as they are. Asking whether
+# it is at work costs eager calls less than keeping it out.
+_adapted_outside_graph = torch.compiler.disable(_adapted_forward)
+_folded_outside_graph = torch.compiler.disable(_folded_weight)

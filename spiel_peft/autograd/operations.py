@@ -1,4 +1,8 @@
-"""What layers do with their weight: forward pass, input gradient, and the weight gradient at selected positions."""
+"""What each kind of layer computes with its weight: its output, its input gradient and its weight gradient.
+
+A weight gradient is an object that computes the entries at given positions, or the positions of its largest entries,
+and never the whole matrix unless it is asked for (`spiel_peft.delta.WeightGradient`).
+"""
 
 from __future__ import annotations
 
@@ -37,11 +41,16 @@ class LinearOp:
         flat = x.reshape(-1, x.shape[-1])
         return (torch.addmm(bias, flat, weight) if bias is not None else flat @ weight).view(shape)
 
-    def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
-        """What `gradient` shall be given of an input for k entries: itself, or its columns in the order of reading."""
-        if x.device.type != "cpu" or runs_triton(x) or not sampled_pays(*weight_shape, k):
+    def activation(self, x: Tensor, out: Tensor, k: int) -> Tensor:
+        """The form of the input that is kept for `gradient`: the input itself, or a copy that lies column by column.
+
+        Args:
+            x, out: input ``[..., in]`` and output ``[..., out]`` of the layer.
+            k: number of entries of the weight gradient that will be gathered.
+        """
+        if x.device.type != "cpu" or runs_triton(x) or not sampled_pays(out.shape[-1], x.shape[-1], k):
             return x
-        # The memory of a view is another tensor's, which may be kept anyway, as attention keeps its output.
+        # A copy of a view would be extra memory where the tensor that it is a view of is kept anyway (by attention).
         return x if x._is_view() else turned(x)
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
@@ -69,7 +78,7 @@ class ConvOp:
         g = self.geometry
         return _CONVOLUTIONS[len(g.stride)](x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
 
-    def activation(self, x: Tensor, weight_shape: torch.Size, k: int) -> Tensor:
+    def activation(self, x: Tensor, out: Tensor, k: int) -> Tensor:
         return x
 
     def grad_input(self, grad_out: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor:
@@ -97,7 +106,26 @@ class ConvOp:
         return grad_out.transpose(0, 1).flatten(1).sum(1)
 
 
-# The gradient of a weight in one backward pass, computed only where it is asked for.
+class EmbeddingOp:
+    """A look-up of integer ids of any shape in a table ``[rows, width]``; there is no input gradient and no bias.
+
+    Args:
+        rows: of the table.
+        padding_idx: row that gets no gradient, or None.
+        by_frequency: divide the gradient of a row by how often it occurs in the ids (``scale_grad_by_freq``).
+    """
+
+    def __init__(self, rows: int, padding_idx: int | None, by_frequency: bool) -> None:
+        self.rows, self.padding_idx, self.by_frequency = rows, padding_idx, by_frequency
+
+    def activation(self, ids: Tensor, out: Tensor, k: int) -> Tensor:
+        return ids
+
+    def gradient(self, grad_out: Tensor, ids: Tensor) -> EmbeddingGradient:
+        return EmbeddingGradient(grad_out, ids, self)
+
+
+WeightOp = LinearOp | ConvOp | EmbeddingOp
 
 
 class OuterGradient:
@@ -136,19 +164,24 @@ class ConvGradient:
 class EmbeddingGradient:
     """Weight gradient of an embedding."""
 
-    def __init__(self, grad_out: Tensor, ids: Tensor, padding_idx: int | None, by_frequency: bool) -> None:
-        self.args = (padding_idx, by_frequency)
-        self.grad_out, self.ids = grad_out, ids
+    def __init__(self, grad_out: Tensor, ids: Tensor, op: EmbeddingOp) -> None:
+        self.grad_out, self.ids, self.op = grad_out, ids, op
 
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
-        return gather_embedding_sets(self.grad_out, self.ids, index_sets, *self.args)
+        return gather_embedding_sets(self.grad_out, self.ids, index_sets, self.op.padding_idx, self.op.by_frequency)
 
     def topk(self, k: int) -> Tensor:
-        return topk_embedding(self.grad_out, self.ids, *self.args, k)
+        return topk_embedding(self.grad_out, self.ids, self.op.padding_idx, self.op.by_frequency, k)
+
+    def dense(self) -> Tensor:
+        padding = -1 if self.op.padding_idx is None else self.op.padding_idx
+        return torch.ops.aten.embedding_dense_backward(
+            self.grad_out, self.ids, self.op.rows, padding, self.op.by_frequency
+        )
 
 
 class DenseGradient:
-    """A gradient that autograd has formed already."""
+    """A weight gradient that autograd has formed already, as a dense tensor of the weight's shape."""
 
     def __init__(self, gradient: Tensor) -> None:
         self.gradient = gradient

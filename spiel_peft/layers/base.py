@@ -1,4 +1,4 @@
-"""`SpIELLayer`: what all adapted layers have in common: their deltas, the way through a base layer, merging."""
+"""`SpIELLayer`: the deltas of a layer, its forward pass through the base layer, and how its weight is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..autograd.compiled import adapted_operator, number_of
 from ..autograd.functions import adapted_forward, folded_weight
-from ..autograd.operations import ConvOp, LinearOp
+from ..autograd.operations import WeightOp
 from ..config import SpIELConfig
 from ..delta import AdapterRun, SparseDelta, first_positions, first_values, new_indices
 from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
@@ -28,7 +28,7 @@ from ..weights.base_weight import (
     onloaded,
     run_with_hooks,
 )
-from ..weights.folding import WEIGHT_CHANGED, WeightFold, WeightSource, WholeWeights, call_with, undo_swap
+from ..weights.folding import WEIGHT_CHANGED, WeightSource, WholeWeights, call_with, undo_swap
 from ..weights.merge_report import MergeLoss
 from ..weights.quantized import adapted_in_workspace
 from .merging import MergingMixin
@@ -39,14 +39,14 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the layer to adapt.
-        info: what `inspect_base` says of it.
+        info: its description, from `inspect_base`.
         module_name: its full name in the model, part of every seed.
     """
 
     adapter_layer_names = ("spiel_delta",)
     other_param_names = ()
     _is_fsdp_managed_module = ManagedFlag()
-    # Forward methods this class reproduces; a base layer with another one runs its own with the weight swapped.
+    # Forward methods that this class reproduces. A base layer with another one runs it on the adapted weight.
     known_forwards: tuple[Any, ...] = ()
 
     def __init__(self, base_layer: nn.Module, info: BaseInfo, module_name: str) -> None:
@@ -61,12 +61,12 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
-        # Names of modules that share the base weight; merging must not reach them.
+        # Names of modules that share the base weight; merging must not change theirs.
         self.shared_with: tuple[str, ...] = ()
-        # The layer whose delta this one shares (`ensure_weight_tying`), in a tuple to stay out of the module tree.
+        # The layer whose delta this one shares (`ensure_weight_tying`); in a tuple, so that it is no child module.
         self.tied_to: tuple[SpIELLayer, ...] = ()
         self._backup: WeightBackup | None = None
-        self._fold = WeightFold()
+        self.weight_source = WeightSource(self, quantized=info.backend is not None)
         self._number = number_of(self)
         self.merge_loss: MergeLoss | None = None
 
@@ -124,7 +124,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         return device if device is not None else torch.device("cpu")
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Unlike PEFT's own version this never rounds values to the base's dtype: loading shall not lose precision.
+        # PEFT's own version would round values to the base's dtype, so that loading would lose precision.
         if adapter_name not in self.spiel_delta:
             return
         delta = self.spiel_delta[adapter_name]
@@ -175,7 +175,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
             self.spiel_delta[name].scale = scales[name]
 
     def get_base_layer(self) -> nn.Module:
-        # As PEFT's, without the price of asking a module for what it does not have.
+        # As PEFT's, but faster: it does not ask a module for attributes that are missing.
         base = self._modules["base_layer"]
         while "base_layer" in base._modules:
             base = base._modules["base_layer"]
@@ -199,7 +199,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         return run_with_hooks(base, partial(self._adapted_forward, deltas), x, *args, **kwargs)
 
     def deltas_in_use(self) -> list[SparseDelta]:
-        """The deltas that a forward pass is to add; unmerges what is disabled."""
+        """The deltas that a forward pass adds; unmerges the layer first if adapters are disabled."""
         self.undo_interrupted()
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -213,7 +213,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         return deltas
 
     def _fits_operator(self, base: nn.Module) -> bool:
-        """Whether torch.compile is at work and this layer can be an operator of its graph."""
+        """Whether torch.compile is tracing and this layer can be an operator of its graph."""
         # A trained base weight needs its dense gradient, an offloaded one its hooks.
         return torch.compiler.is_compiling() and not base.weight.requires_grad and offload_hook(base) is None
 
@@ -229,14 +229,12 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def _apply_adapted(
-        self, op: LinearOp | ConvOp, deltas: list[SparseDelta], x: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """Run `op` with the adapted weight; x has the compute dtype."""
+    def _apply_adapted(self, op: WeightOp, deltas: list[SparseDelta], x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Run `op` with the adapted weight; x has the compute dtype, or is the ids of an embedding."""
         base = self.get_base_layer()
         if self._fits_operator(base):
             return adapted_operator(self._number, op, base.weight, self.info.weight_shape, deltas, x, bias)
-        return adapted_forward(op, self.weight_source(x.dtype), deltas, x, bias)
+        return adapted_forward(op, self.weight_source, deltas, x, bias)
 
     def _swapped_forward(
         self, base: nn.Module, deltas: list[SparseDelta], x: Tensor, *args: Any, **kwargs: Any
@@ -246,31 +244,41 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
                 f"{self.module_name}: a {type(base).__name__} with a forward pass of its own cannot be adapted while "
                 "device_map offloads it; keep this layer on a device"
             )
-        weight = folded_weight(self.weight_source(), deltas)
+        weight = folded_weight(self.weight_source, deltas)
         return call_with(base, {"weight": weight}, (x, *args), kwargs)
 
-    def weight_source(self, dtype: torch.dtype | None = None) -> WeightSource:
-        """How the adapted weight is made.
+    # What `weight_source` asks of its layer (`spiel_peft.weights.folding.SourceOwner`)
 
-        Args:
-            dtype: to which it is rounded if the base weight is quantized, its own dtype by default.
-        """
-        if self.quantization_backend is not None:
-            read = self._read_unmerged
-            return WeightSource(read, None, dtype or self._base_dtype(), in_workspace=self._in_workspace)
+    def plain_parameter(self) -> Tensor | None:
+        """The parameter that holds the weight; None for a weight that is quantized or offloaded."""
         base = self.get_base_layer()
-        weight = base.weight
-        if offload_hook(base) is not None:
-            # Holding on to an offloaded weight would keep it on the device until the backward pass.
-            return WeightSource(self._read_unmerged, None, weight.dtype)
-        # FSDP2 frees a gathered weight, which the originals would outlive.
-        sharded = is_managed(self) or is_managed(base)
-        return WeightSource(self._read_plain, weight, weight.dtype, None if sharded else self._fold)
+        # Holding on to an offloaded weight would keep it on the device until the backward pass.
+        return None if self.quantization_backend is not None or offload_hook(base) is not None else base.weight
+
+    def rounding_dtype(self, compute_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype to which the adapted weight is rounded: a plain weight's own, the compute dtype if quantized."""
+        if self.quantization_backend is None:
+            return self.get_base_layer().weight.dtype
+        return compute_dtype or self._base_dtype()
+
+    def keeps_parameter(self) -> bool:
+        """Whether the base parameter stays in memory after an operation; FSDP2 frees a gathered one."""
+        return not (is_managed(self) or is_managed(self.get_base_layer()))
+
+    def read_weight(self) -> Tensor:
+        """The weight, dequantized if need be; raises a RuntimeError if deltas are merged into it, or it is sharded."""
+        self._check_unmerged()
+        base = self.get_base_layer()
+        if self.quantization_backend is None and offload_hook(base) is None:
+            return gathered(base.weight, self.module_name)
+        with onloaded(base):
+            return gathered(BaseTunerLayer.get_base_weight(self), self.module_name)
 
     @contextmanager
-    def _in_workspace(
+    def adapted_in_workspace(
         self, pairs: Sequence[tuple[Tensor, Tensor]], compute_dtype: torch.dtype
     ) -> Iterator[Tensor | None]:
+        """`spiel_peft.weights.quantized.adapted_in_workspace` for this layer."""
         self._check_unmerged()
         base = self.get_base_layer()
         with onloaded(base), adapted_in_workspace(base, pairs, compute_dtype) as weight:
@@ -280,27 +288,19 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             raise RuntimeError(WEIGHT_CHANGED)
 
-    def _read_plain(self) -> Tensor:
-        self._check_unmerged()
-        return gathered(self.get_base_layer().weight, self.module_name)
-
-    def _read_unmerged(self) -> Tensor:
-        self._check_unmerged()
-        with onloaded(self.get_base_layer()):
-            return gathered(BaseTunerLayer.get_base_weight(self), self.module_name)
-
     def _read_base_weight(self) -> Tensor:
         with onloaded(self.get_base_layer()):
             return self.get_base_weight()
 
-    # A weight that an interrupted operation has left adapted is put right before it is used.
+    # Every use of the weight first takes out deltas that an interrupted operation has left in it.
 
     def computing_module(self) -> nn.Module:
         """The module whose forward pass computes with the weight."""
         return self.get_base_layer()
 
     def undo_interrupted(self) -> None:
-        self._fold.undo_interrupted()
+        """Take out deltas, and put back parameters, that an interrupted operation has left; usually there are none."""
+        self.weight_source.undo_interrupted()
         undo_swap(self.computing_module)
 
     def get_base_weight(self) -> Tensor:
@@ -322,8 +322,14 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         self.undo_interrupted()
         super().delete_adapter(adapter_name)
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        del state["weight_source"]  # a copy has one of its own
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.weight_source = WeightSource(self, quantized=self.quantization_backend is not None)
         self._number = number_of(self)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Sparse deltas on linear layers, convolutions and embeddings: what is particular to each."""
+"""The adapted layers for linear layers, convolutions and embeddings: compute dtypes, padding, scaling."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spiel_kernels.gather import ConvGeometry
 
-from ..autograd.compiled import embedding_operator
-from ..autograd.functions import adapted_embedding
-from ..autograd.operations import ConvOp, LinearOp
+from ..autograd.operations import ConvOp, EmbeddingOp, LinearOp
 from ..delta import SparseDelta
 from ..weights.base_weight import TRANSPOSED
 from .base import SpIELLayer
@@ -31,7 +29,7 @@ class SpIELLinear(SpIELLayer):
             return self._quantized_forward(base, deltas, x)
         compute_dtype = autocast_dtype(x, base.weight.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
-            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
+            return type(base).forward(base, x)  # raises the base layer's error for inputs of another dtype
         op = LinearOp(transposed=self.info.kind == TRANSPOSED)
         return self._apply_adapted(op, deltas, x.to(compute_dtype), base.bias)
 
@@ -46,13 +44,10 @@ class SpIELLinear(SpIELLayer):
 
 
 def autocast_dtype(x: Tensor, default: torch.dtype) -> torch.dtype:
-    """The dtype in which torch would run a matrix product with x: autocast's, where it is on."""
+    """The dtype in which torch would run a matrix product with x: autocast's if that is on, else `default`."""
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return default
-
-
-# Sparse deltas on convolutions.
 
 
 class SpIELConv(SpIELLayer):
@@ -64,7 +59,7 @@ class SpIELConv(SpIELLayer):
         base = self.get_base_layer()
         compute_dtype = autocast_dtype(x, base.weight.dtype)
         if x.dtype != compute_dtype and not torch.is_autocast_enabled(x.device.type):
-            return type(base).forward(base, x)  # raises what the base layer raises for a foreign dtype
+            return type(base).forward(base, x)  # raises the base layer's error for inputs of another dtype
         unbatched = x.dim() == len(base.kernel_size) + 1
         padded, padding = _pad(base, x.unsqueeze(0) if unbatched else x)
         geometry = ConvGeometry(self.info.weight_shape, base.stride, padding, base.dilation, base.groups)
@@ -77,7 +72,7 @@ class SpIELConv(SpIELLayer):
 
 
 def _pad(base: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """Apply padding that is not plain numeric zeros; returns the input and what is left for the convolution."""
+    """Apply padding that is not numeric zeros; returns the padded input and the padding left to the convolution."""
     none = (0,) * len(base.kernel_size)
     if base.padding_mode != "zeros":
         return F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), none
@@ -89,11 +84,8 @@ def _pad(base: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return F.pad(x, sides), none
 
 
-# Sparse deltas on embedding tables.
-
-
 class SpIELEmbedding(SpIELLayer):
-    """An embedding with sparse deltas; a scaled one (`embed_scale`, as in Gemma) scales the deltas too."""
+    """An embedding with sparse deltas; a scaled embedding (`embed_scale`, as in Gemma) scales the deltas too."""
 
     known_forwards = (nn.Embedding.forward,)
 
@@ -102,19 +94,14 @@ class SpIELEmbedding(SpIELLayer):
 
     def _adapted_forward(self, deltas: list[SparseDelta], x: Tensor) -> Tensor:
         base = self.get_base_layer()
-        out = self._look_up(base, deltas, x)
+        op = EmbeddingOp(self.info.weight_shape[0], base.padding_idx, base.scale_grad_by_freq)
+        out = self._apply_adapted(op, deltas, x)
         scale = self._get_embed_scale()
         if scale is None:
             return out
-        # A number is not rounded to the dtype of the table, a tensor is: as in the models of either kind.
+        # As models do: those with a tensor round it to the table's dtype, those with a number do not.
         own = base.embed_scale
         return out * (own if isinstance(own, (int, float)) else scale.to(out.dtype))
-
-    def _look_up(self, base: nn.Embedding, deltas: list[SparseDelta], ids: Tensor) -> Tensor:
-        settings = (base.padding_idx, base.scale_grad_by_freq)
-        if self._fits_operator(base):
-            return embedding_operator(self._number, base.weight, deltas, ids, *settings)
-        return adapted_embedding(self.weight_source(), deltas, ids, *settings)
 
     def extra_repr(self) -> str:
         base = self.get_base_layer()

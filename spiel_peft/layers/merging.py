@@ -1,4 +1,4 @@
-"""Writing deltas into a base weight for good, and taking them out again bit for bit."""
+"""Merges deltas into a base weight, and restores the original weight bit for bit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, count_lost, log_
 
 
 class MergingMixin:
-    """The part of `SpIELLayer` that merges."""
+    """Merging and unmerging for `SpIELLayer`."""
 
     _backup: WeightBackup | None
     merge_loss: MergeLoss | None
     merged_adapters: list[str]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's delta as a dense tensor in the shape of the stored weight and the values' dtype."""
+        """The adapter's delta as a dense tensor: the shape of the stored weight, the dtype of the values."""
         delta = self.spiel_delta[adapter]
         dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
         indices, values = delta()
@@ -35,7 +35,7 @@ class MergingMixin:
         """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
 
         Args:
-            safe_merge: refuse, and leave the base as it is, if the result is not finite.
+            safe_merge: raise an error, and leave the base as it is, if the result is not finite.
             adapter_names: adapters to merge on top of those merged already; the active ones by default.
 
         Raises:
@@ -49,7 +49,7 @@ class MergingMixin:
         self.undo_interrupted()
         with writable(self):
             try:
-                # The sum is always taken from the originals, so the order and number of merges leave no trace.
+                # Deltas are always added to the originals, so that the result does not depend on earlier merges.
                 self._restore_originals()
                 if safe_merge:
                     self.check_finite(before + names)
@@ -94,7 +94,7 @@ class MergingMixin:
         self.merged_adapters = list(adapter_names)
 
     def _count_loss(self, originals: Tensor, sums: Tensor, rounded: Tensor) -> None:
-        """Note what rounding to a half-precision weight has lost; in float32 it is next to nothing."""
+        """Count the deltas that rounding to a half-precision weight has lost; in float32 hardly any are."""
         half = rounded.dtype in (torch.bfloat16, torch.float16) and not rounded.is_meta
         self.merge_loss = count_lost(originals, sums, rounded) if half else None
 
@@ -120,7 +120,7 @@ class MergingMixin:
             "unmerge, which restores them exactly. For deployment, merge into the unquantized base model instead.",
             stacklevel=4,
         )
-        # First of all: reading an 8-bit weight through PEFT leaves a mark on the layer.
+        # Before the weight is read: PEFT's reading of an 8-bit weight changes attributes of the layer.
         backup = QuantizedBackup(base)
         original = self.get_base_weight()
         positions, sums = adapted_entries(original, self._pairs(adapter_names))
@@ -146,7 +146,7 @@ class MergingMixin:
 
 
 def report_merge_loss(layers: Sequence[Any]) -> None:
-    """Say how many deltas the merge of these layers has lost to rounding: to a quantization grid, to half precision."""
+    """Warn or log how many deltas the merge of these layers lost to rounding, by kind of weight."""
     quantized, rounded = MergeLoss(), MergeLoss()
     dtypes: set[str] = set()
     for layer in layers:
@@ -163,5 +163,5 @@ def report_merge_loss(layers: Sequence[Any]) -> None:
             "entries moved by less than half of their delta.",
             stacklevel=3,
         )
-    # No Python warning: rounding to half precision is part of everyday merging, of every sync with vLLM for one.
+    # Logged and no Python warning: every merge into half precision rounds, such as each sync with vLLM.
     log_loss(rounded, " and ".join(sorted(dtypes)), MERGE_IN_FLOAT32)

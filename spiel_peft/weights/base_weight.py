@@ -1,4 +1,4 @@
-"""How the weight of a base layer is judged, read, written and kept: everything that differs between kinds of layers."""
+"""Inspects, reads, writes and backs up the weights of base layers: all that differs between kinds of layers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SUPPORTED = (
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What a layer needs to know of the layer it wraps.
+    """Describes the weight of a base layer.
 
     Attributes:
-        kind: how the weight is used, one of LINEAR, TRANSPOSED, EMBEDDING, CONV; PARAMETER if only its module knows.
+        kind: how the weight is used: LINEAR, TRANSPOSED, EMBEDDING or CONV; PARAMETER for a bare parameter.
         weight_shape: shape as stored; for a quantized weight the dequantized shape.
-        fan_in, fan_out: the two sizes of which PEFT's LoRA trains r each.
+        fan_in, fan_out: LoRA of rank r trains r * fan_in and r * fan_out values here.
         backend: PEFT's quantization backend, None for a plain weight.
-        experts: how many matrices of these sizes the weight holds.
+        experts: how many matrices of these sizes the weight holds; 1 for all but fused experts.
     """
 
     kind: str
@@ -56,7 +56,7 @@ class BaseInfo:
 
 
 def inspect_base(module: nn.Module, quantization_kwargs: dict[str, Any] | None = None) -> BaseInfo | str:
-    """Describe a layer that can carry a sparse delta, or say in a phrase why it cannot."""
+    """Describe a layer that can carry a sparse delta; for another one, return a phrase that says why it cannot."""
     if isinstance(module, BaseTunerLayer):
         return "carries adapters of another method; add the SpIEL adapter first, or merge those"
     if hasattr(module, "parametrizations"):
@@ -102,9 +102,9 @@ def _inspect_bitsandbytes(weight: Tensor, shape: tuple[int, int]) -> str | None:
 
 
 def keep_readable(module: nn.Module) -> None:
-    """Undo, and stop from happening, bitsandbytes' repacking of a 4-bit weight at the first evaluation on some CPUs.
+    """Undo and prevent the repacking of a 4-bit weight, which bitsandbytes does at the first evaluation on some CPUs.
 
-    bitsandbytes' `dequantize_4bit`, and so PEFT, would take the repacked bytes for the usual ones.
+    bitsandbytes' `dequantize_4bit`, and so PEFT, would read the repacked bytes as if they were in the usual order.
     """
     if not hasattr(module, "support_avx512bf16_for_cpu"):
         return
@@ -114,7 +114,7 @@ def keep_readable(module: nn.Module) -> None:
         return
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    # Scales have been rounded to bfloat16 by then. They are kept as they are: quantizing them anew would lose more.
+    # Repacking has rounded the scales to bfloat16. They stay so: quantizing them again would lose more.
     state = copy.copy(packed)
     state.original_nested, state.state2, state.offset = False, None, None
     module.weight.data, state = _convert_weight_packed_for_cpu_inverse(module.weight.data, state)
@@ -148,7 +148,7 @@ def _not_supported(module: nn.Module) -> str:
 
 
 def offload_hook(module: nn.Module) -> Any | None:
-    """The hook with which accelerate offloads the parameters of a layer, if it does."""
+    """The hook with which accelerate offloads the parameters of a layer; None if they are not offloaded."""
     hook = module.__dict__.get("_hf_hook")
     if hook is None:
         return None
@@ -157,7 +157,7 @@ def offload_hook(module: nn.Module) -> Any | None:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Bring the parameters of a layer that accelerate has offloaded to its execution device for a while."""
+    """Bring offloaded parameters of a layer to its execution device for the length of a block."""
     hook = offload_hook(module)
     if hook is None or not any(p.is_meta for p in module.parameters(False)):
         yield
@@ -171,7 +171,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def writable(layer: Any) -> Iterator[None]:
-    """Bring in the offloaded base weight of a layer to be overwritten, and take the result back to where it is kept."""
+    """Bring in the offloaded base weight of a layer, and store it offloaded again at the end of the block."""
     base = layer.get_base_layer()
     if not any(p.is_meta for p in base.parameters(False)):
         yield
@@ -192,7 +192,7 @@ def run_with_hooks(base: nn.Module, forward: Callable[..., Any], *args: Any, **k
     accelerated = "_hf_hook" in base.__dict__ and hasattr(base, "_old_forward")
     if not hooked and not accelerated:
         return forward(*args, **kwargs)
-    # accelerate has put its wrapper in `forward` and calls what it replaced as `_old_forward`.
+    # accelerate has put its wrapper in `forward`, which calls the layer's own method as `_old_forward`.
     name = "_old_forward" if accelerated else "forward"
     own = base.__dict__.get(name)
     base.__dict__[name] = forward
@@ -225,7 +225,7 @@ class EntryBackup:
 
 
 class ParameterBackup:
-    """The parameter of a weight that other modules share: merging gives this layer one of its own."""
+    """The parameter that a layer shares with other modules; while merged, the layer has a parameter of its own."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
@@ -245,14 +245,14 @@ class QuantizedBackup:
         self.parameter = getattr(base, "weight", None)
         if self.parameter is None:
             return
-        # PEFT's way of writing a 4-bit weight edits the attributes of the parameter and the layer that it replaces.
+        # PEFT writes a new 4-bit weight by changing attributes of the old parameter and of the layer.
         self.attributes = dict(vars(base.weight))
         self.quant_state = getattr(base, "quant_state", None)
         state = getattr(base, "state", None)
         self.state = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
 
     def pack_away(self) -> None:
-        """Free the device; called once the merged weight is in place."""
+        """Move the original to the CPU; to be called when the merged weight is in place."""
         if self.parameter is not None:
             self._move(torch.device("cpu"))
 
@@ -276,7 +276,7 @@ class QuantizedBackup:
         if not {"quant_state", "SCB"} & set(self.attributes):
             self.parameter = nn.Parameter(self.parameter.to(device), requires_grad=False)
             return
-        # Not the parameter's own `to`, which forgets the scales of an 8-bit weight that has been used.
+        # The parameter's own `to` would lose the scales of an 8-bit weight after its first forward pass.
         self.parameter.data = self.parameter.data.to(device)
         for values in (self.attributes, self.state):
             for name, value in values.items():

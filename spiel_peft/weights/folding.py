@@ -1,9 +1,12 @@
-"""The transient fold: deltas are written into a plain base weight for the length of one operation, then taken out.
+"""Makes the adapted weight of a layer for the length of one operation.
+
+A plain weight on a CPU gets the transient fold: deltas are written into the base weight for the operation and taken out
+after it. Other weights are copied, most of them into memory that all layers share (`WeightSource.use`).
 
 Nothing that runs after the operation sees deltas in a base weight: not another model on the same storage, not a copy,
-not the handler of an exception. Before the first byte is written the layer holds the originals, and it forgets them
-last. So whatever ends an operation, even an interrupt between two instructions, the originals are put back: at once,
-or, after two interrupts in a row, at the next use of the layer (`WeightFold.undo_interrupted`).
+not the handler of an exception. The layer holds the original entries before the first byte is written, and forgets them
+last. So the originals are put back whatever ends an operation, even an interrupt between two instructions: at once, or,
+after two interrupts in a row, at the next use of the layer (`WeightFold.undo_interrupted`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +33,16 @@ _TABLE_LOCK = threading.Lock()
 
 
 class _Open(NamedTuple):
-    """A fold under way."""
+    """A fold that has begun and not been undone."""
 
     weight: Tensor
     positions: Tensor  # int64 [u]
-    originals: Tensor  # [u], the weight's dtype
-    adapted: Tensor  # [u], what was written
+    originals: Tensor  # [u] in the weight's dtype
+    adapted: Tensor  # [u] in the weight's dtype: the entries written
 
 
 class WeightFold:
-    """Writes deltas into a plain weight for the length of one operation; each layer has one."""
+    """Writes deltas into a plain weight for the length of one operation. Each layer has its own."""
 
     def __init__(self) -> None:
         self._open: _Open | None = None
@@ -49,7 +52,7 @@ class WeightFold:
     def run(self, weight: Tensor, pairs: Pairs, operation: Callable[[Tensor], T]) -> T:
         """Run an operation on a weight with deltas in it.
 
-        Another thread that adapts a weight of the same storage waits.
+        Another thread that runs an operation on a weight of the same storage waits.
 
         Args:
             weight: a parameter's ``.data``, so that autograd's version counter does not move; see `can_fold`.
@@ -63,14 +66,14 @@ class WeightFold:
             adapted = sum_entries(originals, positions, pairs).to(weight.dtype)
             try:
                 try:
-                    # Noted before the first byte is written.
+                    # The originals are noted before the first byte is written.
                     self._open = _Open(weight, positions, originals, adapted)
                     write_entries(weight, positions, adapted)
                     return operation(weight)
                 finally:
                     self._put_back()
             finally:
-                # Once more, for an interrupt during the first time.
+                # Again, in case an interrupt has ended the first call.
                 self._put_back()
 
     def _put_back(self) -> None:
@@ -79,8 +82,8 @@ class WeightFold:
             self._open = None
 
     def undo_interrupted(self) -> None:
-        """Take out what an interrupted operation has left in the weight; does nothing if nothing is left."""
-        if self._open is None or self._lock._is_owned():  # owned: an operation of this thread is under way
+        """Take out deltas that an interrupted operation has left in the weight; usually there are none."""
+        if self._open is None or self._lock._is_owned():  # owned: an operation of this thread is running
             return
         with self._lock:
             self._undo()
@@ -89,8 +92,8 @@ class WeightFold:
         if self._open is None:
             return
         weight, positions, originals, adapted = self._open
-        # The weight may have been overwritten since, by loading another model for example: only what the fold has
-        # written is replaced.
+        # The weight may have been overwritten since, by loading another model for example. Only entries that still hold
+        # what the fold wrote are replaced.
         bits = (len(positions), weight.element_size())
         held = read_entries(weight, positions)
         ours = (held.view(torch.uint8) == adapted.view(torch.uint8)).view(bits).all(dim=1)
@@ -108,10 +111,6 @@ class WeightFold:
             self._address = address
         return self._lock
 
-    def __reduce__(self) -> tuple[type[WeightFold], tuple[()]]:
-        # A copy of a layer has a weight of its own.
-        return WeightFold, ()
-
     def __del__(self) -> None:
         self.undo_interrupted()
 
@@ -119,8 +118,8 @@ class WeightFold:
 class ParameterSwap:
     """Runs a module with other tensors in place of some of its parameters.
 
-    `torch.func.functional_call` puts the parameters back, but an interrupt while it does leaves the other tensors in
-    the module. So the parameters are noted before the call, and put back by the next use of the module at the latest.
+    `torch.func.functional_call` puts the parameters back, but an interrupt at that moment leaves the other tensors in
+    the module. So the parameters are noted before the call, and put back at the next use of the module at the latest.
     """
 
     def __init__(self) -> None:
@@ -141,11 +140,11 @@ class ParameterSwap:
                 finally:
                     self._put_back(module)
             finally:
-                # Once more, for an interrupt during the first time.
+                # Again, in case an interrupt has ended the first call.
                 self._put_back(module)
 
     def undo_interrupted(self, module: nn.Module) -> None:
-        """Put back what an interrupted call has left out; does nothing during a call of this thread."""
+        """Put back the parameters that an interrupted call has replaced; does nothing during a call of this thread."""
         if self._own is None or self._lock._is_owned():
             return
         with self._lock:
@@ -171,10 +170,10 @@ def call_with(module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: 
 
 
 def undo_swap(find_module: Callable[[], nn.Module]) -> None:
-    """Put back the parameters of a module that an interrupted `call_with` has left out.
+    """Put back the parameters of a module that an interrupted `call_with` has replaced.
 
     Args:
-        find_module: returns the module; not called while no module has ever been swapped, as this is asked often.
+        find_module: returns the module. It is not called while no module has been swapped: this function runs often.
     """
     if torch.compiler.is_compiling():
         return  # the table would become part of the graph
@@ -185,8 +184,8 @@ def undo_swap(find_module: Callable[[], nn.Module]) -> None:
 def can_fold(parameter: Tensor) -> bool:
     """Whether deltas may be written into a weight.
 
-    On a GPU they are not: a copy into the workspace costs little there, and the base stays untouched. Neither are they
-    where other processes or other entries share the memory, or where it is not there.
+    Not on a GPU: a copy into the workspace costs little there, and the base stays untouched. Not where other processes
+    or other entries of the weight share the memory, and not where the weight is not in memory.
     """
     return (
         type(parameter) in (Tensor, nn.Parameter)  # a sharded weight is a subclass
@@ -199,13 +198,13 @@ def can_fold(parameter: Tensor) -> bool:
 
 
 class WholeWeights:
-    """First base of a module with adapted weights: what an interrupt has left in them is taken out before use.
+    """First base class of modules with adapted weights: restores the weights after an interrupt, before any use.
 
-    Weights are used when the module's state is read or loaded, when it is copied or moved, and when its mode changes.
+    A use is reading or loading the module's state, copying or moving the module, and changing its mode.
     """
 
     def undo_interrupted(self) -> None:
-        """Take out what an interrupted operation has left in base weights (see `spiel_peft.weights.folding`)."""
+        """Take out deltas that an interrupted operation has left in base weights; usually there are none."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> nn.Module:
@@ -229,78 +228,111 @@ class WholeWeights:
         return super()._apply(fn, recurse)
 
 
-# How an adapted weight is made for the length of one operation.
-
-
-T = TypeVar("T")
-
 WEIGHT_CHANGED = (
     "a base weight was changed (merged, unmerged or written to) between a forward pass and its backward pass; finish "
     "the backward pass first"
 )
 
 
-class WeightSource:
-    """Reads a base weight now and again in backward, and notices if it changed in between.
+class SourceOwner(Protocol):
+    """What a `WeightSource` asks of the layer that owns it."""
 
-    Args:
-        read: returns the weight, plain or dequantized; raises if it has been merged in the meantime.
-        parameter: the plain parameter behind it, or None for a weight that is quantized or offloaded.
-        dtype: dtype to which the adapted weight is rounded.
-        fold: writes deltas into the parameter; None for a parameter that must not be written to.
-        in_workspace: for a quantized weight: dequantizes it with deltas added into memory that all layers share, for
-            the length of a block; gives None where it cannot.
+    def plain_parameter(self) -> Tensor | None:
+        """The parameter that holds the weight; None for a weight that is quantized or offloaded."""
+
+    def rounding_dtype(self, compute_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype to which an adapted weight is rounded if operations run in `compute_dtype`."""
+
+    def keeps_parameter(self) -> bool:
+        """Whether the parameter stays in memory after an operation, so that deltas may be written into it."""
+
+    def read_weight(self) -> Tensor:
+        """The weight, plain or dequantized; raises a RuntimeError if deltas are merged into it."""
+
+    def adapted_in_workspace(self, pairs: Pairs, compute_dtype: torch.dtype) -> AbstractContextManager[Tensor | None]:
+        """Lend a dequantized weight with deltas added, in memory that all layers share; None where that cannot be."""
+
+
+class WeightState(NamedTuple):
+    """A base weight as a forward pass finds it. The backward pass needs it in the same state.
+
+    Attributes:
+        owner: the layer, which so lives as long as the pass.
+        parameter: that holds the weight; None for a weight that is quantized or offloaded.
+        dtype: to which the adapted weight is rounded.
+        version: of the parameter; writing to a tensor raises its version.
     """
 
-    def __init__(
-        self,
-        read: Callable[[], Tensor],
-        parameter: Tensor | None,
-        dtype: torch.dtype,
-        fold: WeightFold | None = None,
-        in_workspace: Callable[[Pairs, torch.dtype], AbstractContextManager[Tensor | None]] | None = None,
-    ) -> None:
-        self.read = read
-        self.parameter = parameter
-        self.dtype = dtype
-        self.fold = fold
-        self.in_workspace = in_workspace
-        self.version = self._current_version()
+    owner: SourceOwner
+    parameter: Tensor | None
+    dtype: torch.dtype
+    version: int
 
-    def _current_version(self) -> int:
-        # Inference tensors have no version, and no backward pass either.
-        tracked = self.parameter is not None and not self.parameter.is_inference()
-        return self.parameter._version if tracked else 0
 
-    def unchanged(self) -> Tensor:
-        """The base weight; raises a RuntimeError if it is not that of the forward pass any more."""
-        if self.fold is not None:
-            self.fold.undo_interrupted()
-        if self._current_version() != self.version:
+def _version(parameter: Tensor | None) -> int:
+    # Inference tensors have no version, and no backward pass either.
+    return parameter._version if parameter is not None and not parameter.is_inference() else 0
+
+
+class WeightSource:
+    """Makes the adapted weight of one layer for the length of an operation. Each layer, copies too, owns one.
+
+    A pass notes the `state` of the weight when it begins and hands it in with each request.
+
+    Args:
+        owner: the layer. It is referenced weakly, so that a layer is freed as soon as nothing else uses it.
+        quantized: whether its weight is.
+    """
+
+    def __init__(self, owner: SourceOwner, quantized: bool) -> None:
+        self._owner = weakref.ref(owner)
+        self._quantized = quantized
+        self._fold = WeightFold()
+
+    def state(self, compute_dtype: torch.dtype | None = None) -> WeightState:
+        """The state of the weight now, for a pass that computes in `compute_dtype` (the weight's own if None)."""
+        owner = self._owner()
+        assert owner is not None  # the caller has reached this source through the layer
+        parameter = owner.plain_parameter()
+        return WeightState(owner, parameter, owner.rounding_dtype(compute_dtype), _version(parameter))
+
+    def undo_interrupted(self) -> None:
+        """Take out deltas that an interrupted operation has left in the weight; usually there are none."""
+        self._fold.undo_interrupted()
+
+    def unchanged(self, state: WeightState) -> Tensor:
+        """The base weight; raises a RuntimeError if it was merged or written to since the state was noted."""
+        self._fold.undo_interrupted()
+        if _version(state.parameter) != state.version:
             raise RuntimeError(WEIGHT_CHANGED)
-        return self.read()
+        return state.owner.read_weight()
 
-    def adapted(self, pairs: Pairs) -> Tensor:
+    def adapted(self, state: WeightState, pairs: Pairs) -> Tensor:
         """The adapted weight as a tensor of its own."""
-        return apply_deltas(self.unchanged(), pairs, self.dtype)
+        return apply_deltas(self.unchanged(state), pairs, state.dtype)
 
-    def use(self, pairs: Pairs, compute_dtype: torch.dtype, operation: Callable[[Tensor], T]) -> T:
-        """Run an operation on the adapted weight: in place, in shared memory, or else in memory of its own.
+    def use(self, state: WeightState, pairs: Pairs, compute_dtype: torch.dtype, operation: Callable[[Tensor], T]) -> T:
+        """Run an operation on the adapted weight, which is made in place, in shared memory, or in memory of its own.
 
         Args:
+            state: of the weight when the pass began.
             pairs: ``indices`` ``[k]`` and ``values`` ``[k]`` of each delta, not tracked by autograd.
             compute_dtype: to which the adapted weight is cast for the operation.
             operation: gets the weight and must not keep it, nor a view of it.
+
+        Raises:
+            RuntimeError: the weight was merged or written to since the state was noted.
         """
-        if self.in_workspace is not None:
-            with self.in_workspace(pairs, compute_dtype) as weight:
+        if self._quantized:
+            with state.owner.adapted_in_workspace(pairs, compute_dtype) as weight:
                 if weight is not None:
                     return operation(weight)
-        base = self.unchanged()
-        if self.fold is not None and compute_dtype == self.dtype and can_fold(self.parameter):
-            return self.fold.run(self.parameter.data, pairs, operation)
-        if self.in_workspace is None and base.is_contiguous() and not base.is_meta:
+        base, parameter = self.unchanged(state), state.parameter
+        in_place = parameter is not None and compute_dtype == state.dtype and can_fold(parameter)
+        if in_place and state.owner.keeps_parameter():
+            return self._fold.run(parameter.data, pairs, operation)
+        if not self._quantized and base.is_contiguous() and not base.is_meta:
             with workspace(base.shape, compute_dtype, base.device) as out:
                 return operation(copy_fold(base.detach(), pairs, out))
         # Dequantized already, or laid out in a way that the operation may depend on.
-        return operation(apply_deltas(base, pairs, self.dtype).to(compute_dtype))
+        return operation(apply_deltas(base, pairs, state.dtype).to(compute_dtype))

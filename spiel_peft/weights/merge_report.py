@@ -1,4 +1,4 @@
-"""What rounding loses when deltas are merged, counted and said."""
+"""Counts and reports the deltas that rounding loses in a merge."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Share of lost deltas from which a merge says so.
+# Share of lost deltas above which a merge warns.
 NOTABLE = 0.01
 MERGE_IN_FLOAT32 = "Load the base in float32 and merge there, or merge files with dtype='float32'."
 
 
 @dataclass
 class MergeLoss:
-    """Counts of merged deltas and of those that rounding has swallowed.
+    """Counts of merged deltas, and of those that rounding has lost.
 
     Attributes:
-        total: entries whose exact sum differs from the original; a delta too small even for float32 is none.
-        lost: those whose weight moved by less than half of the delta.
+        total: entries whose float32 sum differs from the original.
+        lost: those of them whose weight moved by less than half of the delta.
     """
 
     total: int = 0
@@ -29,7 +29,7 @@ class MergeLoss:
 
     @property
     def share(self) -> float:
-        """Lost deltas per delta, 0 where there are none."""
+        """Lost deltas as a share of all, 0 if there are none."""
         return self.lost / self.total if self.total else 0.0
 
     def __iadd__(self, other: MergeLoss) -> MergeLoss:
@@ -40,12 +40,12 @@ class MergeLoss:
 
 @dataclass
 class MergeReport:
-    """What a merge into files has done.
+    """The result of a merge into files.
 
     Attributes:
         folder: the merged checkpoint.
-        loss: of all deltas.
-        modules: the same by module.
+        loss: counts over all deltas.
+        modules: the same counts by module name.
         dtypes: dtypes of the weights that deltas were merged into.
         untied: parameters that were tied to another one and have a tensor of their own now.
     """
@@ -58,11 +58,11 @@ class MergeReport:
 
 
 def count_lost(original: Tensor, wanted: Tensor, merged: Tensor, start: Tensor | None = None) -> MergeLoss:
-    """Compare what a merge should have done to some entries with what it did.
+    """Count the deltas that a merge of some entries has lost to rounding.
 
     Args:
         original, wanted, merged: ``[u]`` floating: entries before the merge, the exact sums, entries after it.
-        start: ``[u]`` the entries as they would be stored without a delta, where that is not as before the merge.
+        start: ``[u]``, the entries as they would be stored without a delta, if that differs from `original`.
     """
     delta = wanted.double() - original.double()
     moved = merged.double() - (original if start is None else start).double()
@@ -72,11 +72,11 @@ def count_lost(original: Tensor, wanted: Tensor, merged: Tensor, start: Tensor |
 
 
 def log_loss(loss: MergeLoss, dtype: str, how: str) -> None:
-    """Say in the log what rounding lost, as a warning where that is notable.
+    """Log how many deltas rounding lost: as a warning if they are more than 1%, else as information.
 
     Args:
-        loss: of the whole merge.
-        dtype: of the merged weights.
+        loss: counts of the whole merge.
+        dtype: name of the merged weights' dtype.
         how: a sentence on how to merge without that loss.
     """
     if not loss.total:

@@ -1,4 +1,4 @@
-"""The adapted weight of a bitsandbytes layer, in memory that all layers share."""
+"""Makes the adapted weight of a bitsandbytes layer, in memory that all layers share."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def adapted_in_workspace(
 
     Yields:
         ``[out_features, in_features]``, valid until the block ends, in which the operation that reads it has to be
-        issued (see `spiel_kernels.workspace`). None for a layer that is not a bitsandbytes ``Linear4bit`` or
-        ``Linear8bitLt``, that is not quantized yet or is offloaded, and for layouts that only bitsandbytes can read.
+        issued (see `spiel_kernels.workspace`). None for layers other than bitsandbytes' ``Linear4bit`` and
+        ``Linear8bitLt``, for a layer that is not quantized yet or is offloaded, and for layouts that only bitsandbytes
+        can read.
     """
     packed = _packed_weight(base)
     if packed is None:
@@ -52,7 +53,7 @@ def _packed_weight(base: nn.Module) -> _Packed4bit | _Packed8bit | None:
     if modules is None or not isinstance(weight, Tensor) or weight.device.type not in ("cpu", "cuda"):
         return None
     if isinstance(base, modules.Linear4bit):
-        # Bytes that FSDP2 has gathered are a plain parameter; the layer knows the state too.
+        # FSDP2 gathers the bytes as a plain parameter without the state; the layer holds the state too.
         state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
         return _Packed4bit(weight.data, state) if _readable_4bit(weight, state) else None
     if isinstance(base, modules.Linear8bitLt):
@@ -108,12 +109,12 @@ class _Packed8bit:
 
 
 def _dequantized_by_bitsandbytes(packed: Tensor, state: Any) -> Iterator[tuple[int, Tensor]]:
-    """The matrix in blocks of rows, each with its first row, from bitsandbytes' own kernels."""
+    """Blocks of rows of the matrix, each with the number of its first row, from bitsandbytes' own kernels."""
     functional = sys.modules["bitsandbytes.functional"]
     rows, cols = state.shape
     size = state.blocksize
     if cols % size:
-        # Whole: on some CPUs bitsandbytes reads other scales where blocks straddle rows, and its layers do so too.
+        # All rows at once: where blocks straddle rows, bitsandbytes reads other scales on some CPUs, as its layers do.
         yield 0, functional.dequantize_4bit(packed, state)
         return
     scales = state.absmax

@@ -1,4 +1,4 @@
-"""Momentum growth on a GPU: the positions of the dense formula there, SM3's accumulators of the CPU."""
+"""Momentum growth on a GPU: positions as from the dense formula, SM3's accumulators as on the CPU."""
 
 from __future__ import annotations
 

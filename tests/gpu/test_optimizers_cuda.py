@@ -1,4 +1,4 @@
-"""Optimizer state across closes on a GPU: what only exists there, and what is stored otherwise there."""
+"""Optimizer state across closes on a GPU: optimizers that only run there, and state that is stored otherwise there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "nadam-capturable": (torch.optim.NAdam, {"lr": 0.02, "capturable": True}),
     "radam-capturable": (torch.optim.RAdam, {"lr": 0.02, "capturable": True}),
     "adamax": (torch.optim.Adamax, {"lr": 0.02}),
-    # Writes into the gradient.
+    # These optimizers write into the gradient.
     "sgd-nesterov": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
     "adagrad": (torch.optim.Adagrad, {"lr": 0.05}),
     "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5, "centered": True}),
@@ -59,7 +59,7 @@ def test_the_same_state_as_on_the_cpu(name: str) -> None:
             torch.testing.assert_close(ours[key].double(), tensor.double(), rtol=1e-6, atol=1e-9, msg=key)
 
 
-# Large enough for paged memory; AdEMAMix needs a multiple of the block size.
+# Number of deltas: enough for paged memory, and a multiple of the block size, as AdEMAMix needs.
 @pytest.mark.parametrize(
     ("name", "k"),
     [

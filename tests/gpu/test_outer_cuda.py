@@ -116,7 +116,7 @@ def test_plan_holds_few_bytes_per_position() -> None:
 
 
 def test_forty_thousand_columns_and_a_wide_vocabulary() -> None:
-    """Numbers beyond int16, and positions beyond 2**31 in int64."""
+    """Row and column numbers beyond int16, and int64 positions beyond 2**31."""
     n, rows, cols = 64, 70_000, 33_000
     a, b = operands(n, rows, cols, torch.bfloat16)
     indices = torch.randint(rows * cols, (50_000,), device="cuda").unique()
@@ -128,7 +128,7 @@ def test_forty_thousand_columns_and_a_wide_vocabulary() -> None:
 
 
 def test_half_precision_blocks_are_not_rounded() -> None:
-    """`torch.mm` into float32: the entry would be inf in float16 and off by 2**-9 in bfloat16."""
+    """`torch.mm` sums into float32: the entry would be inf in float16 and off by 2**-9 in bfloat16."""
     for dtype in (torch.float16, torch.bfloat16):
         a, b = torch.full((512, 16), 16.0, device="cuda", dtype=dtype), torch.full((512, 24), 16.0).to("cuda", dtype)
         a[0, 0] = 1.0

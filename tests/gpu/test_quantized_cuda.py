@@ -84,7 +84,7 @@ def test_several_deltas(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_more_elements_than_31_bits_count() -> None:
-    """Bytes made up, as a matrix of this size takes too long to quantize; compared where it begins and ends."""
+    """Random bytes, as quantizing a matrix of this size takes too long; its beginning and its end are compared."""
     rows, cols = 2**16, 2**15 + 64
     packed = torch.randint(256, (rows * cols // 2,), dtype=torch.uint8, device="cuda")
     weight = Packed4bit(packed, torch.rand(rows * cols // 64, device="cuda"), (rows, cols), torch.bfloat16)
@@ -128,7 +128,7 @@ def test_workspaces_of_streams_are_apart() -> None:
 
 
 def test_backward_reads_the_right_weight_again() -> None:
-    """The backward pass runs in a thread of its own, on the stream and so in the workspace of the forward pass."""
+    """Autograd's own thread runs the backward pass on the stream of the forward pass, and so in the same workspace."""
     weights = [quantize_4bit(torch.randn(256, 256, device="cuda")) for _ in range(3)]
     deltas = [draw_deltas(256 * 256, 0.05) for _ in weights]
 

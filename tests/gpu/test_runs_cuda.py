@@ -44,7 +44,7 @@ def test_the_base_weight_is_as_it_was(dtype: torch.dtype, growth: str) -> None:
     model, original, _ = run(dtype, growth)
     weight = model.base_model.model[0].base_layer.weight.detach()
     assert torch.equal(weight, original)
-    # An addition of zero would be seen here, in the sign of a zero.
+    # Adding and subtracting a delta would show here, in the sign of a zero.
     weight[0, :4] = -0.0
     bits = weight.view(torch.uint8).clone()
     model(torch.randn(4, 96, device="cuda", dtype=dtype)).sum().backward()

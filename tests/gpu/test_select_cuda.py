@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 
 def skewed(n: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Columns of very different norms."""
+    """Operands whose columns differ widely in norm."""
     return (torch.randn(n, width, device="cuda") * torch.randn(width, device="cuda").exp()).to(dtype)
 
 
@@ -50,7 +50,7 @@ def test_exact(n: int, rows: int, cols: int, density: float, dtype: torch.dtype,
 
 @pytest.mark.parametrize("k", [1, 1000, 200_000, 2_000_000])
 def test_ties(k: int) -> None:
-    """Small integers: most scores tie, so that the pool overflows and the blocks pass by again."""
+    """Most scores of small integers tie, so that the pool overflows and the blocks are computed again."""
     a, b = (torch.randint(-1, 2, (8, width), device="cuda").bfloat16() for width in (2500, 2000))
     assert torch.equal(select.topk_outer(a, b, k), best((a.double().T @ b.double()).abs().flatten(), k))
 

@@ -25,7 +25,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def compiled(model: nn.Module, **options: object) -> Callable[..., Tensor]:
-    """Any graph break is an error."""
+    """The model compiled without graph breaks; one raises an error."""
     return torch.compile(model, backend="aot_eager", fullgraph=True, **options)
 
 
@@ -113,7 +113,7 @@ def test_a_run_is_the_same_and_is_compiled_once(growth: str, autocast: bool) -> 
     assert counters["stats"]["unique_graphs"] == 1
     assert moved and got_moved == moved
     if autocast:
-        # Fused differently, bfloat16 rounds differently: the runs drift apart.
+        # Compiled code fuses operations, so that bfloat16 rounds at other places and the runs drift apart.
         assert_close(torch.stack(got_losses), torch.stack(losses), 3e-2)
         return
     assert_close(torch.stack(got_losses), torch.stack(losses), 1e-4)

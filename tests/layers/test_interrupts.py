@@ -1,4 +1,4 @@
-"""Base weights survive whatever ends a pass: signals at random moments, and an exception at every single operation."""
+"""Base weights are unchanged after a pass that a signal ends at a random moment, or an exception at any operation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from spiel_peft.layers import SpIELLayer
 
 
 class Experts(nn.Module):
-    """Parameters that only their module can use."""
+    """A module that computes with parameters of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Experts(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers of every kind that is folded in place, and one that is looked up."""
+    """A network with every kind of layer that is folded in place, and an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def layers_of(model: nn.Module) -> list[SpIELLayer]:
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all base weights as they lie in memory, asked for in a way that puts nothing right."""
+    """Copies of all base weights as they are in memory; reading them does not undo interrupted operations."""
     return {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if "spiel_delta" not in name
     }
@@ -129,7 +129,7 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 class Failing(TorchDispatchMode):
-    """Raises at operation number `at` (from 0), instead of running it; with `on`, at all that follow as well."""
+    """Raises instead of running operation number `at` (from 0); with `on`, instead of all later ones too."""
 
     def __init__(self, at: int, on: bool = False, error: type[BaseException] = RuntimeError) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def count_operations(run: Callable[[nn.Module, Tensor], list[Tensor]], model: nn
     [*((order, "one-adapter") for order in PASSES), *(("training", variant) for variant in [*VARIANTS][1:])],
 )
 def test_an_exception_at_any_operation_leaves_base_weights_alone(order: str, variant: str) -> None:
-    """Memory runs out, for example; also while the originals are put back."""
+    """Any operation may raise, as when memory runs out, also one that puts the originals back."""
     run, model = PASSES[order], VARIANTS[variant]()
     originals, expected = stored(model), run(model, IDS)
     operations = count_operations(run, model, IDS)
@@ -199,7 +199,7 @@ def test_an_exception_at_any_operation_of_a_quantized_layer(kind: str) -> None:
 
 @pytest.mark.slow
 def test_when_putting_back_fails_as_well_the_next_use_does_it() -> None:
-    """Every operation after the first failing one fails: nothing can be put back before that has ended."""
+    """After the first failure all operations fail, so that originals can be put back only after the pass."""
     model = network()
     originals, expected = stored(model), passes(model, IDS)
     operations, left = count_operations(passes, model, IDS), 0
@@ -217,7 +217,7 @@ def test_when_putting_back_fails_as_well_the_next_use_does_it() -> None:
 
 
 def watched(work: Callable[[], Any]) -> None:
-    """Run what signals may interrupt: one that arrives anywhere else is ignored, so that none escapes a test."""
+    """Run `work`, which signals may interrupt; a signal at any other place is ignored, so that none escapes a test."""
     work()
 
 
@@ -316,7 +316,7 @@ def test_many_interrupts_in_a_row_are_undone_by_the_next_use() -> None:
 
 @pytest.mark.parametrize("restores", [0, 1])
 def test_an_interrupt_while_a_module_gets_its_parameters_back(monkeypatch: pytest.MonkeyPatch, restores: int) -> None:
-    """`functional_call` puts parameters back one by one; an interrupt in between leaves no copy in the module."""
+    """An interrupt while `functional_call` puts parameters back one by one leaves no copy in the module."""
     model = network()
     originals, expected = stored(model), passes(model, IDS)
     own = dict(model.named_parameters())

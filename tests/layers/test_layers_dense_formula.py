@@ -61,7 +61,7 @@ def test_every_kind_in_float64(case: LayerCase) -> None:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_three_adapters_add_up(case: LayerCase) -> None:
-    """Few positions and many deltas, so that they meet."""
+    """A small weight with many deltas, so that positions of several adapters coincide."""
     check_against_formula(*case.build(), adapters=("a", "b", "c"), k=min(40, case.make().weight.numel()))
 
 
@@ -125,7 +125,7 @@ def test_strided_input(name: str, x: Callable[[], Tensor]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "linear-vector"])
 def test_empty_batch(name: str) -> None:
-    """Gradients are zeros, none is missing."""
+    """All gradients exist and are zero."""
     layer, x = CASES[name].build()
     check_against_formula(layer, x[:0])
 

@@ -49,7 +49,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor = X) -> N
 
 
 def stored(model: nn.Module) -> Tensor:
-    """The base weight as it lies in memory, asked for in a way that puts nothing right."""
+    """The base weight as it is in memory; reading it does not undo interrupted operations."""
     return spiel_layer(model).base_layer.weight.detach()
 
 
@@ -59,7 +59,7 @@ def adapted(original: Tensor, model: nn.Module) -> Tensor:
 
 
 class Watch(TorchDispatchMode):
-    """Notes which operations run while a weight's bits are not the original ones, and which write to its memory."""
+    """Records the operations that run while deltas are in a weight, and those that write to its memory."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ def test_only_the_operation_sees_the_deltas(name: str, dtype: torch.dtype, adapt
             assert not watch.during
         else:
             assert len(watch.writes) == 2 * products, watch.writes
-            # The product, and what writes the originals back.
+            # The product, and the operation that writes the originals back.
             assert len(moving) == 2 * products, moving
         optimizer.step()
         assert_same_bits(stored(model), original)
@@ -482,7 +482,7 @@ def test_tied_weights() -> None:
         optimizer.step()
 
 
-# What an interrupt has left
+# Deltas that an interrupt has left in the weight
 
 
 def interrupt(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -543,7 +543,7 @@ def test_a_layer_that_is_collected_takes_out_what_is_left(monkeypatch: pytest.Mo
 
 
 def test_what_was_written_after_an_interrupt_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading another checkpoint into the parameter, for example."""
+    """The weight may be overwritten before the interrupted fold is undone, by loading another checkpoint."""
     model, _ = stepping()
     expected = interrupt(model, monkeypatch)
     written = torch.randn(3, 9)
@@ -635,7 +635,7 @@ def test_locks_go_with_the_layers_that_use_them() -> None:
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("growth", ["accumulated_gradient", "momentum"])
 def test_a_run_is_the_same_in_place_and_in_copies(growth: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies are what other devices compute with."""
+    """Runs with copies of the adapted weights, as on other devices, equal runs with folds in place."""
 
     def run(in_place: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
         torch.manual_seed(0)

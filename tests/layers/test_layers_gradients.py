@@ -1,4 +1,4 @@
-"""Only what needs a gradient gets one, and nothing of the size of the weight is formed on the way."""
+"""Only tensors that need a gradient get one, and no tensor of the weight's size is allocated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def backward_ops(model: nn.Module, x: Tensor) -> OpRecorder:
 
 @pytest.mark.parametrize("case", FLOAT_CASES.values(), ids=FLOAT_CASES)
 def test_input_without_gradient_costs_no_input_gradient(case: LayerCase) -> None:
-    """The first layer of a frozen model: the values get theirs, the dense weight is not even read."""
+    """The first layer of a frozen model: the values get gradients, and the backward pass does not read the weight."""
     layer, x = case.build()
     model = adapt(layer)
     recorder = backward_ops(model, x)
@@ -33,7 +33,7 @@ def test_input_without_gradient_costs_no_input_gradient(case: LayerCase) -> None
 
 @pytest.mark.parametrize("case", FLOAT_CASES.values(), ids=FLOAT_CASES)
 def test_frozen_values_cost_no_weight_gradient(case: LayerCase) -> None:
-    """One matrix product (or convolution) is left: the one that passes the gradient on."""
+    """The backward pass has one matrix product (or convolution): the one that gives the input gradient."""
     layer, x = case.build()
     model = adapt(layer)
     values_of(model).requires_grad_(False)

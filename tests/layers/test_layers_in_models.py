@@ -17,7 +17,7 @@ from spiel_peft import SpIELConfig
 
 
 def values_grads(model: nn.Module) -> dict[str, Tensor]:
-    """Gradients of all values; they are cleared."""
+    """The gradients of all values, which are cleared."""
     grads = {name: p.grad for name, p in model.named_parameters() if name.endswith(".values")}
     model.zero_grad()
     return grads
@@ -80,7 +80,7 @@ def test_checkpointed_llama(use_reentrant: bool) -> None:
 
 
 def test_inputs_embeds() -> None:
-    """The embedding is bypassed: every other layer gets its gradient, and so do the embeddings given."""
+    """Embeddings given directly bypass the layer: all other layers and the embeddings get gradients."""
     model = adapted_llama()
     ids = torch.randint(40, (2, 7))
     embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -169,7 +169,7 @@ def test_scaled_embedding_scales_base_and_deltas_alike(kind: type[nn.Embedding],
 
 
 def test_deterministic_algorithms() -> None:
-    """Trainers with `full_determinism` switch this on; forward, backward, merging and unmerging run all the same."""
+    """Forward, backward, merging and unmerging run in deterministic mode, which `full_determinism` switches on."""
     layer, x = nn.Linear(6, 5), torch.randn(3, 6)
     model = adapt(layer, adapters=("a", "b"))
     before, expected = layer.weight.detach().clone(), model(x)

@@ -153,7 +153,7 @@ def test_copy_of_a_merged_model_unmerges_by_itself(name: str) -> None:
 
 
 def test_parameter_keeps_its_identity() -> None:
-    """Optimizers and trainers hold on to parameters."""
+    """Merging keeps the parameter object, as optimizers and trainers refer to it."""
     layer, _ = CASES["linear"].build()
     weight, model = layer.weight, adapt(layer)
     model.merge_adapter()
@@ -175,7 +175,7 @@ def test_weight_changed_between_forward_and_backward_is_noticed(name: str, chang
 
 
 def test_shared_weight_merged_between_forward_and_backward_is_noticed() -> None:
-    """Merging a shared weight gives the layer a parameter of its own, so the old one's version tells nothing."""
+    """Merging a shared weight gives the layer a new parameter, so that the version of the old one does not change."""
     layer, x = CASES["linear"].build()
     model = adapt(layer)
     spiel_layer(model).shared_with = ("other",)

@@ -1,4 +1,4 @@
-"""Base layers that accelerate offloads: their weights come in for forward and backward, and leave again."""
+"""Base layers that accelerate offloads: forward and backward load their weights and offload them again."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_offloaded_after_adapting(name: str, offload: Callable[[nn.Module], nn.M
 
 
 def test_graph_does_not_hold_the_weight() -> None:
-    """Else a whole offloaded model would sit on the device between forward and backward."""
+    """Weights are offloaded between forward and backward; else a whole model would stay on the device."""
     layer, x = CASES["linear"].build()
     model = adapt(with_align_hook(layer))
     out = model(x.requires_grad_())
     held = out.grad_fn
     assert layer.weight.is_meta
-    assert held.source.parameter is None
+    assert held.state.parameter is None
     out.sum().backward()
     assert values_of(model).grad is not None
 
@@ -116,7 +116,7 @@ def loss_and_grads(model: nn.Module, ids: Tensor) -> list[Tensor]:
 
 
 def dispatched(model: Pair, folder: Path) -> nn.Module:
-    """As `from_pretrained(device_map=...)` leaves a model of which one layer did not fit."""
+    """A model of which one layer is offloaded, as `from_pretrained(device_map=...)` makes it."""
     return dispatch_model(model, {"embed": "cpu", "head": "disk"}, offload_dir=str(folder), force_hooks=True)
 
 
@@ -154,7 +154,7 @@ def test_merge_and_unmerge_reach_the_offloaded_weight(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_disabling_a_merged_adapter_restores_the_offloaded_weight(name: str) -> None:
-    """It unmerges in the middle of a forward pass, with no help from the model."""
+    """A merged layer with disabled adapters unmerges itself in its forward pass."""
     layer, x = CASES[name].build()
     with torch.no_grad():
         expected = layer(x)

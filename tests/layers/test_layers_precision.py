@@ -1,4 +1,4 @@
-"""Half-precision bases, autocast, and inputs of a dtype that the base layer refuses."""
+"""Half-precision base layers, autocast, and inputs of a dtype that the base layer refuses."""
 
 from __future__ import annotations
 

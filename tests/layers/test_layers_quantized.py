@@ -1,4 +1,4 @@
-"""bitsandbytes layers: forward and gradients against the dequantized weight; packed bytes that survive everything."""
+"""bitsandbytes layers: forward and gradients against the dequantized weight; the packed bytes never change."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def test_forward_and_gradients(make: Callable[[], nn.Module], adapters: tuple[st
 
 @every_kind
 def test_evaluation_never_changes_what_is_read(make: Callable[[], nn.Module]) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks a layer's bytes in eval mode; nothing can dequantize those."""
+    """bitsandbytes does not repack the bytes for CPUs with AVX512-BF16, which PEFT could not dequantize."""
     layer, x = make(), torch.randn(3, COLS)
     if hasattr(layer, "support_avx512bf16_for_cpu"):
-        layer.support_avx512bf16_for_cpu = True  # as such CPUs have it
+        layer.support_avx512bf16_for_cpu = True  # as on such CPUs
     model = adapt(layer, 500).eval()
     held = everything_held(layer)["bytes"]
     with torch.no_grad():
@@ -66,14 +66,14 @@ def test_evaluation_never_changes_what_is_read(make: Callable[[], nn.Module]) ->
             disabled = model(x)
         assert_same_bits(model(x), expected)
         assert_same_bits(layer.weight.data, held)
-        # Its kernel for 8 bits rounds the input too.
+        # The 8-bit kernel of bitsandbytes rounds the input too.
         tolerance = 1e-5 if layer.weight.dtype == torch.uint8 and layer.compute_dtype != torch.bfloat16 else 2e-2
         assert_close(disabled, x @ dequantized(layer).T + layer.bias, tolerance)
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp4", "fp4-double", "nf4-bf16"])
 def test_weight_repacked_by_an_earlier_evaluation_is_read_rightly(name: str) -> None:
-    """bitsandbytes has rounded its scales to bfloat16 by then, and nothing more may be lost."""
+    """Undoing a repacking loses nothing beyond the scales' rounding to bfloat16, which repacking did."""
     layer = QUANTIZED[name]()
     weight = dequantized(layer).float()
     layer.weight.data, state = bnb.functional._convert_weight_packed_for_cpu(
@@ -110,7 +110,7 @@ def test_merge_then_unmerge_restores_every_bit(make: Callable[[], nn.Module], us
 
 @every_kind
 def test_layer_can_be_moved_and_copied_after_unmerge(make: Callable[[], nn.Module]) -> None:
-    """A 4-bit parameter that believes it is not quantized would quantize its packed bytes again."""
+    """Moving the layer does not quantize its packed bytes again."""
     layer, x = make(), torch.randn(3, COLS)
     model = adapt(layer, 500)
     expected = model(x).detach()
@@ -206,7 +206,7 @@ def test_values_of_a_quantized_layer_are_float32() -> None:
 
 @pytest.mark.parametrize("make", [linear_8bit, linear_4bit], ids=["8bit", "4bit"])
 def test_two_threads_in_quantized_layers_get_their_own_weights(make: Callable[[], nn.Module]) -> None:
-    """Each layer's weight lies in a shared buffer until its product has been issued."""
+    """Layers share one buffer, which holds a layer's weight until its product has been issued."""
     models = [adapt(make(), 300), adapt(make(), 300)]
     inputs = [torch.randn(3, COLS, requires_grad=True) for _ in models]
     expected = []

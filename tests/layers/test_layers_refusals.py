@@ -33,7 +33,7 @@ def complex_linear() -> nn.Module:
 
 
 def hooked_weight_norm() -> nn.Module:
-    """The older kind, which computes a plain tensor `weight` in a forward pre-hook."""
+    """The older `weight_norm`, which computes a plain tensor `weight` in a forward pre-hook."""
     layer = nn.Linear(6, 5)
     weight = layer.weight.detach().clone()
     del layer.weight
@@ -72,7 +72,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 class Two(nn.Module):
-    """A supported layer before the one in question."""
+    """A supported layer before the layer to be refused."""
 
     def __init__(self, second: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_projection_inside_multihead_attention() -> None:
 
 
 class PackedLinear(nn.Module):
-    """As GPTQ layers are: integers under another name, and sizes."""
+    """A layer with integers under another name and with sizes, as GPTQ layers are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_second_adapter_on_a_refused_module_leaves_the_first_alone() -> None:
 
 
 def test_data_parallel_replica_is_refused() -> None:
-    """What `nn.DataParallel` makes of a layer on every device."""
+    """A replica of a layer, as `nn.DataParallel` makes one on every device."""
     layer, x = CASES["linear"].build()
     replica = spiel_layer(adapt(layer))._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="does not work under nn.DataParallel; use DistributedDataParallel"):
@@ -161,7 +161,7 @@ def test_mixed_batches_are_refused() -> None:
 
 
 def test_encoder_layer_with_a_fast_path_of_its_own() -> None:
-    """Its inference path reads linear1.weight and would leave the deltas out; without that path it is adapted."""
+    """The encoder layer's inference path reads linear1.weight without the deltas; without that path it is adapted."""
     encoder = nn.TransformerEncoderLayer(8, 2, dim_feedforward=16, batch_first=True).eval()
     config = SpIELConfig(target_modules=["linear1", "linear2"], density=0.5, init_weights=False)
     with pytest.raises(ValueError, match="linear1 .*set_fastpath_enabled"):

@@ -1,4 +1,4 @@
-"""What training holds per delta: value, index and gradient of 4 bytes each, optimizer state; nothing else for long."""
+"""Training holds 4 bytes each of value, index and gradient per delta, and optimizer state; the rest is temporary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bytes_per_delta(before: int) -> float:
 
 
 class Run:
-    """Steps of a model of one linear layer, with a look between backward and step."""
+    """Steps of a model of one linear layer; memory is measured after backward and after the step."""
 
     def __init__(self, growth: str, optimizer: str) -> None:
         torch.manual_seed(0)
@@ -49,12 +49,12 @@ class Run:
         self.x = torch.randn(4, SIZE)
 
     def backward(self) -> float:
-        """Bytes per delta when the step's gradients are there."""
+        """Run a forward and a backward pass; returns the bytes held per delta after them."""
         self.model(self.x).square().sum().backward()
         return bytes_per_delta(self.before)
 
     def step(self) -> float:
-        """Bytes per delta after the step."""
+        """Step the optimizer; returns the bytes held per delta after it."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         return bytes_per_delta(self.before)
@@ -68,7 +68,7 @@ def test_bytes_per_delta(growth: str, optimizer: str, state: int) -> None:
     for number in range(1, 13):
         in_window = gathers and (number - 1) % 6 < 3
         gradient = run.backward()
-        # Window: position, sum, square and this step's sum.
+        # A window holds position, sum, square and this step's sum per candidate.
         optimizer_state = state if number > 1 else 0
         assert gradient <= 4 + 4 + 4 + optimizer_state + 16 * in_window + rest, number
         between = run.step()

@@ -1,4 +1,4 @@
-"""The adapted weight of a bitsandbytes layer in the shared workspace: the numbers of PEFT's dequantized one."""
+"""`adapted_in_workspace` gives PEFT's dequantized weight plus the deltas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def draw_deltas(numel: int, *counts: int) -> list[Delta]:
 
 
 def by_peft(layer: nn.Module, deltas: list[Delta], dtype: torch.dtype) -> Tensor:
-    """PEFT's dequantized weight, a copy with the deltas."""
+    """A copy of PEFT's dequantized weight with the deltas."""
     weight = resolve_quantization_backend(layer).get_base_weight(layer)
     return apply_deltas(weight, deltas, dtype) if deltas else weight.to(dtype)
 
@@ -65,7 +65,7 @@ def check(layer: nn.Module, deltas: list[Delta], dtype: torch.dtype) -> None:
         assert next_one.untyped_storage().data_ptr() == lent
 
 
-# One packed byte looks transposed to bitsandbytes.
+# bitsandbytes takes a weight of one packed byte for a transposed one.
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != (1, 1)], ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True], ids=["float-scales", "double"])
@@ -166,7 +166,7 @@ def test_nothing_as_large_as_the_weight_is_made_besides_the_workspace(name: str)
     assert workspace_nbytes() == held
 
 
-# Layers that are left to the caller
+# Layers for which it gives None
 
 
 def repacked() -> nn.Module:

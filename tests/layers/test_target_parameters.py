@@ -1,4 +1,4 @@
-"""Bare parameters as targets: fused experts of mixtures, and whatever else a module computes with by itself."""
+"""Bare parameters as targets: fused experts of mixtures, and other parameters that only their module computes with."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from spiel_peft import (
     export_sparse_patch,
     merge_adapter_into_checkpoint,
 )
-from spiel_peft.autograd import module_weight
 from spiel_peft.budget import allocate_deltas
 from spiel_peft.layers import SpIELParameter, SpIELParameters
+from spiel_peft.layers import parameter as parameter_module
 from spiel_peft.targets import inspect_parameter
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -82,7 +82,7 @@ def build(name: str = "mixtral") -> PreTrainedModel:
     model = MODELS[name]()
     for parameter in model.parameters():
         if parameter.dim() == 3:
-            nn.init.normal_(parameter, std=0.1)  # gpt-oss leaves them as they are in memory
+            nn.init.normal_(parameter, std=0.1)  # gpt-oss does not initialize them
     return model
 
 
@@ -105,7 +105,7 @@ def parts(model: nn.Module) -> list[SpIELParameter]:
 
 
 def originals(model: nn.Module) -> dict[str, Tensor]:
-    """The base model's parameters by their own names."""
+    """Copies of the base model's parameters by their names in the base model."""
     state = model.base_model.model.state_dict() if isinstance(model, PeftModel) else model.state_dict()
     return {key.replace(".base_layer", ""): v.clone() for key, v in state.items() if "spiel" not in key}
 
@@ -146,7 +146,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_formula(name: str) -> None
         weight = dense.get_parameter(part.module_name)
         assert_close(delta.values.grad, weight.grad.flatten()[delta.indices.long()], 1e-4, part.module_name)
         assert float(delta.values.grad.abs().max()) > 0
-        assert part.host.base_layer._parameters[part.parameter_name].grad is None
+        assert part.computing_module()._parameters[part.parameter_name].grad is None
 
 
 @pytest.mark.parametrize("growth", ["accumulated_gradient", "momentum"])
@@ -201,7 +201,7 @@ def test_budget_counts_every_expert() -> None:
     gate_up, down = parts(model)[:2]
     assert gate_up.spiel_delta["default"].k == 2 * (16 + 48) * 4
     assert down.spiel_delta["default"].k == 2 * (16 + 24) * 4
-    info = inspect_parameter(gate_up.host.base_layer, "gate_up_proj")
+    info = inspect_parameter(gate_up.computing_module(), "gate_up_proj")
     assert allocate_deltas(SpIELConfig(density=0.1), {"a": info}) == {"a": round(0.1 * 4 * 48 * 16)}
     model = adapt(build(), r=2, rank_pattern={"experts.down_proj": 1})
     assert parts(model)[1].spiel_delta["default"].k == (16 + 24) * 4
@@ -213,7 +213,7 @@ EXPERT, EXPERTS_OF_A_LAYER = 48 * 16, 4 * 48 * 16
 
 
 def held_copies(numel: int) -> int:
-    """Tensors of a size that are alive and no parameters."""
+    """Number of live tensors of a size that are not parameters."""
     gc.collect()
     return sum(type(thing) is Tensor and thing.numel() == numel for thing in gc.get_objects())
 
@@ -245,7 +245,7 @@ def test_weights_made_again_in_backward_give_the_gradients_of_kept_copies(
         return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
 
     again = gradients()
-    monkeypatch.setattr(module_weight, "_hooks_on_saved_tensors", lambda: True)
+    monkeypatch.setattr(parameter_module, "_hooks_on_saved_tensors", lambda: True)
     kept = gradients()
     assert len(again) == len(kept) > 0
     for one, other in zip(again, kept, strict=True):
@@ -305,7 +305,7 @@ def test_a_tensor_that_leaves_a_module_by_the_back_door_keeps_its_deltas() -> No
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
 def test_an_output_that_is_a_view_of_the_weight_keeps_its_deltas(grad: bool) -> None:
-    """Learned queries, for example, which a module only hands out."""
+    """A parameter that the module returns itself, such as learned queries."""
 
     class Queries(nn.Module):
         def __init__(self) -> None:
@@ -453,7 +453,7 @@ def test_copies_pickles_and_casts() -> None:
     train(model, steps=2)
     model(input_ids=batch(), labels=batch())
     copied = copy.deepcopy(model)
-    assert parts(copied)[0].host.base_layer is not parts(model)[0].host.base_layer
+    assert parts(copied)[0].computing_module() is not parts(model)[0].computing_module()
     pickled = pickle.loads(pickle.dumps(model))
     for other in (copied, pickled):
         assert_same_bits(logits(other.eval()), logits(model.eval()))
@@ -465,7 +465,7 @@ def test_copies_pickles_and_casts() -> None:
 
 
 class Mixed(nn.Module):
-    """A block with parameters of its own of every dimension, and modules that keep theirs."""
+    """A block that computes with parameters of its own, of one, two and four dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -479,7 +479,7 @@ class Mixed(nn.Module):
 
 
 class Leaky(nn.Module):
-    """Keeps a result, and a part of its parameter, that are not among its outputs."""
+    """Keeps a result and a view of its parameter in attributes, apart from its outputs."""
 
     def __init__(self) -> None:
         super().__init__()

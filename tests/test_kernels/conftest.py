@@ -1,4 +1,4 @@
-"""Kernel tests run with `torch.empty` filled with NaN, so that an entry nobody writes shows."""
+"""Kernel tests run with `torch.empty` filled with NaN, so that an entry that no kernel writes shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slow, plain counterparts of the kernels, in float64 and with loops, and what the tests compare with them."""
+"""Slow, plain counterparts of the kernels, in float64 and with loops, and random operands for the tests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,22 @@ DTYPE_IDS = ["f64", "f32", "bf16", "f16"]
 
 
 def draw_indices(numel: int, k: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """k sorted, unique positions."""
+    """k random positions of a weight with `numel` entries, sorted and unique."""
     return torch.randperm(numel)[:k].sort().values.to(dtype)
 
 
+def draw_deltas(numel: int, *counts: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """Random int32 positions and values of a delta for each count."""
+    return [(draw_indices(numel, k, torch.int32), torch.randn(k).to(dtype)) for k in counts]
+
+
+def small_integers(*shape: int) -> Tensor:
+    """Random integers from -2 to 2 in float32: their products are exact in every dtype and tie often."""
+    return torch.randint(-2, 3, shape).float()
+
+
 def outer_entries(a: Tensor, b: Tensor, indices: Tensor) -> Tensor:
-    """Entries of ``a.T @ b`` by the definition."""
+    """Entries of ``a.T @ b`` in float64, computed by the definition."""
     a, b = a.double(), b.double()
     out = torch.zeros(indices.numel(), dtype=torch.float64)
     for slot, position in enumerate(indices.tolist()):

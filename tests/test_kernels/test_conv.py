@@ -36,7 +36,7 @@ def run(geometry: ConvGeometry, x: Tensor, weight: Tensor) -> Tensor:
 def draw(
     geometry: ConvGeometry, size: tuple[int, ...], batch: int = 2, integers: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """An output gradient and an input; small integers give exact sums with ties."""
+    """An output gradient and an input; with `integers`, small integers, whose sums are exact and tie often."""
     x = torch.randn(batch, geometry.weight_shape[1] * geometry.groups, *size)
     grad_out = torch.randn(run(geometry, x, torch.zeros(geometry.weight_shape)).shape)
     return (grad_out.round(), x.round()) if integers else (grad_out, x)
@@ -56,7 +56,7 @@ def test_gather_equals_autograd(geometry: ConvGeometry, size: tuple[int, ...]) -
         indices = draw_indices(expected.numel(), k, torch.int32)
         got = gather_conv(grad_out, x, geometry, indices)
         assert got.dtype == torch.float32
-        # Relative to the whole gradient: a single entry may be small by cancellation.
+        # The error is relative to the whole gradient, as cancellation may leave a single entry small.
         assert (got - expected[indices.long()]).abs().sum() <= 1e-5 * expected.abs().max()
 
 

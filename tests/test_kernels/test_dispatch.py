@@ -1,4 +1,4 @@
-"""Which implementation runs: by device, or by an explicit choice that must work."""
+"""The choice of an implementation: by device, or an explicit one, which must work or raise."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_gather_equals_autograd(ids: Tensor, by_frequency: bool, padding_idx: in
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES, ids=DTYPE_IDS)
 def test_gather_accumulates_wide(dtype: torch.dtype, tolerance: float) -> None:
-    """3,000 occurrences of one row: a sum in half precision would stall."""
+    """One row occurs 3,000 times: a sum in half precision would stop growing."""
     ids = torch.full((3000,), 2)
     grad_out = torch.rand(3000, WIDTH).to(dtype)
     got = gather_embedding(grad_out, ids, torch.arange(ROWS * WIDTH), None, False)
@@ -56,7 +56,7 @@ def test_gather_accumulates_wide(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("by_frequency", [False, True], ids=["sum", "by-frequency"])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 def test_topk_equals_autograd(ids: Tensor, by_frequency: bool, padding_idx: int | None) -> None:
-    """Integers from -2 to 2, so that there are ties and zeros."""
+    """Random integers from -2 to 2: ties and zeros are frequent."""
     grad_out = torch.randint(-2, 3, (*ids.shape, WIDTH)).float()
     scores = dense_gradient(grad_out, ids, padding_idx, by_frequency).abs().float().flatten().tolist()
     for k in (0, 1, 5, 1000):

@@ -1,4 +1,4 @@
-"""`adapted_entries`, `apply_deltas` and `copy_fold`: sums in float32 (float64), rounded once."""
+"""`adapted_entries`, `apply_deltas` and `copy_fold` sum in float32 (float64 if an operand has it) and round once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from torch import Tensor
 
 from spiel_kernels import adapted_entries, apply_deltas, copy_fold
 
-from .oracle import DTYPE_IDS, DTYPES, adapted_weight, draw_indices
+from .oracle import DTYPE_IDS, DTYPES, adapted_weight, draw_deltas
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 6), (3, 2, 2, 3)]
-
-
-def draw_deltas(numel: int, counts: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
-    return [(draw_indices(numel, k, torch.int32), torch.randn(k).to(dtype)) for k in counts]
 
 
 @pytest.mark.parametrize("dtype", [d for d, _ in DTYPES], ids=DTYPE_IDS)
@@ -23,7 +19,7 @@ def draw_deltas(numel: int, counts: tuple[int, ...], dtype: torch.dtype = torch.
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0], ids=["none", "some", "all"])
 def test_one_delta(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
-    deltas = draw_deltas(weight.numel(), (int(share * weight.numel()),))
+    deltas = draw_deltas(weight.numel(), int(share * weight.numel()))
     expected = adapted_weight(weight, deltas)
     got = apply_deltas(weight, deltas)
     assert got.dtype == dtype
@@ -36,7 +32,7 @@ def test_one_delta(shape: tuple[int, ...], share: float, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("counts", [(3, 5), (0, 4), (30, 30), (0, 0), (2, 9, 30)], ids=str)
 def test_several_deltas_add_up_where_they_meet(counts: tuple[int, ...]) -> None:
     weight = torch.randn(5, 6)
-    deltas = draw_deltas(30, counts)
+    deltas = draw_deltas(30, *counts)
     assert_close(apply_deltas(weight, deltas), adapted_weight(weight, deltas), 1e-6)
     positions, sums = adapted_entries(weight, deltas)
     union = sorted({p for indices, _ in deltas for p in indices.tolist()})
@@ -65,7 +61,7 @@ def test_float64_anywhere_makes_float64_sums() -> None:
 def test_strided_weight_is_read_in_logical_order(strided: str) -> None:
     weight = torch.randn(6, 5).T if strided == "transposed" else torch.randn(10, 12)[::2, ::2]
     assert not weight.is_contiguous()
-    deltas = draw_deltas(30, (8,))
+    deltas = draw_deltas(30, 8)
     before = weight.clone()
     assert_close(apply_deltas(weight, deltas), adapted_weight(weight, deltas), 1e-6)
     assert_close(apply_deltas(weight, deltas * 2), adapted_weight(weight, deltas * 2), 1e-6)
@@ -74,7 +70,7 @@ def test_strided_weight_is_read_in_logical_order(strided: str) -> None:
 
 def test_out_dtype_rounds_sums_and_untouched_entries() -> None:
     weight = torch.randn(4, 4)
-    deltas = draw_deltas(16, (3,))
+    deltas = draw_deltas(16, 3)
     got = apply_deltas(weight, deltas, torch.bfloat16)
     assert_same_bits(got, apply_deltas(weight, deltas).to(torch.bfloat16))
 
@@ -97,11 +93,11 @@ def test_copy_fold_is_apply_deltas_into_memory_that_is_there(
     if strided:
         weight = weight.t().contiguous().t()
     weight[0, 0], weight[1, 1] = float("nan"), -0.0
-    deltas = draw_deltas(77, counts)
+    deltas = draw_deltas(77, *counts)
     before, out = weight.clone(), torch.empty(7, 11, dtype=out_dtype)
     expected = (apply_deltas(weight, deltas) if deltas else weight).to(out_dtype)
     assert copy_fold(weight, deltas, out) is out
-    # Casting leaves other bits of NaN for other strides.
+    # The bits of NaN after a cast depend on the strides.
     torch.testing.assert_close(out, expected, rtol=0.0, atol=0.0, equal_nan=True)
     assert_same_bits(weight, before)
 
@@ -110,19 +106,19 @@ def test_copy_fold_refuses_what_does_not_fit() -> None:
     weight = torch.randn(4, 5)
     for out in (torch.empty(5, 4), torch.empty(5, 4).t()):
         with pytest.raises(ValueError, match=r"out must be contiguous and have the weight's shape \(4, 5\)"):
-            copy_fold(weight, draw_deltas(20, (3,)), out)
+            copy_fold(weight, draw_deltas(20, 3), out)
 
 
 def test_copy_fold_is_registered() -> None:
     torch.use_deterministic_algorithms(False)
-    ((indices, values),) = draw_deltas(20, (3,))
+    ((indices, values),) = draw_deltas(20, 3)
     arguments = (torch.randn(4, 5), [indices], [values], torch.zeros(4, 5))
     torch.library.opcheck(torch.ops.spiel_kernels.copy_fold.default, arguments)
 
 
 def test_copy_fold_compiles_without_graph_breaks() -> None:
     torch.use_deterministic_algorithms(False)
-    weight, deltas = torch.randn(4, 5), draw_deltas(20, (3,))
+    weight, deltas = torch.randn(4, 5), draw_deltas(20, 3)
 
     def product(weight: Tensor, x: Tensor) -> Tensor:
         return x @ copy_fold(weight, deltas, torch.empty(4, 5)).T
@@ -133,5 +129,5 @@ def test_copy_fold_compiles_without_graph_breaks() -> None:
 
 
 def test_these_tests_run_with_empty_tensors_full_of_nan() -> None:
-    """Guards the fixture of this folder: an entry that a kernel leaves unwritten has to show."""
+    """Checks the fixture of this folder: an entry that a kernel leaves unwritten is NaN."""
     assert torch.empty(3).isnan().all()

@@ -1,4 +1,4 @@
-"""The index set: drawn, checked and edited; properties over all small cases."""
+"""Index sets are drawn, checked and edited: properties over random small cases."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spiel_kernels import check_index_set, index_dtype, replace_positions, sample_positions
+from spiel_kernels.index_set import PerIndexSet, row_bounds, rows_and_columns
 
 from .oracle import property_test
 
@@ -38,7 +39,7 @@ def test_sample_is_an_index_set_of_k(size: tuple[int, int], seed: int) -> None:
 
 @pytest.mark.parametrize("k", [3, 9, 12], ids=["sparse", "dense", "half-plus"])
 def test_sample_is_uniform(k: int) -> None:
-    """Every position of 16 is drawn k/16 of the time, within five standard deviations."""
+    """Each of 16 positions is drawn in k/16 of the draws, within five standard deviations."""
     draws, source = 4000, generator(1)
     counts = torch.zeros(16)
     for _ in range(draws):
@@ -102,7 +103,7 @@ def test_check_of_a_large_weight_wants_int64() -> None:
 
 @st.composite
 def exchanges(draw: st.DrawFn) -> tuple[list[int], list[bool], list[int]]:
-    """An index set, which slots leave, and as many new positions outside the kept ones."""
+    """An index set, a mask of the slots to drop, and as many new positions that are not among those kept."""
     indices = sorted(draw(st.sets(st.integers(0, 60), max_size=15)))
     drop = draw(st.lists(st.booleans(), min_size=len(indices), max_size=len(indices)))
     kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}
@@ -137,3 +138,37 @@ def test_replace_refuses_another_count() -> None:
 def test_example_of_the_module_docstring() -> None:
     new, source = replace_positions(torch.tensor([1, 3, 5]), torch.tensor([False, True, False]), torch.tensor([2]))
     assert new.tolist() == [1, 2, 5] and source.tolist() == [0, -1, 2]
+
+
+def test_rows_and_columns_beyond_int32() -> None:
+    """Rows and columns of flat positions up to 2**50, at the ends of a row."""
+    for cols in (3, 2**20 + 1, 2**25 - 39):
+        rows = torch.tensor([0, 1, 2**50 // cols - 1])
+        for col in (0, 1, cols // 2, cols - 1):
+            got = rows_and_columns(rows * cols + col, cols)
+            assert torch.equal(got[0], rows) and (got[1] == col).all()
+
+
+@pytest.mark.parametrize("rows, cols, block_rows", [(7, 3, 1), (7, 3, 2), (7, 3, 7), (7, 3, 9), (2**16, 2**15, 2**14)])
+def test_row_bounds(rows: int, cols: int, block_rows: int) -> None:
+    """Also in a matrix of 2**31 entries with int32 positions: the end of the last block is not an int32."""
+    positions = sample_positions(min(rows * cols, 2**31 - 1), 15, generator(0)).to(torch.int32)
+    ends = [min(first + block_rows, rows) * cols for first in range(0, rows, block_rows)]
+    expected = [0, *(sum(p < end for p in positions.tolist()) for end in ends)]
+    got = row_bounds(positions, rows, cols, block_rows)
+    assert got.dtype == torch.int64 and got.tolist() == expected
+
+
+def test_a_result_is_kept_until_the_indices_change() -> None:
+    results: PerIndexSet[int] = PerIndexSet()
+    indices, computed = torch.tensor([1, 4]), iter(range(10))
+
+    def get(key: int) -> int:
+        return results.get(indices, (key,), lambda: next(computed))
+
+    assert [get(5), get(5)] == [0, 0]
+    indices += 1
+    assert [get(5), get(5), get(6), get(5)] == [1, 1, 2, 3]
+    with torch.inference_mode():
+        indices = torch.tensor([1, 4])
+    assert [get(5), get(5)] == [4, 5]

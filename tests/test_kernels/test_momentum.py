@@ -1,4 +1,4 @@
-"""SM3's accumulators and growth from their outer sum."""
+"""SM3's accumulators, and the positions to grow at from their outer sum."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float64, torch.float32]
 
 
 def dense_sm3_ii(gradients: list[torch.Tensor]) -> tuple[list[float], list[float], torch.Tensor]:
-    """Algorithm SM3-II of Anil et al. with the cover of rows and columns, in loops."""
+    """Algorithm SM3-II of Anil et al. for all entries of a matrix, covered by its rows and columns, in loops."""
     rows, cols = gradients[0].shape
     row, col = [0.0] * rows, [0.0] * cols
     nu = torch.zeros(rows, cols, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_sparse_step_touches_rows_and_columns_of_active_positions_only(k: int, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_chunks_are_one_step(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Every position sees the accumulators as they were before the step, whatever the chunk."""
+    """Every position reads the accumulators from before the step, whatever the size of the chunks."""
     row, col = torch.rand(9, dtype=dtype), torch.rand(7, dtype=dtype)
     indices, gradient = draw_indices(63, 40, torch.int32), torch.randn(40, dtype=dtype)
     expected_row, expected_col = row.clone(), col.clone()
@@ -130,7 +130,7 @@ def best_positions(row: list[float], col: list[float], excluded: set[int], m: in
     return sorted(scores, key=lambda position: (-scores[position], position))[:m]
 
 
-# Powers of two: their logs add up without rounding differences that would break ties.
+# Powers of two: sums of their logs do not round, so that ties stay ties.
 ACCUMULATORS = st.lists(st.sampled_from([0.0, 1.0, 2.0, 4.0]), min_size=1, max_size=6)
 
 
@@ -147,7 +147,7 @@ def test_growth_equals_sorting_everything(row: list[float], col: list[float], da
 
 @contextmanager
 def search(thresholds: int, rounds: int, spare: int, listable: int | None) -> Iterator[None]:
-    """Another way to the same positions: thresholds per round, surplus that ends the search, what may be listed."""
+    """Searches with other settings: thresholds per round, the surplus that ends the search, how many may be listed."""
     limits = {} if listable is None else {"_listable": lambda scores, m: listable}
     with patch.multiple(momentum, _CPU_SEARCH=(thresholds, rounds), _SPARE=spare, **limits):
         yield
@@ -187,7 +187,7 @@ def accumulators(draw: st.DrawFn) -> list[float]:
 def test_growth_equals_the_dense_formula(
     way: str, dtype: torch.dtype, row: list[float], col: list[float], data: st.DataObject
 ) -> None:
-    """To the last bit of the scores: near ties, ties, infinities."""
+    """Exact to the last bit of the scores, with near ties, ties and infinities."""
     numel = len(row) * len(col)
     excluded = data.draw(
         st.one_of(
@@ -227,7 +227,7 @@ def test_growth_in_larger_matrices(way: str, rows: int, cols: int, share: float,
 
 @pytest.mark.parametrize("way", WAYS)
 def test_growth_among_scores_that_differ_in_their_last_bits(way: str) -> None:
-    """Comparing with ``threshold - log_row`` rounds otherwise than the scores do; it must not show."""
+    """Comparisons with ``threshold - log_row`` round otherwise than the scores do; the result must not depend on it."""
     for _ in range(40):
         row, col = (
             (1 + torch.randint(-6, 7, (size,)).double() * 2.0**-52)
@@ -243,7 +243,7 @@ def test_growth_among_scores_that_differ_in_their_last_bits(way: str) -> None:
 @pytest.mark.parametrize("kind", ["spread", "equal", "two values"])
 @pytest.mark.parametrize("rows, cols", [(300, 200), (200, 300)])
 def test_growth_forms_nothing_of_the_size_of_the_matrix(kind: str, rows: int, cols: int) -> None:
-    """Ties that fill the matrix are not listed either."""
+    """Ties that fill the matrix are not all listed."""
     sides = {
         "spread": lambda size: torch.rand(size),
         "equal": lambda size: torch.full((size,), 0.7),
@@ -273,15 +273,6 @@ def test_growth_takes_strided_and_low_precision_accumulators() -> None:
     excluded = draw_indices(60, 20)[::2]
     expected = best_positions(row.tolist(), col.tolist(), set(excluded.tolist()), 25)
     assert top_outer_positions(row, col, excluded, 25).tolist() == expected
-
-
-def test_positions_beyond_int32() -> None:
-    """Rows and columns of flat positions up to 2**50, at the ends of a row."""
-    for cols in (3, 2**20 + 1, 2**25 - 39):
-        rows = torch.tensor([0, 1, 2**50 // cols - 1])
-        for col in (0, 1, cols // 2, cols - 1):
-            got = momentum.split_positions(rows * cols + col, cols)
-            assert torch.equal(got[0], rows) and (got[1] == col).all()
 
 
 @pytest.mark.parametrize(

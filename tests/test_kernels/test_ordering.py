@@ -1,4 +1,4 @@
-"""Orders and slots, compared with PyTorch's stable sort."""
+"""`sorted_order` and `true_slots`, compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 
 
 def drawn(size: int, dtype: torch.dtype, distinct: int) -> Tensor:
-    """Few distinct keys, both zeros and infinities among the floating ones."""
+    """Few distinct keys; floating ones include both zeros and both infinities."""
     keys = torch.randint(-distinct, distinct + 1, (size,)).to(torch.float64)
     if dtype.is_floating_point:
         keys = keys / 3

@@ -1,17 +1,16 @@
-"""`gather_outer`, `topk_outer` and their counterparts for a gradient that exists already."""
+"""`gather_outer` and `topk_outer`, and their counterparts for dense gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from helpers import OpRecorder, assert_close
-from torch import Tensor
 
 from spiel_kernels import gather_dense, gather_outer, gather_outer_sets, topk_dense, topk_outer
 from spiel_kernels.outer_plan import plan_for, plan_outer
 from spiel_kernels.sampled import sampled_pays
 
-from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, top_positions
+from .oracle import DTYPE_IDS, DTYPES, draw_indices, outer_entries, small_integers, top_positions
 
 SIZES = [(1, 1, 1), (3, 1, 7), (3, 7, 1), (0, 4, 5), (1, 3, 4), (6, 13, 5), (4, 5, 13)]
 
@@ -28,7 +27,7 @@ def test_gather(n: int, rows: int, cols: int, share: float, dtype: torch.dtype, 
 
 
 def test_gather_over_many_row_blocks() -> None:
-    """More rows than one block takes, with blocks that hold no position at all."""
+    """More rows than one block takes; some blocks hold no position."""
     a, b = torch.randn(3, 1500, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
     indices = torch.tensor([0, 1, 511, 512, 1024, 2050, 2998, 2999])
     assert_close(gather_outer(a, b, indices), outer_entries(a, b, indices), 1e-13)
@@ -46,11 +45,6 @@ def test_mixed_dtypes_accumulate_in_the_wider_one() -> None:
     got = gather_outer(a, b, torch.arange(9))
     assert got.dtype == torch.float64
     assert_close(got, outer_entries(a, b, torch.arange(9)), 1e-14)
-
-
-def small_integers(*shape: int) -> Tensor:
-    """Products of these are exact in every dtype, and tie often."""
-    return torch.randint(-2, 3, shape).float()
 
 
 @pytest.mark.parametrize("dtype", [d for d, _ in DTYPES], ids=DTYPE_IDS)
@@ -105,7 +99,7 @@ def test_no_tensor_of_the_size_of_the_weight_is_formed(rows: int, cols: int, k: 
     assert dense.largest == rows * cols, "the recorder must see what this test is about"
 
 
-# Ways to gather
+# Methods of gathering
 
 
 @pytest.mark.parametrize("dtype, tolerance", DTYPES, ids=DTYPE_IDS)

@@ -129,7 +129,7 @@ def test_tiles_cover_each_position_exactly_once(
 
 
 def test_tiles_are_in_order() -> None:
-    """Tiles of one row block follow each other, rows by falling count, columns ascending within a block."""
+    """Tiles of one row block follow each other; rows are in order of falling count, a block's columns ascend."""
     rows, cols = 300, 260
     indices = draw_clustered(rows, cols, 3000)
     plan = plan_outer(indices, rows, cols, 8, torch.float32, "compact", tile_shape=(64, 64))
@@ -154,7 +154,7 @@ def test_equal_index_sets_make_equal_plans() -> None:
 
 
 def test_a_plan_holds_little_and_saves_products() -> None:
-    """What makes the method worth while, on positions picked by gradient: 1% of 1024 x 1024."""
+    """Positions picked by gradient (1% of 1024 x 1024) need few tiles, which makes the method worth while."""
     indices = draw_clustered(1024, 1024, 10486).to(torch.int32)
     plan = plan_outer(indices, 1024, 1024, 2048, torch.bfloat16, "compact", tile_shape=(64, 64))
     assert plan.product_share < 0.12
@@ -172,7 +172,7 @@ def test_numbers_are_as_narrow_as_they_may_be() -> None:
 
 
 def test_positions_beyond_int32() -> None:
-    """A matrix of 2**32 entries; its last column block only."""
+    """A matrix of 2**32 entries, with positions in its last column block only."""
     rows, cols = 2, 2**31
     indices = torch.tensor([3, cols + 3])
     plan = plan_outer(indices, rows, cols, 1, torch.float32, "dense")
@@ -194,7 +194,7 @@ def test_positions_beyond_int32() -> None:
     ],
 )
 def test_choice(k: int, rows: int, cols: int, density_of_tiles: float, expected: str) -> None:
-    """Clear cases in bfloat16 at 2048 tokens, whatever the constants turn out to be in detail."""
+    """Clear cases in bfloat16 at 2048 tokens, which do not depend on the exact constants of the cost model."""
     tiles = {shape: round(density_of_tiles * rows * cols / math.prod(shape)) for shape in TILE_SHAPES}
     problem = Problem(k, rows, cols, 2048, torch.bfloat16)
     assert choose_method(problem, tiles) == expected

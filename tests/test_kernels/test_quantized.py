@@ -20,24 +20,20 @@ from spiel_kernels.quantized_layout import (
     quantize_8bit,
 )
 
-from .oracle import adapted_weight, draw_indices
+from .oracle import adapted_weight, draw_deltas
 
 SHAPES = [(1, 1), (1, 70), (33, 1), (7, 33), (40, 64), (3, 2048), (0, 4)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Delta = tuple[Tensor, Tensor]
 
 
-def draw_deltas(numel: int, *counts: int, dtype: torch.dtype = torch.float32) -> list[Delta]:
-    return [(draw_indices(numel, k, torch.int32), torch.randn(k).to(dtype)) for k in counts]
-
-
 def unwritten(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix of NaNs to be overwritten."""
+    """A matrix of NaNs, so that an entry left unwritten shows."""
     return torch.full(weight.shape, float("nan"), dtype=dtype)
 
 
 class Case:
-    """A quantized matrix, what it stands for, and the operation on it."""
+    """A quantized matrix, its dequantized values, and the operation that adds deltas to it."""
 
     def __init__(self, w0: Tensor, tensors: list[Tensor], fold: Callable[[list[Delta], Tensor], Tensor]) -> None:
         self.w0, self.tensors, self.fold = w0, tensors, fold
@@ -114,7 +110,7 @@ def test_blocks_for_the_cache_change_nothing(kind: str, elements: int, monkeypat
 
 
 def test_positions_in_odd_columns_read_the_low_nibble() -> None:
-    """0x1f: code 1 first, then code 15."""
+    """The byte 0x1f holds code 1, then code 15."""
     packed = torch.tensor([0x1F], dtype=torch.uint8)
     weight = Packed4bit(packed, torch.tensor([2.0]), (1, 2), torch.float32)
     zero = (torch.tensor([1]), torch.zeros(1))

@@ -1,4 +1,4 @@
-"""The layouts of quantized weights, bit for bit those of bitsandbytes."""
+"""Dequantized weights have the bits that bitsandbytes gives."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 def packed_by_bitsandbytes(
     shape: tuple[int, int], dtype: torch.dtype, storage: torch.dtype = torch.uint8, **options: object
 ) -> tuple[Packed4bit, Tensor]:
-    """A random matrix as bitsandbytes packs it, and as it unpacks it."""
+    """A random matrix that bitsandbytes has quantized, and its dequantized values from bitsandbytes."""
     functional = pytest.importorskip("bitsandbytes.functional")
     bytes_, state = functional.quantize_4bit(torch.randn(shape).to(dtype), quant_storage=storage, **options)
     nested = None
@@ -41,7 +41,7 @@ def packed_by_bitsandbytes(
     return weight, functional.dequantize_4bit(bytes_, state)
 
 
-# Not among them: widths that are a multiple of 32 but not of the block size, which bitsandbytes misreads on some CPUs.
+# Without widths that are a multiple of 32 but not of the block size: bitsandbytes misreads these on some CPUs.
 @pytest.mark.parametrize("shape", [(40, 64), (7, 33), (9, 70), (2, 4096), (65, 65), (3, 6)], ids=str)
 @pytest.mark.parametrize("quant_type", CODES)
 @pytest.mark.parametrize("double", [False, True], ids=["float-scales", "double"])

@@ -40,6 +40,12 @@ def test_stable_topk(scores: list[float], k: int, dtype: torch.dtype) -> None:
     assert got.tolist() == sorted(by_rank[:k])
 
 
+def test_best_mask() -> None:
+    scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 0.0, 1.0])
+    for k, expected in ((1, [3]), (4, [1, 2, 3, 4]), (5, [1, 2, 3, 4, 6]), (6, [0, 1, 2, 3, 4, 6]), (7, [*range(7)])):
+        assert streaming.best_mask(scores, k).nonzero().flatten().tolist() == expected
+
+
 @property_test
 @given(SCORES, st.integers(0, 45), st.lists(st.integers(0, 9), max_size=12), st.sampled_from(FLOATS))
 def test_streaming_equals_one_sort(scores: list[float], k: int, cuts: list[int], dtype: torch.dtype) -> None:
@@ -66,7 +72,7 @@ def test_streaming_equals_one_sort(scores: list[float], k: int, cuts: list[int],
 def test_streaming_of_many_blocks(
     size: int, k: int, block: int, margin: float, kind: str, dtype: torch.dtype, seed: int
 ) -> None:
-    """With samples too small to trust: guessed thresholds are too high, too low, and met by many ties."""
+    """Samples too small to be reliable: guessed thresholds are too high or too low, and many scores tie with them."""
     noise = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     scores = {
         "spread": lambda: (noise * 20).exp(),
@@ -87,7 +93,7 @@ def test_streaming_of_many_blocks(
 
 @pytest.mark.parametrize("order", ["random", "rising", "equal"])
 def test_streaming_holds_few_scores(order: str) -> None:
-    """At most 3 k and a block's, whatever the order of the scores."""
+    """At most 3 k scores and those of a block are held, whatever their order."""
     scores = {
         "random": lambda: torch.rand(200_000),
         "rising": lambda: torch.arange(1, 200_001).float(),
@@ -133,7 +139,7 @@ def test_few_above_finds_a_single_score_anywhere(size: int) -> None:
 @pytest.mark.parametrize("k", [1, 40, 5000, 9000])
 @pytest.mark.parametrize("width", [1, 64, 100])
 def test_sampled_threshold_is_near(k: int, width: int) -> None:
-    """Reached by at least k scores and by not many more, columns of several sizes included."""
+    """At least k scores and not many more reach it, also if the columns of a matrix differ in size."""
     scores = torch.rand(10_000) * (1 + torch.arange(10_000) % width)
     pieces = [scores[:1000], scores[1000:1001], scores[1001:]]
     reached = int((scores >= streaming.sampled_threshold(pieces, k)).sum())

@@ -115,7 +115,7 @@ def test_two_layers_on_one_input_keep_it_once_and_turned() -> None:
 
 
 def test_a_view_is_kept_as_it_is() -> None:
-    """Attention's output comes reshaped, and attention itself keeps it."""
+    """Attention's output is a view of a tensor that attention keeps anyway: a copy would be extra memory."""
     model = adapt(nn.Linear(400, 400), k=500)
     x = torch.randn(4, 20, 20, requires_grad=True) * 2
     saved = Saved()

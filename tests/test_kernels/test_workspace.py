@@ -25,7 +25,7 @@ def address(tensor: Tensor) -> int:
 
 
 def address_for(*shape: int, dtype: torch.dtype = torch.float32) -> int:
-    """Where the buffer lies that is lent for a shape."""
+    """The address of the buffer that is lent for a shape."""
     with workspace(shape, dtype, "cpu") as out:
         return address(out)
 
@@ -58,7 +58,7 @@ def test_nested_borrowers_never_share() -> None:
             inner.fill_(2)
         assert address(inner) != address(outer)
         assert (outer == 1).all()
-    # Both are there for the next ones.
+    # Both buffers are free for the next borrowers.
     with workspace((4, 4), torch.float32, "cpu") as first, workspace((4, 4), torch.float32, "cpu") as second:
         assert {address(first), address(second)} == {address(outer), address(inner)}
 
@@ -86,7 +86,7 @@ def test_bytes_of_one_device() -> None:
 
 
 def test_threads_never_share_a_buffer() -> None:
-    """Each thread finds in its buffer what it has written, however the threads take turns."""
+    """No thread sees what another one writes, however the threads take turns."""
     wrong: list[int] = []
 
     def work(number: int) -> None:

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A row of a 4096-wide matrix holds some 40 entries at 1% density; rows that hold more take several rounds.
+from ..index_set import row_bounds
+
+# Entries per round of a row. A row of a 4096-wide matrix holds some 40 at 1% density.
 _BLOCK = 128
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
@@ -56,7 +58,6 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
         return nu
     rows, cols = row.numel(), col.numel()
     indices = indices.contiguous()
-    starts = torch.arange(0, rows * cols + 1, cols, dtype=indices.dtype, device=indices.device)
     new_col = col.clone()
     with torch.cuda.device_of(row):
         _accumulate_kernel[(rows,)](
@@ -64,7 +65,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
             col,
             new_col.view(torch.int32),
             indices,
-            torch.searchsorted(indices, starts),
+            row_bounds(indices, rows, cols),
             gradient.detach().contiguous(),
             nu,
             cols,

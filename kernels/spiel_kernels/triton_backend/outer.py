@@ -1,4 +1,4 @@
-"""The sparse gradient gather on a GPU: launches the kernels that an `OuterPlan` asks for.
+"""Launches the kernels of the sparse gradient gather that an `OuterPlan` asks for.
 
 Block shapes follow from dtype and plan, never from a timing: another shape would round otherwise, and two runs would
 differ.
@@ -34,7 +34,7 @@ def token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: of the result, at least as wide as x's.
 
     Returns:
-        ``[width, padded]``, padded being N rounded up to a multiple of 64, zero from N on; x itself, transposed, where
+        ``[width, padded]``, where padded is N rounded up to a multiple of 64; zero from N on. x itself, transposed, if
         it is laid out so already.
     """
     tokens, width = x.shape

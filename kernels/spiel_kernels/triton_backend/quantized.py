@@ -1,8 +1,8 @@
-"""Dequantize a matrix and add one sparse delta to it, in one kernel.
+"""Dequantizes a matrix and adds one sparse delta to it, in one kernel.
 
-A program writes a run of consecutive elements, waits for its own stores, and then computes the touched entries of that
-run anew, with their deltas. Indices are sorted, so `bounds` tells where in them each run begins; programs share no
-element, so nothing is atomic.
+A program writes a run of consecutive elements, waits for its own stores, and then computes the entries of that run that
+have a delta anew. Indices are sorted, so `bounds` holds the slot at which each run begins. Programs share no element,
+so nothing is atomic.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import quantized_layout
 from ..quantized_layout import Packed4bit, code_table
 
-# Elements per program, touched entries per round, warps: a thread reads 4 bytes and writes 8 neighbouring elements.
+# Elements per program, deltas per round, and warps: a thread reads 4 bytes and writes 8 neighbouring elements.
 BLOCK = 2048
 CHUNK = 256
 WARPS = 8
-RECIPROCAL_127 = tl.constexpr(7.874015718698502e-3)
+RECIPROCAL_127 = tl.constexpr(quantized_layout.RECIPROCAL_127)
 
 _TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -186,9 +187,9 @@ def _fold_8bit_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _run_starts(rows: int, cols: int, run: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Where the runs of a matrix begin, and its end: every `run` elements of every row, ``[runs + 1]``.
+    """Positions at which the runs of a matrix begin, every `run` elements of every row, and its end: ``[runs + 1]``.
 
-    Made on the CPU: the copy is complete when it returns, for whatever stream uses it later.
+    Made on the CPU: the copy to the device is complete on return, whichever stream uses it later.
     """
     starts = torch.arange(rows, dtype=torch.int64)[:, None] * cols + torch.arange(0, cols, run, dtype=torch.int64)
     with torch.inference_mode(False):

@@ -1,9 +1,9 @@
-"""Candidate selection on a GPU: the exact top k of ``|a.T @ b|`` in row blocks, waiting for the device at the end.
+"""Selects the exact top k of ``|a.T @ b|`` on a GPU in row blocks, and waits for the device at the end only.
 
-A bound that a little more than k entries reach is read off a sample of rows. Row blocks of the product then pass by
-once, and what reaches the bound is appended to a pool; the top k of the pool are the top k of all if the pool holds at
-least k entries and lost none. If not (a sample that misled, or very many equal entries), the blocks pass by again,
-through the selection that waits for the device after each.
+A sample of rows gives a bound that a little more than k entries reach. Row blocks of the product are computed once, and
+the entries that reach the bound are appended to a pool. The top k of the pool are the top k of all if the pool holds at
+least k entries and lost none. If not (the sample misled, or very many entries are equal), the blocks are computed again
+for the selection that waits for the device after each.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..outer_plan import dense_block_rows
-from ..outer_products import outer_block
-from ..streaming import StreamingTopK
+from ..outer_products import outer_block, outer_row_blocks
+from ..streaming import best_mask, topk_of_blocks
 
 # Rows in the sample, at least, and entries, as far as that allows. Rows are drawn evenly from all of them sorted by the
 # norm of their column of a: with row and column norms spread over several decades and k between 0.25% and 3% of the
 # matrix, 0.99 to 1.16 of the entries asked for then reached the bound (0.5 to 1.8 with rows drawn at random).
 _SAMPLE_ROWS = 128
 _SAMPLE_ENTRIES = 1 << 20
-# The bound aims at this many entries per wanted one, and the pool has room for this many.
+# The bound is set for so many entries per entry wanted, and the pool has room for so many.
 _AIM = 1.2
 _ROOM = 1.6
-# The same, added: a small k is a small sample.
+# Added to these numbers, as a small k makes a small sample.
 _AIM_SPARE = 32
 _ROOM_SPARE = 1 << 16
 _BLOCK = 2048
@@ -73,11 +73,11 @@ def _append_kernel(
 
 @dataclass
 class Pool:
-    """Entries that reached the bound, by ascending position; `count` goes on where the room ends.
+    """Entries that reached the bound, by ascending position. Entries beyond its room are counted, but lost.
 
     Args:
         scores: float32 ``[capacity]``, zero where free; positions: int64 ``[capacity]``.
-        count: int64 ``[1]``, on the device.
+        count: int64 ``[1]`` on the device, of all entries that reached the bound.
     """
 
     scores: Tensor
@@ -112,20 +112,8 @@ class Pool:
         self.count = ends[-1:]
 
 
-def best_slots(scores: Tensor, k: int) -> Tensor:
-    """bool ``[n]``: the k largest of `scores` ``[n]`` that are above zero, the earlier of equal ones. No NaN, no wait.
-
-    Args:
-        k: at least 1 and at most n.
-    """
-    threshold = torch.topk(scores, k, sorted=False).values.min()
-    above, ties = scores > threshold, scores == threshold
-    wanted = k - above.sum()
-    return (above | (ties & (ties.cumsum(0) <= wanted))) & (scores > 0)
-
-
 def sampled_bound(a: Tensor, b: Tensor, k: int) -> Tensor:
-    """float32 ``[1]``: a score that somewhat more than k entries reach, as far as a sample of rows can tell."""
+    """float32 ``[1]``: a score that somewhat more than k entries reach, estimated from a sample of rows."""
     rows, cols = a.shape[1], b.shape[1]
     wanted = min(rows, max(_SAMPLE_ROWS, _SAMPLE_ENTRIES // cols))
     stride = rows // wanted
@@ -141,23 +129,20 @@ def sampled_bound(a: Tensor, b: Tensor, k: int) -> Tensor:
 
 def _row_blocks(a: Tensor, b: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Position of the first entry, and the products, of each row block of ``a.T @ b``."""
-    size = dense_block_rows(a.shape[1], b.shape[1])
-    for first in range(0, a.shape[1], size):
-        yield first * b.shape[1], outer_block(a[:, first : first + size], b)
+    blocks = outer_row_blocks(a, b, dense_block_rows(a.shape[1], b.shape[1]))
+    return ((first * b.shape[1], block) for first, block in blocks)
 
 
 def _topk_waiting(a: Tensor, b: Tensor, k: int) -> Tensor:
-    top = StreamingTopK(k)
-    for first, block in _row_blocks(a, b):
-        top.update(block.abs().flatten(), first)
-    return top.result().to(a.device)
+    """`topk_outer` in a way that waits for the device after each block."""
+    return topk_of_blocks(((first, block.abs_()) for first, block in _row_blocks(a, b)), k, a.device)
 
 
 def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
     """Positions of the k largest ``|a.T @ b|``, exact with respect to the products as computed in float32.
 
     Holds a row block of at most 16 MiB, a sample of rows of 4 MiB (128 rows, if that is more) and 12 bytes for 1.6
-    entries per wanted one. Waits for the device at the end, and after every block where the sample misled.
+    entries per entry wanted. Waits for the device at the end, and after every block where the sample misled.
 
     Args:
         a: ``[N, rows]``; b: ``[N, cols]``; any floating dtype (float64 waits after every block) and strides.
@@ -180,7 +165,7 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
         pool = Pool.empty(capacity, a.device)
         for first, block in _row_blocks(a, b):
             pool.append(block, first, bound)
-        best = best_slots(pool.scores, k)
+        best = best_mask(pool.scores, k).logical_and_(pool.scores > 0)
         count, positive = torch.stack([pool.count[0], (bound[0] > 0).long()]).tolist()
     if count > capacity or (positive and count < k):
         return _topk_waiting(a, b, k)

@@ -14,7 +14,7 @@ import torch
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On a GPU these are GPU tests; where there is neither one nor the interpreter, leave them out."""
+    """Mark these tests as GPU tests on a GPU; deselect them without a GPU and without the interpreter."""
     here = [item for item in items if "test_kernels/triton" in str(item.path).replace(os.sep, "/")]
     if torch.cuda.is_available():
         for item in here:

@@ -1,4 +1,4 @@
-"""The Triton kernel of folding against plain PyTorch."""
+"""The Triton kernel of `copy_fold` against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spiel_kernels.dispatch import use_backend
 
 from ..oracle import draw_indices
 
-# The interpreter cuts float32 to bfloat16 where hardware rounds: one step of bfloat16.
+# The interpreter truncates float32 to bfloat16, where hardware rounds: results differ by one step of bfloat16.
 DTYPES = [(torch.float32, 0.0), (torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)]
 
 

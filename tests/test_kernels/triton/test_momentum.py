@@ -22,7 +22,7 @@ SHAPES = [(1, 1), (1, 300), (300, 1), (5, 7), (3, 200)]
 def test_equals_pytorch(
     rows: int, cols: int, share: float, index_dtype: torch.dtype, gradient_dtype: torch.dtype, device: str
 ) -> None:
-    """Rows of more entries than one block, rows and columns without any."""
+    """Some rows have more entries than one block; some rows and columns have none."""
     k = int(share * rows * cols)
     indices = draw_indices(rows * cols, k, index_dtype).to(device)
     row, col = torch.rand(rows, device=device), torch.rand(cols, device=device)
@@ -38,7 +38,7 @@ def test_equals_pytorch(
 
 
 def test_rows_with_one_entry_each(device: str) -> None:
-    """The column of all these entries takes the largest of them, from whichever program."""
+    """The accumulator of a column takes the largest of its entries, whichever program computes it."""
     row, col = torch.zeros(50, device=device), torch.zeros(3, device=device)
     indices = (torch.arange(50, device=device) * 3 + 1).int()
     gradient = torch.randn(50, device=device)

@@ -87,7 +87,7 @@ def test_float64_runs_in_pytorch(method: str, device: str) -> None:
 
 
 def test_tokens_are_split_and_tiles_grouped(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Launches of two tiles each, the last one short, over three runs of tokens."""
+    """Launches compute two tiles each (the last one fewer), in three runs of tokens."""
     monkeypatch.setattr(outer_plan, "TOKENS_PER_SPLIT", 64)
     monkeypatch.setattr(outer, "_WORKSPACE_BYTES", 2 * 3 * 4 * 64 * 64)
     monkeypatch.setattr(outer_plan, "BUSY_PROGRAMS", 15)
@@ -146,7 +146,7 @@ def test_several_index_sets_share_the_copies(monkeypatch: pytest.MonkeyPatch, de
 
 
 def test_values_that_are_not_finite_stay_where_they_belong(device: str) -> None:
-    """A tile computes products that nobody asked for; theirs must not reach the others."""
+    """A tile computes products besides the selected entries; a NaN among them must not reach the selected ones."""
     a, b = torch.randn(5, 66), torch.randn(5, 30)
     a[2, 3], b[1, 7] = torch.inf, torch.nan
     indices = draw_indices(66 * 30, 600).to(device)

@@ -13,7 +13,7 @@ from spiel_kernels.quantized_layout import CODES, quantize_4bit, quantize_8bit
 
 from ..oracle import draw_indices
 
-# One element, one row, one column, odd sizes, a byte with one element, several programs, none.
+# One element, one row, one column, odd sizes, a last byte with one element, several programs, no entries.
 SHAPES = [(1, 1), (1, 70), (33, 1), (7, 33), (3, 2049), (40, 64), (0, 4)]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 Delta = tuple[Tensor, Tensor]
@@ -24,7 +24,7 @@ def draw_deltas(numel: int, device: str, *counts: int, index: torch.dtype = torc
 
 
 def assert_same(got: Tensor, expected: Tensor, quant_dtype: torch.dtype = torch.float32) -> None:
-    """The same bits; where the interpreter makes bf16, which it truncates, one unit for each of up to two times."""
+    """Asserts equal bits; allows one unit for each of two casts to bfloat16, which the interpreter truncates."""
     assert got.dtype == expected.dtype and got.shape == expected.shape and not got.isnan().any()
     truncated = [got.dtype, quant_dtype].count(torch.bfloat16) if got.device.type == "cpu" else 0
     if got.numel():
@@ -92,7 +92,7 @@ def test_8bit(shape: tuple[int, int], share: float, out_dtype: torch.dtype, devi
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
 def test_all_deltas_in_one_run_and_strided(index: torch.dtype, device: str) -> None:
-    """More in one program than fit one round, none in the others."""
+    """One program has more deltas than fit in one round, the others have none."""
     where = torch.arange(700, 1900, 2, device=device).to(index)
     values = torch.randn(where.numel(), 2, device=device)[:, 0]
     deltas = [(torch.stack([where, where], 1)[:, 1], values)]
@@ -124,7 +124,7 @@ def test_nothing_around_the_matrix_is_written(device: str) -> None:
 @pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp4-double", "8bit"])
 @pytest.mark.parametrize("counts", [(), (0,), (600,), (600, 70)], ids=str)
 def test_layers_of_bitsandbytes(name: str, counts: tuple[int, ...], device: str) -> None:
-    """What PEFT reads of such a layer plus the deltas, through the function that layers call."""
+    """The function that layers call gives PEFT's dequantized weight plus the deltas."""
     pytest.importorskip("bitsandbytes")
     from peft.utils.quantization_utils import resolve_quantization_backend
     from quantized import QUANTIZED

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from spiel_kernels.triton_backend import select
-from spiel_kernels.triton_backend.select import best_slots, sampled_bound, topk_outer
+from spiel_kernels.triton_backend.select import sampled_bound, topk_outer
 
-from ..oracle import top_positions
+from ..oracle import small_integers, top_positions
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-def small_integers(*shape: int) -> Tensor:
-    """Products of these are exact in every dtype, and tie often."""
-    return torch.randint(-2, 3, shape).float()
 
 
 def expected_positions(a: Tensor, b: Tensor, k: int) -> list[int]:
@@ -27,7 +22,7 @@ def expected_positions(a: Tensor, b: Tensor, k: int) -> list[int]:
 
 @pytest.fixture
 def tiny_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row blocks of five rows, a sample and a pool that are small beside the matrix."""
+    """Row blocks of five rows, and a sample and a pool that are small compared with the matrix."""
     monkeypatch.setattr(select, "dense_block_rows", lambda rows, cols: min(rows, 5))
     monkeypatch.setattr(select, "_SAMPLE_ROWS", 8)
     monkeypatch.setattr(select, "_SAMPLE_ENTRIES", 1)
@@ -57,7 +52,7 @@ def test_ties_and_zeros(n: int, rows: int, cols: int, k: int, dtype: torch.dtype
 @pytest.mark.parametrize("k", [1, 20, 100, 500, 1343])
 @pytest.mark.parametrize("seed", range(3))
 def test_many_blocks_with_ties(k: int, seed: int, device: str) -> None:
-    """So many ties that the bound is one of them, with more entries than the pool takes."""
+    """So many scores tie that the bound ties too, and more entries reach it than the pool takes."""
     torch.manual_seed(seed)
     a, b = small_integers(3, 64).to(device), small_integers(3, 21).to(device)
     assert topk_outer(a, b, k).tolist() == expected_positions(a, b, k)
@@ -67,7 +62,7 @@ def test_many_blocks_with_ties(k: int, seed: int, device: str) -> None:
 @pytest.mark.parametrize("k", [1, 64, 512])
 @pytest.mark.parametrize("heavy", ["first", "last", "spread"])
 def test_rows_of_any_size_need_no_second_pass(k: int, heavy: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """Wherever the large rows stand: the pool must hold the best, and not overflow."""
+    """The pool holds the best entries and does not overflow, wherever the large rows are."""
     monkeypatch.setattr(select, "_SAMPLE_ROWS", 64)
     monkeypatch.setattr(select, "_AIM_SPARE", 16)
     monkeypatch.setattr(select, "_ROOM_SPARE", 100)
@@ -94,7 +89,7 @@ def test_a_sample_that_misleads(misleading: float, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("tiny_blocks")
 def test_fewer_entries_than_wanted(device: str) -> None:
-    """All zero but some: nothing is made up."""
+    """Entries that are zero are never chosen, even if fewer than k are not zero."""
     a, b = torch.zeros(2, 60, device=device), torch.ones(2, 40, device=device)
     a[0, 17] = 1
     a[1, 44] = -3
@@ -118,13 +113,6 @@ def test_values_that_are_not_finite(device: str) -> None:
 def test_strided_operands(device: str) -> None:
     a, b = small_integers(60, 4).to(device).T, small_integers(8, 80).to(device)[::2, ::2]
     assert topk_outer(a, b, 30).tolist() == expected_positions(a, b, 30)
-
-
-def test_best_slots() -> None:
-    scores = torch.tensor([0.0, 2.0, 1.0, 3.0, 1.0, 0.0, 1.0])
-    assert best_slots(scores, 1).nonzero().flatten().tolist() == [3]
-    assert best_slots(scores, 4).nonzero().flatten().tolist() == [1, 2, 3, 4]
-    assert best_slots(scores, 7).nonzero().flatten().tolist() == [1, 2, 3, 4, 6]
 
 
 def test_the_sample_predicts_the_bound() -> None:

@@ -12,7 +12,7 @@ from spiel_peft import SM3, SpIELConfig
 
 
 def run(backend: str, growth: str, device: str) -> tuple[float, Tensor]:
-    """Last loss and indices of a small model's first layer; its base weight must end as it began."""
+    """Last loss, and indices of a small model's first layer; checks that its base weight has not changed."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(40, 70), nn.GELU(), nn.Linear(70, 8)).to(device)
     original = base[0].weight.detach().clone()
