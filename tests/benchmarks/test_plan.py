@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks_under_test import ROOT
+from benchmarks_under_test import ROOT, plan
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import plan
 from spiel_peft import SpIELConfig
 
 SMALL = plan.Llama(hidden=64, intermediate=96, key_value=32, blocks=2, vocabulary=40)
