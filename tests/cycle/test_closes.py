@@ -9,23 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_same_run,
-    assert_sound,
-    deltas_of,
-    first_delta,
-    indices_of,
-    log_of,
-    loss_of,
-    mlp,
-    moved,
-    steps_with_moves,
-    train,
-    trainable,
-)
+from support.adapters import deltas_of, first_delta, indices_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, assert_sound, loss_of, moved, steps_with_moves, train
 
 CRITERIA = ["accumulated_gradient", "momentum", "random"]
 

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.adapters import deltas_of, first_delta, indices_of, trainable
+from support.runs import adamw, adapt, assert_sound, loss_of, registered_criteria, train
 from torch import Tensor, nn
 
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_sound,
-    deltas_of,
-    first_delta,
-    indices_of,
-    loss_of,
-    registered_criteria,
-    train,
-    trainable,
-)
 from spiel_peft import GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 
 

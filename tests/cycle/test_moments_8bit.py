@@ -11,9 +11,10 @@ import bitsandbytes.functional
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
+from support.adapters import first_delta, indices_of, log_of, trainable
+from support.runs import adapt, assert_sound, moved
 from torch import Tensor, nn
 
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
 from spiel_peft.cycle.grown_seeds import GrownSeeds
 from spiel_peft.cycle.optimizer_buffers import buffers_of, reseed_state
 

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.runs import adapt
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cycle.dense_oracle import DenseOracle, Matrix, Settings
-from cycle.helpers import adapt, deltas_of, mlp, trainable
 from spiel_peft.delta import SparseDelta
 
 Data = Callable[[int, int], tuple[Tensor, Tensor]]

@@ -10,22 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, indices_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, loss_of, moved, train
 from torch import nn
 
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_same_run,
-    deltas_of,
-    first_delta,
-    indices_of,
-    log_of,
-    loss_of,
-    mlp,
-    moved,
-    train,
-    trainable,
-)
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
 SECOND = {"target_modules": ["0", "2"], "density": 0.3, "regrow_every": 3, "accumulation_steps": 1, "total_steps": 30}

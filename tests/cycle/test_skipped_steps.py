@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, log_of, trainable
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import Tensor, nn
-
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, loss_of, train, trainable
 
 STEPS = 7
 GROWTHS = ["accumulated_gradient", "momentum"]

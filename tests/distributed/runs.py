@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.runs import adamw, adapt, batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, trainable
+from support.adapters import deltas_of, trainable
+from support.runs import adamw, adapt
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, batch, deltas_of, log_of, mlp, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adapt, batch
 from torch import Tensor, nn
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, impose, mean_square, snapshot
 from spiel_peft.cycle.window import NO_POSITION, best_slots, padded, unite
 

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adamw, adapt, deltas_of, loss_of
+from support.adapters import deltas_of
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adamw, adapt, loss_of
 from torch import Tensor, nn
 
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, assert_lockstep, own_batch, snapshot
 from spiel_peft import set_data_parallel_group
 

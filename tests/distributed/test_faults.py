@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, deltas_of, registered_criteria
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from support.adapters import deltas_of
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adapt, registered_criteria
 from torch import Tensor, nn
 
 import spiel_peft.cycle.agreement as agreement
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, own_batch
 from spiel_peft import GrowthRequest, register_growth_criterion
 from spiel_peft.cycle.close import Exchange

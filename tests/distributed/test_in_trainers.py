@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt, batch
+from support.trainer_runs import Regression
 from torch import Tensor, nn
-from trainer_helpers import Regression
 from transformers import Trainer, TrainingArguments
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, assert_equal, assert_lockstep, snapshot
 from spiel_peft import SpIELCallback
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import mlp
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_equal, assert_lockstep
 
 RANKS, STEPS = 2, 11

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adamw, adapt, deltas_of, mlp, trainable
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, mean_square, own_batch, snapshot
 from spiel_peft import set_data_parallel_group
 from spiel_peft.cycle.parallel import ranks_of

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adapt, deltas_of, mlp, trainable
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adapt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_lockstep, mean_square, own_batch, snapshot
 from distributed.sharded import ShardedTraining, Snapshots, in_bfloat16, shard
 from spiel_peft import SM3, set_data_parallel_group

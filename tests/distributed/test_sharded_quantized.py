@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from cycle.helpers import deltas_of
+from support.adapters import deltas_of
+from support.ranks import launch, results_of, run_here
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_lockstep
 from distributed.sharded import ShardedTraining, Snapshots
 

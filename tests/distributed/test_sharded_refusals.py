@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, mlp
+from support.adapters import deltas_of
+from support.models import mlp
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adamw, adapt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, own_batch
 from distributed.sharded import ShardedTraining, shard
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, log_of, trainable
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt, batch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from distributed.fsdp_on_cpu import allow_fsdp_on_cpu, reset_accelerate
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, assert_equal, assert_lockstep, mean_square, own_batch, snapshot
 from spiel_peft import SM3, SpIELCallback
 

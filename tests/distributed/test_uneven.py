@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from cycle.helpers import deltas_of
+from support.adapters import deltas_of
+from support.ranks import launch, results_of, run_here
 from torch.distributed.algorithms.join import Join
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_lockstep
 
 RANKS = 2

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from support.docs_blocks import ROOT, code_blocks, page
 from test_import_direction import FLOORS
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = page("architecture.md")
 
 
 def test_every_file_it_names_exists() -> None:
@@ -28,9 +27,8 @@ def test_every_module_of_the_root_and_every_package_is_on_the_map() -> None:
 
 
 def test_the_direction_is_the_one_that_is_tested() -> None:
-    block = re.search(r"```\n(spiel_kernels\n.*?)```", PAGE, flags=re.DOTALL)
-    assert block is not None
-    lines = [set(re.findall(r"\w+", line)) for line in block[1].splitlines()]
+    (block,) = [block for block in code_blocks(PAGE, language="") if block.startswith("spiel_kernels\n")]
+    lines = [set(re.findall(r"\w+", line)) for line in block.splitlines()]
     floors = [set(floor.split()) - {"__init__", "autoload"} for floor in FLOORS]
     assert lines[1:-1] == [floor for floor in floors if floor]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters.helpers import tiny_llama
 from cli.helpers import tokenizer as word_tokenizer
 from datasets import Dataset
+from support.models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 

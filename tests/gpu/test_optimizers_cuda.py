@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, batch, deltas_of, mlp, trainable
 from cycle.test_moments_8bit import check_quantized
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.runs import adapt, batch
 
 pytestmark = pytest.mark.gpu
 

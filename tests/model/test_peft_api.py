@@ -11,22 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.helpers import (
-    IDS,
-    PREFIX,
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    same_bits,
-    snapshot,
-    spiel_config,
-    texts,
-    tiny_llama,
-    train,
-)
 from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict
+from support.adapters import PREFIX, adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config, train
+from support.models import IDS, logits, tiny_llama
+from support.tensors import same_bits, texts
 from transformers import AutoModelForCausalLM
 
 from spiel_peft import SpIELConfig

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cycle.helpers import adapt, log_of, train, trainable
 from peft import PeftModel
+from support.adapters import log_of, trainable
+from support.runs import adapt, train
 
 from optimizers.catalogue import EVERY, SHARED
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, deltas_of, log_of, loss_of, mlp, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.runs import adapt, loss_of
 from torch import Tensor, nn
 
 from optimizers.catalogue import BITSANDBYTES, OTHERS, SHARED, TORCH, Make

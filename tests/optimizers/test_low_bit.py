@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, trainable
+from support.adapters import first_delta, indices_of, log_of, trainable
+from support.runs import adapt, assert_sound, moved
 from torch import Tensor, nn
 
 from spiel_peft.cycle.grown_seeds import GrownSeeds

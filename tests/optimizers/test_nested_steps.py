@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import assert_same_run, deltas_of, indices_of, log_of, loss_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import assert_same_run, loss_of, train
 from torch import Tensor, nn
 
 from optimizers.around import (

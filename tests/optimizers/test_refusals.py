@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, loss_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import adamw, adapt, loss_of, train
+from support.trainer_runs import regression, trainer
 from torch import nn
-from trainer_helpers import regression, trainer
 
 from optimizers.refused import BY_STATE, Coded, InBackward, Keeping, Listed, Offloaded, Sliced
 from spiel_peft import SpIELCallback, SpIELOptimizer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cycle.helpers import adapt, assert_same_run, assert_sound, deltas_of, log_of, loss_of, train, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.runs import adapt, assert_same_run, assert_sound, loss_of, train
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 

@@ -9,7 +9,9 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, mlp, train, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 

@@ -15,12 +15,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from helpers import Single
 from peft import PeftModel, get_peft_model
+from support.adapters import layers_of, trainable
+from support.layers import Single
+from support.runs import everything
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spiel_peft import SM3, SpIELConfig, SpIELLayer
+from spiel_peft import SM3, SpIELConfig
 
 DATA = Path(__file__).parent / "data"
 
@@ -126,7 +128,7 @@ def train_kind(kind: str) -> PeftModel:
 def results_of_kind(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What an adapted layer gives: its output, and the gradients of its deltas and its input."""
     x = x.clone().requires_grad_(x.is_floating_point())
-    delta = spiel_layers(model)[0].spiel_delta["default"]
+    delta = layers_of(model)[0].spiel_delta["default"]
     out = model(x)
     (out * filled(tuple(out.shape), 60).to(out.dtype)).sum().backward()
     results = {"output": out.detach(), "grad_values": delta.values.grad}
@@ -165,10 +167,6 @@ def adapt_mixed(growth: str, dtype: torch.dtype = torch.float32) -> PeftModel:
     return get_peft_model(mixed(dtype), config).train()
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, rank: int = 0) -> list[float]:
     """Optimizer steps number `first` to `last`, counted from 1; returns the loss of each, in seven digits."""
     losses = []
@@ -195,23 +193,6 @@ def run(name: str, rank: int = 0, wrap: Callable[[nn.Module], nn.Module] | None 
     for key, tensor in model.state_dict().items():
         assert key not in originals or torch.equal(tensor, originals[key]), f"{key} was changed by training"
     return {"losses": losses, "digest": digest(everything(model, optimizer))}
-
-
-def spiel_layers(model: nn.Module) -> list[SpIELLayer]:
-    return [module for module in model.modules() if isinstance(module, SpIELLayer)]
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A copy of indices, values, training state and optimizer state of all deltas."""
-    out: dict[str, Tensor] = {}
-    for layer in spiel_layers(model):
-        delta = layer.spiel_delta["default"]
-        tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
-        state = optimizer.state[delta.values]
-        tensors |= {f"state.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"state.{key}": torch.tensor(v) for key, v in state.items() if isinstance(v, (int, float))}
-        out |= {f"{layer.module_name}.{key}": tensor.clone().contiguous() for key, tensor in tensors.items()}
-    return out
 
 
 # Digests

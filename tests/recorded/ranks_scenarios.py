@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from distributed.ranks import run_here
+from support.ranks import run_here
 from torch.nn.parallel import DistributedDataParallel
 
 from recorded.models import RUNS, run

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers import assert_same_bits
 from safetensors.torch import load_file
+from support.tensors import assert_same_bits
 
 from spiel_peft import export_sparse_patch
 from spiel_peft.convert import read_sparse_patches

@@ -7,7 +7,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from cycle.helpers import adapt, batch, deltas_of, mlp, trainable
+from support.adapters import trainable
+from support.runs import adapt, batch, everything
 from torch import Tensor, nn
 
 from spiel_peft import SM3, SpIELOptimizer
@@ -82,28 +83,3 @@ class Run:
     def everything(self) -> dict[str, Tensor]:
         """A copy of all that a run consists of: indices, values, training state, optimizer state."""
         return everything(self.model, self.optimizer)
-
-
-def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    out = {}
-    for name, delta in deltas_of(model).items():
-        tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
-        state = optimizer.state[delta.values]
-        tensors |= {f"state.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"state.{key}": torch.tensor(v) for key, v in state.items() if isinstance(v, (int, float))}
-        out |= {f"{name}.{key}": tensor.clone() for key, tensor in tensors.items()}
-    return out
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Both hold the same names, and the same bits under each."""
-    assert left.keys() == right.keys(), left.keys() ^ right.keys()
-    different = [
-        name
-        for name, tensor in left.items()
-        if tensor.dtype != right[name].dtype or not torch.equal(tensor, right[name])
-    ]
-    assert not different, different
-
-
-__all__ = ["CYCLE", "GROWTHS", "OPTIMIZERS", "STEPS", "Run", "assert_same", "everything", "mlp"]

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from cycle.helpers import trainable
+from support.adapters import trainable
+from support.runs import everything
 from transformers import Trainer, TrainerCallback
 
-from resume.helpers import STEPS, Run, everything
+from resume.helpers import STEPS, Run
 from resume.llama import llama_trainer, sft_trainer
 
 KILLS = 3

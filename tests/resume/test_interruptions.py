@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, train
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same, assert_same_run, train
 from torch import nn
 
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
-from .helpers import STEPS, Run, assert_same, mlp
+from .helpers import STEPS, Run
 from .test_state_dicts import accelerate_state, save_pretrained, state_dicts
 
 ROUTES = [state_dicts, save_pretrained, accelerate_state]

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import assert_same
 
 from . import killed
-from .helpers import STEPS, assert_same
+from .helpers import STEPS
 
 SCRIPT = Path(killed.__file__)
 

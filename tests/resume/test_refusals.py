@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import adapted, assert_unchanged, edit_adapter, snapshot, tiny_llama, train
-from cycle.helpers import adamw, adapt, deltas_of, first_delta, loss_of
 from peft import PeftModel
+from support.adapters import adapted, assert_unchanged, deltas_of, edit_adapter, first_delta, snapshot, train
+from support.models import tiny_llama
+from support.runs import adamw, adapt, loss_of
 from torch import nn
 
 from spiel_peft.cycle.resume import GROUP_KEY

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import deltas_of, log_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.adapters import deltas_of, log_of
+from support.models import mlp
+from support.runs import assert_same
 
-from .helpers import GROWTHS, OPTIMIZERS, STEPS, Run, assert_same, mlp
+from .helpers import GROWTHS, OPTIMIZERS, STEPS, Run
 
 Route = Callable[[Run, Path], Run]
 

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
-from cycle.helpers import deltas_of, first_delta, log_of
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import tiny_llama
+from support.runs import assert_same, everything
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from spiel_peft import SpIELCallback
 
-from .helpers import STEPS, assert_same, everything
+from .helpers import STEPS
 from .llama import adapted_llama, config, llama_trainer
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from distributed.ranks import launch, results_of, run_here
+from support.ranks import launch, results_of, run_here
+from support.runs import assert_same, everything
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from resume.helpers import GROWTHS, Run, assert_same, everything
+from resume.helpers import GROWTHS, Run
 
 RANKS = 2
 # In the window of steps 6-8: the candidates are those of the checkpoint, however many processes sum their gradients.

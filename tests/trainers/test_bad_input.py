@@ -9,15 +9,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import adamw, adapt, train
+from support.text import rows, texts, tokenizer
+from support.trainer_runs import QUIET
 from torch import nn
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from spiel_peft import SM3, SpIELCallback, SpIELConfig, SpIELOptimizer
 
-from .helpers import QUIET, adapted, arguments, assert_reloads, outputs, rows, texts, tiny_llama, tokenizer
+from .helpers import adapted, arguments, assert_reloads, outputs, tiny_llama
 
 HOLDS_NONE = "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters"
 

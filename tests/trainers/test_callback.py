@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, mlp
-from trainer_helpers import Regression, arguments, regression, total_deltas, trainer
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run
+from support.trainer_runs import Regression, arguments, regression, total_deltas, trainer
 from transformers import TrainerCallback
 
 from spiel_peft import SpIELCallback, SpIELOptimizer

@@ -9,13 +9,15 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from cycle.helpers import assert_same_run, deltas_of, log_of
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.runs import assert_same_run
+from support.text import sentences
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .helpers import Watch, adapted, assert_reloads, batches, loss_of, optimizer_of, sentences
+from .helpers import Watch, adapted, assert_reloads, batches, loss_of, optimizer_of
 
 
 def decay_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:

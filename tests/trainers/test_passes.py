@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, loss_of, train, trainable
+from support.adapters import deltas_of, trainable
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
+from support.text import rows
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .helpers import adapted, arguments, rows
+from .helpers import adapted, arguments
 from .trl_runs import KINDS
 
 REENTRANT = [{"use_reentrant": True}, {"use_reentrant": False}]

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, train
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import nn
 
 from spiel_peft import SpIELOptimizer

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapters.helpers import tiny_llama
-from cycle.helpers import assert_same_run, deltas_of, indices_of, log_of, moved
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of
+from support.models import tiny_llama
+from support.runs import assert_same_run, moved
 
 from spiel_peft import SpIELCallback
 

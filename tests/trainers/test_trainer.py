@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import log_of
 from datasets import Dataset
 from peft import get_peft_model
+from support.adapters import log_of
+from support.text import rows, sentences
+from support.trainer_runs import QUIET
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -21,7 +23,7 @@ from transformers import (
     Trainer,
 )
 
-from .helpers import QUIET, Watch, adapted, arguments, assert_reloads, config, rows, sentences
+from .helpers import Watch, adapted, arguments, assert_reloads, config
 
 
 def trainer(model: nn.Module, folder: Path, callbacks: Any = None, **settings: Any) -> Trainer:

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from adapters.helpers import train as train_a_little
-from cycle.helpers import assert_same_run, deltas_of, log_of
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.adapters import train as train_a_little
+from support.models import quantized_llama
+from support.runs import assert_same_run
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-from .helpers import adapted, config, quantized_llama, tiny_llama
+from .helpers import adapted, config, tiny_llama
 from .trl_runs import KINDS
 
 SYNCS = 50
