@@ -1,4 +1,4 @@
-"""The benchmarks' modules for their tests.
+"""Imports the benchmarks' modules for their tests.
 
 The checkout is on the import path for these imports only: to other packages its folder kernels/ would look like the
 package of that name.

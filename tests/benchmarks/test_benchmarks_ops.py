@@ -54,7 +54,7 @@ def test_the_fit_finds_the_constants_of_the_rule() -> None:
     points = [(r, c, d, 150 * (r + c) / (r * c) + 12 * d) for r, c in shapes for d in (0.001, 0.01, 0.05)]
     fit = cost_models.fit_sampled(points)
     assert (fit.per_size, fit.per_density) == pytest.approx((150, 12)) and fit.relative_error < 1e-9
-    # A cost that falls with density has no business in the rule.
+    # A cost that falls with density gets a constant of zero.
     assert cost_models.fit_sampled([(64, 64, 0.01, 1.0), (64, 64, 0.1, 0.5)]).per_density == 0.0
     with pytest.raises(ValueError, match="need at least two measurements, got 1"):
         cost_models.fit_sampled(points[:1])

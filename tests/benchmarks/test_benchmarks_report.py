@@ -1,4 +1,4 @@
-"""The page of results is what the JSON says: tables, targets, plots."""
+"""The page of results agrees with the JSON files: tables, targets, plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MACHINE = {"batch_size": 4, "tokens": 128, "dtype": "float32"}
 
 
 def alone_rounds() -> list[dict[str, Any]]:
-    """Three rounds of a slow first one: LoRA's steps take 1 s, SpIEL-AG's 1.1 s and those of its window 2.1 s."""
+    """Three rounds, the first one slow: LoRA's steps take 1 s, SpIEL-AG's 1.1 s, and 2.1 s in its window."""
     rounds = []
     for factor in (3.0, 1.0, 1.0):
         lora = {"seconds": [factor] * 25, "peak_mib": 1000.0}
@@ -167,7 +167,7 @@ def test_tables_of_a_text_are_renewed(tmp_path: Path) -> None:
     assert f"<!-- benchmarks: alone -->\n\n{tables.alone_table(results)}\n\n<!-- end -->\nafter" in renewed
     assert "old" not in renewed
     assert report.with_tables(renewed, results) == renewed
-    # Nothing measured, nothing shown.
+    # Without results, there is no table.
     empty = tables.Results(tmp_path / "empty")
     assert report.with_tables(renewed, empty) == text.replace("old\n", "")
     with pytest.raises(ValueError, match="no table is called 'speed'; there are alone"):

@@ -1,4 +1,4 @@
-"""The plan on paper: its counts are those of real models, and the page in the docs is what the formulas say."""
+"""The command `plan`: its counts are those of real models, and docs/scaling.md has the results of the formulas."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_total_is_split_exactly_and_in_proportion(sizes: dict[str, int], data:
     assert sum(split.values()) == total
     assert all(1 <= split[name] <= sizes[name] for name in sizes)
     assert all(split[a] <= split[b] + 1 for a in sizes for b in sizes if sizes[a] <= sizes[b])
-    if total * min(sizes.values()) >= sum(sizes.values()):  # nobody has to be given more than its share
+    if total * min(sizes.values()) >= sum(sizes.values()):  # no module needs more than its share
         assert all(abs(split[name] - total * size / sum(sizes.values())) < 1 for name, size in sizes.items())
 
 

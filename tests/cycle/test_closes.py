@@ -1,4 +1,4 @@
-"""What training with closes does to an adapter: when they come, how much moves, and what never changes."""
+"""Training with closes: when cycles close, how many deltas each close replaces, and what never changes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_invariants_hold_after_every_step(growth: str, density: float) -> None:
 
 
 def test_kept_deltas_are_untouched_by_a_close() -> None:
-    """A close moves values, gradients and state together; frozen by lr=0, nothing else changes them."""
+    """A close moves values, gradients and state together. With lr=0, only the close can change them."""
     model = adapt(init_weights=False, density=0.4, initial_regrow_rate=0.5, regrow_schedule="constant")
     optimizer = torch.optim.AdamW(trainable(model), lr=0.0, weight_decay=0.0)
     train(model, optimizer, 1)

@@ -1,4 +1,4 @@
-"""DeepSpeed: stage 0 in float32 works once it is told who trains together, everything else is refused.
+"""DeepSpeed: stage 0 in float32 works after the ranks are declared; everything else is refused.
 
 DeepSpeed is no dependency of the tests (it compiles operators as it is imported): where it is missing, a stand-in for
 its engine is looked at.
@@ -94,7 +94,7 @@ def test_refused_by_what_deepspeed_makes_of_it(launched: dict[str, list[Any]], n
 
 
 class Engine(nn.Module):
-    """What a DeepSpeedEngine is to us: a module around the model, an optimizer, a stage."""
+    """A stand-in for DeepSpeedEngine: a module around the model, an optimizer and a stage."""
 
     def __init__(self, model: nn.Module, optimizer: Any, stage: int) -> None:
         super().__init__()

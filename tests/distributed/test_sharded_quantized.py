@@ -45,7 +45,7 @@ class Quantized(nn.Module):
 
 
 def shard(model: nn.Module, is_sharded: bool) -> nn.Module:
-    """As Accelerate does it: bytes that are no floating numbers stay whole."""
+    """Shard as Accelerate does, which leaves integer tensors whole."""
     packed = model.base_model.model.packed
     ignored = set() if is_sharded else {packed.get_base_layer().weight}
     fully_shard(packed, ignored_params=ignored)

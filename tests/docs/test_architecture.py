@@ -1,4 +1,4 @@
-"""docs/architecture.md says what is there."""
+"""docs/architecture.md agrees with the code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_direction_is_the_one_that_is_tested() -> None:
 
 @pytest.mark.parametrize("folder", ["spiel_peft", "kernels", "spiel_peft_cli", "benchmarks", "examples", "docs"])
 def test_sentences_name_their_subject(folder: str) -> None:
-    """A reader has to guess who "somebody", "whoever" and "nobody" are."""
+    """No page and no docstring says "somebody", "whoever" or "nobody", as a reader has to guess who is meant."""
     files = [path for suffix in ("*.py", "*.md") for path in sorted((ROOT / folder).rglob(suffix))]
     assert files
     vague = re.compile(r"\b(somebody|whoever|nobody)\b", flags=re.IGNORECASE)

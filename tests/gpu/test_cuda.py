@@ -1,4 +1,4 @@
-"""The same results on a GPU as on the CPU. Run with ``pytest -m gpu`` on a machine that has one."""
+"""Results on a GPU equal those on the CPU. Run with ``pytest -m gpu`` on a machine with a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizer state across closes on a GPU: what only exists there, and what is stored otherwise there."""
+"""Optimizer state across closes on a GPU: optimizers and layouts of state that exist only there."""
 
 from __future__ import annotations
 

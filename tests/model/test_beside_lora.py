@@ -35,7 +35,7 @@ def trained(model: nn.Module) -> dict[str, int]:
 
 
 def both(targets: str) -> LlamaForCausalLM:
-    """SpIEL first, so that on a module of both LoRA is wrapped around it."""
+    """Add SpIEL first, so that LoRA wraps it on a module that has both."""
     model = tiny_llama()
     model.add_adapter(spiel(targets), "sparse")
     model.add_adapter(lora("q_proj"), "low_rank")
@@ -74,7 +74,7 @@ def test_both_train_and_are_saved_one_by_one(targets: str, tmp_path: Path) -> No
     loaded.disable_adapters()
     assert_same_bits(logits(loaded), logits(base))
     loaded.enable_adapters()
-    # Innermost first: LoRA adds to what it finds.
+    # Merge the inner adapter first, as LoRA adds to the weight that it finds.
     for layer in reversed([module for module in loaded.modules() if isinstance(module, BaseTunerLayer)]):
         layer.merge()
     assert_close(logits(loaded), out, 1e-5)

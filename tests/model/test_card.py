@@ -1,4 +1,4 @@
-"""Model cards: what they say, that nothing in them is lost, and that the right one is uploaded."""
+"""Model cards: their contents, that no text of a user is lost, and which card is uploaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's functions and methods do with SpIEL what they do with LoRA."""
+"""PEFT's functions and methods work with SpIEL as they do with LoRA."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_wrong_calls_name_the_problem_and_change_nothing(call, message: str) -> 
 
 
 def test_the_reference_adapter_of_trl_equals_the_policy() -> None:
-    """TRL adds it with the very config object and copies the parameters whose name contains `.default.`."""
+    """TRL adds the reference adapter with the same config object and copies parameters named `.default.`."""
     model = adapted()
     train(model, steps=7)  # the indices have moved by now
     model.add_adapter("ref", model.peft_config["default"])

@@ -1,4 +1,4 @@
-"""Short runs that close in the middle of training, and after."""
+"""Short runs with a close in the middle and one at the end."""
 
 from __future__ import annotations
 

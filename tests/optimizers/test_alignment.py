@@ -1,4 +1,4 @@
-"""Whole runs under every optimizer, beside oracles whose entries never move."""
+"""Whole runs with every optimizer, compared with oracles whose entries never move."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLIP = 0.3
 
 
 class Pair:
-    """A run of ours, and the dense gradients of the same weights by plain autograd."""
+    """A run, and the dense gradients of the same weights by plain autograd."""
 
     def __init__(self, dtype: torch.dtype, **fields: Any) -> None:
         base = mlp(dtype)

@@ -1,4 +1,4 @@
-"""`SpIELOptimizer`: an optimizer like any other, wherever one is expected."""
+"""`SpIELOptimizer` works wherever an optimizer is expected."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_hooks_on_the_wrapper_run_once_a_step() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler(fused: bool) -> None:
-    """A fused optimizer unscales and skips inside its kernel; it must be told through the wrapper."""
+    """A fused optimizer unscales and skips inside its kernel; the wrapper must pass scale and overflow on."""
     model = adapt()
     optimizer, scaler = wrapped(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=256.0)
     for number in range(1, 8):

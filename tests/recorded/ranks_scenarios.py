@@ -1,4 +1,4 @@
-"""The two-rank runs, in processes of their own; see `distributed.ranks`."""
+"""The recorded runs on two ranks, in processes of their own; see `support.ranks`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that an earlier version of the code wrote in the middle of a window, and what became of these runs."""
+"""Checkpoints that an earlier version wrote in the middle of a window, and the results of continuing them."""
 
 from __future__ import annotations
 

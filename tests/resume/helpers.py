@@ -19,7 +19,7 @@ STEPS = 16
 
 
 def adamw8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    # Its 8-bit state from 16 values on: the matrices here are small.
+    # Matrices of 16 values and more have 8-bit state; all are small here.
     return bnb.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=16)
 
 
@@ -51,13 +51,13 @@ class Run:
         self.use(adapt(**self.fields))
 
     def use(self, model: nn.Module) -> None:
-        """Train this model from now on, with a new optimizer."""
+        """Continue with this model and a new optimizer."""
         self.model = model.train()
         optimizer = self.make(trainable(model))
         self.optimizer = SpIELOptimizer(optimizer, model) if self.wrapped else optimizer
 
     def again(self) -> Run:
-        """The same run before its first step, in new objects."""
+        """A new run with the same settings, before its first step."""
         return Run(**self.settings)
 
     def loss(self, step: int, number: int) -> Tensor:
@@ -81,5 +81,5 @@ class Run:
         return self
 
     def everything(self) -> dict[str, Tensor]:
-        """A copy of all that a run consists of: indices, values, training state, optimizer state."""
+        """A copy of the state of the run; see `support.runs.everything`."""
         return everything(self.model, self.optimizer)

@@ -19,7 +19,7 @@ from .helpers import CYCLE, STEPS
 
 
 def config(**fields: Any) -> SpIELConfig:
-    """Targets three kinds of layers; the length of the run is the trainer's to tell."""
+    """A config for three kinds of layers; the trainer sets the length of the run."""
     cycle = {**CYCLE, "total_steps": None, "density": 0.1, **fields}
     return SpIELConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **cycle)
 
@@ -36,7 +36,7 @@ def llama_trainer(
     kind: type[Trainer] = Trainer,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of `STEPS` steps; of a new adapter with this growth criterion, unless a model is given."""
+    """A Trainer of `STEPS` steps, for `model` or for a new adapter with this growth criterion."""
     if model is None:
         model = adapted_llama(**({"growth": growth} if growth else {}))
     args = arguments(folder, **{"learning_rate": 0.02, "max_steps": STEPS, **settings})
@@ -44,7 +44,7 @@ def llama_trainer(
 
 
 def sft_trainer(folder: Path, callbacks: Any = None, **settings: Any) -> Trainer:
-    """TRL's trainer with the config in place of LoRA's."""
+    """An SFTTrainer of `STEPS` steps."""
     args = SFTConfig(
         output_dir=str(folder),
         max_length=16,

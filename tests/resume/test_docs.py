@@ -1,4 +1,4 @@
-"""What the page on resuming says is true: its code runs and resumes bit for bit."""
+"""The code on docs/resuming.md runs and resumes bit for bit."""
 
 from __future__ import annotations
 

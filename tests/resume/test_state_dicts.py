@@ -86,7 +86,7 @@ def accelerate_pickled(run: Run, folder: Path) -> Run:
 
 
 def same_objects(run: Run, folder: Path) -> Run:
-    """Train on, and go back: what happened in between must leave no trace."""
+    """After more training, an earlier state is loaded; the training in between must have no effect."""
     model, optimizer = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.optimizer.state_dict())
     taken = int(next(iter(deltas_of(run.model).values())).state.step)
     run.train(taken + 1, taken + 4)
@@ -96,7 +96,7 @@ def same_objects(run: Run, folder: Path) -> Run:
 
 
 def twice(run: Run, folder: Path) -> Run:
-    """Saved again before anything was trained."""
+    """A loaded run is saved again before it is trained."""
     once = state_dicts(run, folder)
     return state_dicts(once, folder)
 
@@ -155,7 +155,7 @@ def test_through_the_wrapper(route: Route, tmp_path: Path) -> None:
 
 
 def test_a_length_that_nobody_knows(tmp_path: Path) -> None:
-    """The rate follows the learning rate: its highest value so far has to come back too."""
+    """The regrow rate depends on the highest learning rate so far, which must be restored too."""
 
     def train(run: Run, first: int, last: int) -> Run:
         for step in range(first, last + 1):

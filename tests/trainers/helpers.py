@@ -1,4 +1,4 @@
-"""A tiny language model, its tokenizer and data, and what has to be true of every training of it."""
+"""Trainings of the tiny language model, and checks that every one of them must pass."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def evaluate(model: nn.Module) -> float:
 
 
 class Watch:
-    """What has to be true of every training: positions move, k stays, the loss falls, base weights do not change."""
+    """Checks a training: positions move, k stays, the loss falls, base weights do not change."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], float] = evaluate) -> None:
         self.model, self.loss = model, loss

@@ -1,4 +1,4 @@
-"""SFT with a chat template that brings tokens of its own: TRL asks the config to train their embeddings."""
+"""SFT with a chat template that adds tokens: TRL asks the config to train their embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/trainers.md is true: both sides of every block run, and they differ in nothing but the config."""
+"""docs/trainers.md is correct: both sides of every diff run, and differ in the config only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loops of one's own: plain PyTorch and Accelerate."""
+"""Custom loops: plain PyTorch and Accelerate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trainers on two ranks, with no callback: what they cast, add and wrap there is done on all ranks alike."""
+"""Trainers on two ranks without callback: casts, added adapters and wrappers are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainers.helpers import adapted, config
 from trainers.test_lightning import Module, lightning_trainer
 from trainers.trl_runs import KINDS
 
-# Starting the processes takes longer than what they do.
+# Starting the processes takes longer than the trainings.
 pytestmark = pytest.mark.slow
 RANKS, STEPS = 2, 7
 

@@ -1,4 +1,4 @@
-"""What trainers do between two optimizer steps: run forward twice, accumulate, skip a step that overflowed."""
+"""Between two optimizer steps, trainers run forward twice, accumulate gradients, or skip a step that overflowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REENTRANT = [{"use_reentrant": True}, {"use_reentrant": False}]
 
 
 class Uses(TrainerCallback):
-    """Counts forward passes of an adapted layer, and how often its deltas were asked what they want."""
+    """Counts forward passes of an adapted layer, and how often its collector was asked for positions."""
 
     def __init__(self) -> None:
         self.forwards = self.backwards = 0

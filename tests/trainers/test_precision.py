@@ -1,4 +1,4 @@
-"""Trainers that cast a model: deltas are float32 in every step, and no bit of them is lost on the way."""
+"""Trainers that cast a model: deltas are float32 in every step and lose no bit."""
 
 from __future__ import annotations
 

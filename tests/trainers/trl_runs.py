@@ -107,7 +107,7 @@ def scores(model: nn.Module) -> Tensor:
 
 
 def tiny_scorer(**shape: int) -> nn.Module:
-    """The same Llama with a head that scores a whole text."""
+    """The tiny Llama with a head that scores a whole text."""
     torch.manual_seed(0)
     settings = tiny_llama(**shape).config
     settings.num_labels, settings.pad_token_id = 1, 0
