@@ -82,7 +82,7 @@ class Case:
     """One operation on one problem.
 
     Attributes:
-        op: a key of `op_registry.OPERATIONS`.
+        op: a key of `registry.OPERATIONS`.
         rows, cols: of the weight.
         density: of the index set.
         tokens: rows of the operands of a weight gradient.
