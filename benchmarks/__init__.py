@@ -5,5 +5,5 @@ import sys
 from pathlib import Path
 
 if importlib.util.find_spec("spiel_kernels") is None:
-    # A checkout that is not installed, as on a machine that is only lent.
+    # The checkout is not installed.
     sys.path.append(str(Path(__file__).parent.parent / "kernels"))

@@ -1,4 +1,4 @@
-"""The one entry point: ``python -m benchmarks COMMAND``."""
+"""The command line ``python -m benchmarks COMMAND``."""
 
 from __future__ import annotations
 

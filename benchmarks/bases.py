@@ -1,4 +1,4 @@
-"""The frozen models that variants are trained on: SmolLM2, and random Llamas of any size, plain or NF4."""
+"""The frozen models that variants are trained on, with their batches: SmolLM2 on the demo's text, and random Llamas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from .demo_task import load_task, packed_batches
+from spiel_peft.finetune.base_model import load_base, load_tokenizer
+from spiel_peft.finetune.data import Example, split_examples
+from spiel_peft.finetune.demo import demo_model, demo_pairs
 
 _STREAM = "token_stream.pt"
 _INIT_STD = 0.02
@@ -39,14 +41,14 @@ TINY = LlamaShape(64, 128, 2, 4, 2, 128)
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Which frozen model to build; survives JSON, so that other processes can build the same.
+    """Describes a frozen model. It can be converted to JSON, so that other processes can build the same model.
 
     Attributes:
         checkpoint: folder that `keep_smollm2` filled, or None for a random Llama.
-        shape: of the random Llama.
+        shape: sizes of the random Llama.
         dtype: of the weights ("float32", "bfloat16").
-        nf4: linear layers as bitsandbytes NF4 with double quantization, computing in `dtype`.
-        device: where it lives.
+        nf4: whether linear layers are bitsandbytes NF4 with double quantization, computing in `dtype`.
+        device: of the weights.
     """
 
     checkpoint: str | None = None
@@ -61,17 +63,17 @@ class BaseSpec:
         return BaseSpec(**{**entry, "shape": None if shape is None else LlamaShape(**shape)})
 
     def sliced(self, layers: int) -> BaseSpec:
-        """The same with fewer decoder layers."""
+        """The same model with fewer decoder layers."""
         assert self.shape is not None
         return dataclasses.replace(self, shape=dataclasses.replace(self.shape, layers=layers))
 
     def build(self) -> Any:
-        """The model, frozen."""
+        """Build the model; its parameters are frozen."""
         if self.checkpoint is not None:
             logging.disable_progress_bar()
             model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=getattr(torch, self.dtype))
             for parameter in model.parameters():
-                # Memory of its own: a mapped file would be counted, or not, as the kernel pleases.
+                # Copied, as it depends on the kernel whether memory of a mapped file is counted as resident.
                 parameter.data = parameter.data.clone()
             return model.to(self.device).requires_grad_(False)
         if self.shape is None:
@@ -79,7 +81,7 @@ class BaseSpec:
         return random_llama(self.shape, getattr(torch, self.dtype), torch.device(self.device), self.nf4)
 
     def batches(self, batch_size: int, tokens: int) -> list[Tensor]:
-        """Batches of real text for SmolLM2, else of random ids; each ``[batch_size, tokens]``."""
+        """Batches ``[batch_size, tokens]``: of real text for SmolLM2, otherwise of random ids."""
         if self.checkpoint is not None:
             return packed_batches(torch.load(Path(self.checkpoint) / _STREAM), batch_size, tokens)
         assert self.shape is not None
@@ -89,7 +91,7 @@ class BaseSpec:
 
 
 def keep_smollm2(folder: Path) -> BaseSpec:
-    """Dequantize SmolLM2 and tokenize the demo's text once, for all processes of a benchmark."""
+    """Dequantize SmolLM2 and tokenize the demo's text into a folder, once for all processes of a benchmark."""
     with contextlib.redirect_stderr(io.StringIO()):
         task = load_task()
         task.model.save_pretrained(folder)
@@ -98,7 +100,10 @@ def keep_smollm2(folder: Path) -> BaseSpec:
 
 
 def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
-    """A frozen Llama with random weights, made layer by layer on the device: never more than one unquantized matrix."""
+    """Build a frozen Llama with random weights, layer by layer on the device.
+
+    With `nf4`, at most one unquantized matrix of a layer exists at a time.
+    """
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -123,10 +128,10 @@ def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nf4_linear(module.weight.data, dtype))
             module.weight = None  # type: ignore[assignment]
-    # Its buffers are computed from the config, not loaded.
+    # Buffers of this module are computed from the config.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if nf4:
-        model.is_loaded_in_4bit = True  # what PEFT's LoRA asks for its 4-bit layers
+        model.is_loaded_in_4bit = True  # PEFT's LoRA reads this to choose its 4-bit layers
     return model
 
 
@@ -146,3 +151,42 @@ def nf4_linear(weight: Tensor, compute_dtype: torch.dtype) -> nn.Module:
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=layer
     )
     return layer.to(weight.device)
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """Model and data of the demo: SmolLM2-135M-Instruct in float32, and the tokens of all training pairs.
+
+    Attributes:
+        stream: int64 ``[n]``, the pairs one after the other.
+    """
+
+    model: Any
+    stream: Tensor
+
+
+def load_task(max_length: int = 128) -> DemoTask:
+    """Load the demo's model and data; cuts pairs to at most `max_length` tokens."""
+    source = demo_model()
+    train, _ = split_examples(demo_pairs().examples, 0.1)
+    tokenizer = load_tokenizer(source)
+    stream = [token for example in train for token in _tokens(example, tokenizer)[:max_length]]
+    return DemoTask(load_base(source, bf16=False, load_in_4bit=False), torch.tensor(stream))
+
+
+def _tokens(example: Example, tokenizer: Any) -> list[int]:
+    messages = [*example.messages, {"role": "assistant", "content": example.answer}]
+    return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+
+
+def packed_batches(stream: Tensor, batch_size: int, tokens: int) -> list[Tensor]:
+    """Cut a stream of tokens into full batches ``[batch_size, tokens]``, without padding.
+
+    Raises:
+        ValueError: the stream does not fill one batch.
+    """
+    size = batch_size * tokens
+    whole = stream[: stream.numel() // size * size]
+    if whole.numel() == 0:
+        raise ValueError(f"{stream.numel()} tokens do not fill one batch of {batch_size} x {tokens}")
+    return list(whole.view(-1, batch_size, tokens))

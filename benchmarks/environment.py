@@ -1,4 +1,4 @@
-"""What a result must say of where it was measured, and where it is kept."""
+"""Result files: where they are kept, how they are written and read, and how they describe their machine."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _processor() -> str:
 
 
 def describe(device: str | torch.device | None = None) -> dict[str, Any]:
-    """Date, commit, device and versions.
+    """Describe the machine and the software of a measurement: date, commit, device, threads, versions.
 
     Args:
         device: where the measurement ran; by default the GPU if there is one.
@@ -61,7 +61,7 @@ def describe(device: str | torch.device | None = None) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """The same JSON value with six significant digits per float: clocks do not give more."""
+    """Round every float in a JSON value to six significant digits; clocks are no more exact."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -72,13 +72,16 @@ def rounded(value: Any) -> Any:
 
 
 def _to_text(result: dict[str, Any]) -> str:
-    """JSON with lists of numbers on one line each."""
+    """Format a result as JSON, with each list of numbers on one line."""
     text = json.dumps(result, indent=1)
     return re.sub(r"\[[-+.,\deE\s]+\]", lambda match: f"[{' '.join(match[0][1:-1].split())}]", text) + "\n"
 
 
 def save(name: str, result: dict[str, Any], folder: Path = RESULTS, device: str | None = None) -> Path:
-    """Write a result beside its description; returns the path. A reader never sees half a file."""
+    """Write a result and the description of its machine to ``folder/name.json``; returns the path.
+
+    The file appears at once, complete: a process that reads it meanwhile gets the old result or the new one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     unfinished = folder / f".{name}.part"
@@ -88,15 +91,27 @@ def save(name: str, result: dict[str, Any], folder: Path = RESULTS, device: str 
 
 
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """A result by name, or None if it has not been measured."""
+    """Read the result of this name; None if there is no such file."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def load_all(prefix: str, folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """All results whose names begin with a prefix, by name."""
+    """Read all results whose names begin with a prefix; returns them by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob(f"{prefix}*.json"))}
 
 
+def failure(error: Exception) -> str:
+    """Type and message of an error, at most 500 characters, as results keep them."""
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def two_sizes(text: str) -> tuple[int, int]:
+    """Read a command-line value such as ``4x128``."""
+    first, second = (int(part) for part in text.split("x"))
+    return first, second
+
+
 def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--output``, the folder of the result files."""
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")

@@ -1,9 +1,9 @@
-"""Index sets as gradients pick them: drawn from the row and column profiles of a trained model's gradients.
+"""Draws index sets that are as concentrated as those of real training, from profiles of a trained model's gradients.
 
-A profile says how the top entries of a weight gradient spread over its rows and columns, each sorted by how many it
-holds: a few of them hold most. `python -m benchmarks profile` measures profiles; `ProfileSampler` draws index sets of
-any shape and density from one. Entry (i, j) is taken to be chosen with probability ``1 - exp(-row[i] * col[j])``, which
-caps at one where a column is chosen whole; the weights are fitted so that the measured profile comes out.
+A profile says how the largest entries of a weight gradient are spread over rows and columns: it lists the counts per
+row and per column, in descending order. A few rows and columns have most of the entries. `python -m benchmarks profile`
+measures profiles; `ProfileSampler` draws index sets of any shape and density from them. The model: entry (i, j) is
+chosen with probability ``1 - exp(-row[i] * col[j])``. The weights `row` and `col` are fitted to the measured profile.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _FIT_ROUNDS = 1500
 
 
 def bin_edges() -> Tensor:
-    """``[BINS + 1]`` ranks from 0 to 1: narrow bins where the heavy rows are."""
+    """Edges of the bins, ``[BINS + 1]`` ranks from 0 (the row with most entries) to 1; the first bins are narrow."""
     edges = torch.logspace(math.log10(_SMALLEST_BIN), 0, BINS, dtype=torch.float64)
     return torch.cat([torch.zeros(1, dtype=torch.float64), edges])
 
 
 def profile_of(counts: Tensor) -> Tensor:
-    """How unevenly entries are spread over rows (or columns).
+    """Compute the profile of rows (or columns) from the number of entries in each.
 
     Args:
         counts: ``[n]``, entries per row, in any order.
@@ -53,11 +53,11 @@ def profile_of(counts: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured of one type of module: sorted relative counts per row and per column.
+    """Measured profile of one type of module.
 
     Attributes:
-        rows, cols: ``[BINS]`` as `profile_of` gives them.
-        density: share of entries that were counted.
+        rows, cols: ``[BINS]`` as `profile_of` returns them.
+        density: share of the entries that were counted.
     """
 
     rows: tuple[float, ...]
@@ -71,7 +71,7 @@ class Profile:
 
 @functools.lru_cache(maxsize=64)
 def fitted_weights(profile: Profile) -> tuple[Tensor, Tensor]:
-    """Weights ``[BINS]`` of rows and of columns under which the model of this module gives the profile."""
+    """Fit the weights of rows and of columns, ``[BINS]`` each, to a profile."""
     widths = bin_edges().diff()
     row_shares = (torch.tensor(profile.rows, dtype=torch.float64) * profile.density).clamp_min(1e-9)
     col_shares = (torch.tensor(profile.cols, dtype=torch.float64) * profile.density).clamp_min(1e-9)
@@ -83,7 +83,7 @@ def fitted_weights(profile: Profile) -> tuple[Tensor, Tensor]:
 
 
 def spread_over(weights: Tensor, n: int) -> Tensor:
-    """Weights ``[BINS]`` of the bins as ``[n]`` weights of single rows, heaviest first; log-linear in between."""
+    """Interpolate the weights ``[BINS]`` of bins to ``[n]`` weights of rows, largest first (log-linear)."""
     edges = bin_edges()
     centres = (edges[1:] * edges[:-1].clamp_min(edges[1] / 4)).sqrt().log()
     ranks = ((torch.arange(n, dtype=torch.float64) + 0.5) / n).log().clamp(centres[0], centres[-1])
@@ -94,14 +94,14 @@ def spread_over(weights: Tensor, n: int) -> Tensor:
 
 
 def draw_positions(profile: Profile, rows: int, cols: int, k: int, seed: int, device: Any = "cpu") -> Tensor:
-    """Draw an index set with the profile's concentration; heavy rows and columns lie anywhere.
+    """Draw an index set with the profile's concentration; it is random which rows and columns have most positions.
 
     Args:
-        rows, cols: of the weight; k: how many, ``0 <= k <= rows * cols``.
-        seed: the draw depends on it, and on the kind of device.
+        rows, cols: of the weight; k: number of positions, ``0 <= k <= rows * cols``.
+        seed: the same seed gives the same positions on the same kind of device.
 
     Returns:
-        ``[k]`` sorted, unique flat positions of the width that index sets have, on `device`.
+        ``[k]`` sorted, unique flat positions in the dtype of index sets, on `device`.
     """
     numel = rows * cols
     if not 0 <= k <= numel:
@@ -110,7 +110,7 @@ def draw_positions(profile: Profile, rows: int, cols: int, k: int, seed: int, de
     generator = torch.Generator().manual_seed(seed)
     row = spread_over(row_weights, rows)[torch.randperm(rows, generator=generator)]
     col = spread_over(col_weights, cols)[torch.randperm(cols, generator=generator)]
-    # The k winners of an exponential race with these rates are a weighted draw without replacement.
+    # Each entry gets an exponential time with its rate; the k shortest times are a weighted draw without replacement.
     race = torch.empty(rows, cols, dtype=torch.float32, device=device)
     race.exponential_(generator=torch.Generator(device=device).manual_seed(seed))
     race.log_().sub_(row.log().to(race)[:, None]).sub_(col.log().to(race))
@@ -119,7 +119,7 @@ def draw_positions(profile: Profile, rows: int, cols: int, k: int, seed: int, de
 
 
 class ProfileSampler:
-    """Draws index sets for modules by the type that their name ends with (``q_proj``, ``down_proj``, ...)."""
+    """Draws index sets for modules; the end of a module's name (``q_proj``, ``down_proj``, ...) selects the profile."""
 
     def __init__(self, profiles: dict[str, Profile]) -> None:
         if not profiles:
@@ -128,7 +128,7 @@ class ProfileSampler:
 
     @staticmethod
     def measured() -> ProfileSampler:
-        """The profiles that came with the benchmarks."""
+        """Sampler with the profiles in benchmarks/results."""
         result = load(PROFILE, RESULTS)
         if result is None:
             raise FileNotFoundError(f"{RESULTS / PROFILE}.json is missing: run `python -m benchmarks profile`")
@@ -143,7 +143,7 @@ class ProfileSampler:
 
 
 def module_type(rows: int, cols: int) -> str:
-    """The type of module whose profile fits a weight of this shape."""
+    """Type of module whose profile is used for a weight of this shape."""
     if rows > cols:
         return "up_proj"
     if rows < cols:
@@ -152,7 +152,7 @@ def module_type(rows: int, cols: int) -> str:
 
 
 def draw_index_set(kind: str, rows: int, cols: int, k: int, seed: int, device: Any = "cpu") -> Tensor:
-    """An index set of one of INDEX_SETS for a weight of this shape, on `device`."""
+    """Draw a "profile" or "uniform" index set for a weight of this shape, on `device`."""
     if kind == "profile":
         return ProfileSampler.measured().draw(module_type(rows, cols), rows, cols, k, seed, device)
     if kind != "uniform":
@@ -162,7 +162,10 @@ def draw_index_set(kind: str, rows: int, cols: int, k: int, seed: int, device: A
 
 
 def block_share(indices: Tensor, rows: int, cols: int, block: int = 64) -> float:
-    """Share of the dense product that remains if blocks of rows, sorted by count, use only columns they touch."""
+    """Share of the dense product that is left if each block of rows skips the columns without positions.
+
+    Rows are sorted by their number of positions before they are divided into blocks.
+    """
     row = torch.div(indices.to(torch.int64), cols, rounding_mode="floor")
     col = indices.to(torch.int64) - row * cols
     order = torch.bincount(row, minlength=rows).argsort(descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""One linear layer, forward and backward: sparse deltas over the frozen layer."""
+"""Forward and backward pass of one linear layer: deltas, LoRA and the dense formula compared with the frozen layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from spiel_peft import SpIELConfig
 
-from .dense_formula import use_dense_formula
+from .environment import failure
 from .index_sets import ProfileSampler
 from .stepping import Failures
 from .timing import Clock, interleave
-from .variants import place_deltas
+from .variants import place_deltas, use_dense_formula
 
 _ROUNDS_TO_WARM_UP = 2
 FROZEN = "frozen linear"
@@ -24,7 +24,7 @@ REFERENCES = (FROZEN,)
 
 
 class _Single(nn.Module):
-    """A model of one layer, named as the module type whose profile it gets."""
+    """A model of one layer; its name selects the profile of its deltas."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Single(nn.Module):
 
 
 def _action(model: nn.Module, x: Tensor, grad_out: Tensor) -> Callable[[], None]:
-    """Forward, backward and a plain gradient step, at whose end a weight that holds its deltas is itself again."""
+    """Forward pass, backward pass and a step of SGD."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-6) if trained else None
@@ -84,7 +84,11 @@ def measure(
     dtype: torch.dtype = torch.float32,
     clock: Clock | None = None,
 ) -> dict[str, Any]:
-    """Seconds of forward + backward (+ a gradient step of what is trained) by variant, interleaved."""
+    """Time forward pass, backward pass and SGD step of every variant in turn.
+
+    Returns:
+        ``settings``, ``seconds`` of every repetition by variant, ``failed`` errors by variant.
+    """
     where = torch.device(device)
     layer = nn.Linear(cols, rows, bias=False, device=where, dtype=dtype).requires_grad_(False)
     x = torch.randn(tokens, cols, device=where, dtype=dtype).requires_grad_(True)
@@ -98,7 +102,7 @@ def measure(
                 action()
             actions[name] = action
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}"[:500]
+            failures[name] = failure(error)
     settings = {"rows": rows, "cols": cols, "density": density, "tokens": tokens, "dtype": str(dtype).split(".")[1]}
     seconds = interleave(actions, repetitions, where, clock)
     return {"settings": settings, "seconds": seconds, "failed": failures}

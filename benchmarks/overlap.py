@@ -1,15 +1,16 @@
-"""How much of the exact top k of a gradient several ranks find together, who exchange O(ranks * k) numbers.
+"""How much of the exact top k of a gradient ranks find together when they exchange only O(ranks * k) numbers.
 
-Every rank has batches of its own from the demo's training text. Compared with the k positions at which the gradient of
-all ranks' data of a window's first step is largest (exact, as one process with all the data has them):
+Every rank has batches of its own from the demo's training text. The exact candidates are the k positions at which the
+summed gradient of all ranks is largest in a window's first step. Compared with them are:
 
-- ``together``: the candidates that ranks choose together: proposals from the step before, then the best k of their
-  union by summed gradient;
-- ``first_window``: the same where there is no step before, by what the ranks proposed;
+- ``together``: the candidates that the ranks choose together: each proposes positions in the step before the window,
+  and of the union of proposals the k with the largest summed gradient are chosen;
+- ``first_window``: the same if there is no step before the window; the sums are over the proposals;
 - ``alone``: the candidates of the first rank without the others.
 
-Positions alone do not say how good candidates are, as the exact ones of one step are not those of the next. So the
-absolute sums over the whole window are compared too, as a share of what the exact top k of the window has.
+The exact candidates of one step are not those of the next, so this overlap alone does not say how good candidates are.
+Therefore the absolute sums of gradients over the whole window are compared too, as a share of what the exact top k of
+the window has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from spiel_peft.cycle.window import best_slots, shortlist, unite
 
-from .demo_task import load_task, packed_batches
+from .bases import load_task, packed_batches
 from .environment import add_output_argument, save
 
 NAME = "overlap_smollm2"
@@ -55,21 +56,22 @@ def dense_gradients(model: Any, names: list[str], batches: list[Tensor]) -> dict
 
 
 def top(gradient: Tensor, k: int) -> Tensor:
+    """Positions of the k entries of largest magnitude."""
     return torch.topk(gradient.abs(), k, sorted=False).indices
 
 
 def proposals_of(gradients: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The shortlist of these ranks' proposals, and the sums of what they said."""
+    """The shortlist of the ranks' proposed positions, and the sums of the proposed gradients."""
     positions = torch.stack([top(gradient, k) for gradient in gradients])
     return shortlist(*unite(positions, torch.stack([g[p] for g, p in zip(gradients, positions, strict=True)])), k)
 
 
 def compare(steps: list[list[Tensor]], k: int) -> dict[str, dict[str, float]]:
-    """Overlap and captured share of every way to choose.
+    """Overlap and share of the window for every way to choose candidates.
 
     Args:
         steps: gradients ``[numel]`` by step and rank; the first step is the one before the window.
-        k: candidates.
+        k: number of candidates.
     """
     before, opening = steps[0], steps[1]
     exact_sum, window_sum = sum(opening), sum(sum(step) for step in steps[1:])
@@ -118,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(
             f"{needed} batches are needed, the text has {len(batches)}: fewer --ranks, --windows or tokens"
         )
-    # Neighbours in the text are about the same; ranks draw from all of it.
+    # Consecutive pairs of the text have the same topic, so shuffle the batches before the ranks get them.
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))[:needed].tolist()
     names = [f"model.layers.{layer}.{kind}" for layer in args.layers for kind in _KINDS]
     gradients = dense_gradients(task.model, names, [batches[i] for i in order])

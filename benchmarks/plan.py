@@ -1,6 +1,6 @@
-"""A plan on paper: memory per GPU and bytes sent per step for a model too large to be run here, from formulas.
+"""Memory per GPU and bytes sent per step for a model too large to be run here, computed from formulas.
 
-Nothing is measured. Every formula says where it is from; `--write` puts the tables into docs/scaling.md.
+Nothing is measured. The source of every formula is given; `--write` puts the tables into docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ FLOAT32, BFLOAT16, INT32 = 4, 2, 4
 # bitsandbytes' NF4 with double quantization (Dettmers et al., 2023, QLoRA, section 3): half a byte per weight, one byte
 # of scale per 64 weights, one float32 per 256 of these.
 NF4 = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
-# DESIGN: a candidate of an open window has a position, a sum, a sum of squares and the gradient of this step.
+# A candidate of an open window has a position, a sum, a sum of squares and the gradient of this step.
 CANDIDATE = INT32 + 3 * FLOAT32
-# spiel_peft.config's defaults.
+# Defaults of SpIELConfig.
 REGROW_EVERY, ACCUMULATION_STEPS = 20, 5
 BASES = {"bf16": BFLOAT16, "NF4": NF4}
 
@@ -44,12 +44,12 @@ class Llama:
 
     @property
     def block_weights(self) -> int:
-        """Weights of one block's linear layers."""
+        """Number of weights in one block's linear layers."""
         return sum(rows * cols for rows, cols in self.matrices())
 
     @property
     def embedding(self) -> int:
-        """Weights of the input embedding, and as many of the output layer."""
+        """Number of weights of the input embedding; the output layer has as many."""
         return self.vocabulary * self.hidden
 
     @property
@@ -62,7 +62,7 @@ class Llama:
 
     @property
     def sides(self) -> int:
-        """Rows and columns of all adapted matrices: what LoRA of rank 1 has, and what SM3 keeps."""
+        """Rows plus columns of all adapted matrices: the values of LoRA of rank 1, and the accumulators of SM3."""
         return self.blocks * sum(rows + cols for rows, cols in self.matrices())
 
     @property
@@ -70,7 +70,7 @@ class Llama:
         return max(self.matrices(), key=lambda shape: shape[0] * shape[1])
 
     def base_bytes(self, per_weight: float) -> float:
-        """Only the blocks' linear layers are quantized; the rest is bfloat16."""
+        """Bytes of the base model: the blocks' linear layers at `per_weight`, the rest in bfloat16."""
         return self.blocks * self.block_weights * per_weight + (2 * self.embedding + self.norms) * BFLOAT16
 
 
@@ -79,14 +79,14 @@ LLAMA_70B = Llama(hidden=8192, intermediate=28672, key_value=1024, blocks=80, vo
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained, and how.
+    """Bytes that one method of training needs.
 
     Attributes:
         name: for the table.
-        index: bytes per trained value that say where it belongs.
+        index: bytes per trained value for its position.
         state: optimizer bytes per trained value.
         per_side: bytes per row and column of a matrix.
-        window: whether candidates are gathered.
+        window: whether the method has windows in which candidates are collected.
         sharded: whether FSDP2 shards the trained values.
     """
 
@@ -111,8 +111,8 @@ class Plan:
     """One line of the tables, in bytes per GPU.
 
     Attributes:
-        gpus: that train together.
-        sharded: by FSDP2, whose units are the blocks; else every GPU has the whole base (DDP).
+        gpus: number of GPUs that train together.
+        sharded: by FSDP2, whose units are the blocks; otherwise every GPU has the whole base (DDP).
     """
 
     model: Llama
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def trained(self) -> int:
-        """r values per row and column, for LoRA and for SpIEL (`spiel_peft.budget`)."""
+        """Number of trained values: r per row and column, for LoRA and for SpIEL (`spiel_peft.budget`)."""
         return self.r * self.model.sides
 
     @property
@@ -134,8 +134,11 @@ class Plan:
     # Memory
 
     def weights(self) -> float:
-        """The frozen model: whole, or a share of it and what is gathered: two blocks (one is fetched ahead), the
-        embedding and the output layer (accelerate's `fsdp2_prepare_model` makes them units of their own)."""
+        """Bytes of the frozen model.
+
+        With FSDP2: a share of it, and the parts that are gathered at one time: two blocks (one is prefetched), the
+        embedding and the output layer (accelerate's `fsdp2_prepare_model` makes them units of their own).
+        """
         per_weight = BASES[self.base]
         if not self.sharded:
             return self.model.base_bytes(per_weight)
@@ -143,14 +146,18 @@ class Plan:
         return self.model.base_bytes(per_weight) / self.gpus + gathered
 
     def workspace(self) -> float:
-        """The largest matrix with deltas in bfloat16, dequantized or copied; all layers share it (DESIGN, sections 3
-        and 4). LoRA adapts no copy: only NF4 needs memory to be dequantized to."""
+        """Bytes of the workspace that all layers share: the largest matrix in bfloat16, with deltas.
+
+        LoRA makes no adapted copy; it needs a workspace only to dequantize NF4.
+        """
         rows, cols = self.model.largest
         return rows * cols * BFLOAT16 if self.base == "NF4" or self.method.index else 0.0
 
     def values(self) -> float:
-        """Values and gradients in float32, indices; DDP's gradient buckets are as large as the gradients (unless
-        gradient_as_bucket_view is set)."""
+        """Bytes of values, gradients (both float32) and indices.
+
+        DDP's gradient buckets add as much as the gradients, unless gradient_as_bucket_view is set.
+        """
         per_value = 2 * FLOAT32 + self.method.index
         if self.sharded and self.method.sharded:
             return self.trained * per_value / self.gpus
@@ -163,42 +170,50 @@ class Plan:
         return state / shared + self.model.sides * self.method.per_side
 
     def window(self) -> float:
-        """Of an open window at its largest: several ranks first gather a shortlist (`spiel_peft.cycle.window`),
-        on which they agree matrix by matrix, with the proposals of all ranks at hand (`spiel_peft.cycle.window`)."""
+        """Bytes of an open window when it is largest (`spiel_peft.cycle.window`).
+
+        Ranks first collect a shortlist; they agree on candidates matrix by matrix, from the proposals of all ranks.
+        """
         if not self.method.window:
             return 0.0
         proposals = self.gpus * self.r * sum(self.model.largest) * (INT32 + FLOAT32)
         return SHORTLIST * self.trained * CANDIDATE + proposals
 
     def memory(self) -> float:
-        """Without activations, which are the same for all methods."""
+        """Bytes in all, without activations, which are the same for all methods."""
         return self.weights() + self.workspace() + self.values() + self.optimizer() + self.window()
 
-    # Communication: what a GPU sends. Rings (Thakur et al., 2005): gathering or reduce-scattering S bytes costs
-    # (n - 1) / n * S, reducing them to everybody twice that.
+    # Bytes that one GPU sends. In a ring (Thakur et al., 2005), all-gather and reduce-scatter of S bytes send
+    # (n - 1) / n * S, all-reduce twice as much.
 
     @property
     def _once(self) -> float:
         return (self.gpus - 1) / self.gpus
 
     def sent_for_weights(self) -> float:
-        """FSDP2 gathers blocks and the embedding for the forward and again for the backward pass, the output layer
-        once."""
+        """Bytes sent for weights: FSDP2 gathers blocks and embedding twice, for the forward and the backward pass, and
+        the output layer once."""
         if not self.sharded:
             return 0.0
         twice = self.model.blocks * self.model.block_weights * BASES[self.base] + self.model.embedding * BFLOAT16
         return self._once * (2 * twice + self.model.embedding * BFLOAT16)
 
     def sent_for_gradients(self) -> float:
-        """Float32 gradients are averaged; sharded values are gathered twice, in bfloat16, their gradients scattered."""
+        """Bytes sent for gradients, which are averaged in float32.
+
+        Sharded values are gathered twice in bfloat16, and their gradients are reduce-scattered.
+        """
         if self.sharded and self.method.sharded:
             return self._once * self.trained * (2 * BFLOAT16 + FLOAT32)
         return 2 * self._once * self.trained * FLOAT32
 
     def sent_for_growth(self) -> float:
-        """A cycle's share of one step. AG: every rank's k proposals go to all (a position, a gradient), then sums are
-        added up, of the shortlist once and of k candidates in the window's other steps. MA: nothing, its accumulators
-        see averaged gradients."""
+        """Bytes sent for candidates, averaged over the steps of a cycle.
+
+        SpIEL-AG: every rank sends its k proposals (position and gradient) to all, and gradients are all-reduced: of the
+        shortlist once, of k candidates in the window's other steps. SpIEL-MA: none, as the accumulators are updated
+        with averaged gradients.
+        """
         if not self.method.window:
             return 0.0
         proposals = (self.gpus - 1) * self.trained * (INT32 + FLOAT32)
@@ -206,17 +221,17 @@ class Plan:
         return (proposals + sums) / REGROW_EVERY
 
     def sent(self) -> float:
-        """Per optimizer step of one micro-batch."""
+        """Bytes sent in all, per optimizer step of one micro-batch."""
         return self.sent_for_weights() + self.sent_for_gradients() + self.sent_for_growth()
 
 
 def plans(sharded: bool, model: Llama = LLAMA_70B, gpus: int = 8) -> list[Plan]:
-    """Every base, rank and method."""
+    """Plans for every base, rank and method."""
     return [Plan(model, method, r, base, gpus, sharded) for base in BASES for r in (16, 64) for method in METHODS]
 
 
 def table(lines: list[Plan]) -> str:
-    """As Markdown, in GiB."""
+    """Format plans as a Markdown table, in GiB."""
     head = ["base", "r", "method", "weights", "workspace", "values", "optimizer", "window", "sum", "sent per step"]
     rows = [head, ["---"] * len(head)]
     for plan in lines:
@@ -226,7 +241,7 @@ def table(lines: list[Plan]) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """Replace the tables in the text of docs/scaling.md."""
     tables = {"ddp": table(plans(sharded=False)), "fsdp2": table(plans(sharded=True))}
     return _MARKED.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[4]}", text)
 

@@ -1,7 +1,8 @@
 """Row and column profiles of SmolLM2's real weight gradients, from which benchmarks draw index sets.
 
 For every linear layer and some batches of text, the 1% largest entries of the dense weight gradient are counted per row
-and per column. Kept per type of module: the sorted counts over their mean, in bins, averaged over layers and batches.
+and per column. The result has, for every type of module, the sorted counts over their mean, in bins, averaged over
+layers and batches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .demo_task import load_task, packed_batches
+from .bases import load_task, packed_batches
 from .environment import add_output_argument, save
 from .index_sets import PROFILE, Profile, bin_edges, block_share, draw_positions, profile_of
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Counter:
-    """Profiles of the gradients that pass by, by type of module."""
+    """Collects profiles of weight gradients, by type of module."""
 
     def __init__(self, density: float) -> None:
         self.density = density
@@ -70,7 +71,7 @@ class _Counter:
 
 
 def measure(model: Any, batches: list[Tensor], density: float) -> dict[str, Any]:
-    """Profiles by type of module, from the gradients of a causal LM on batches ``[batch, tokens]``."""
+    """Measure the profiles of a causal LM's gradients on batches ``[batch, tokens]``, by type of module."""
     model.requires_grad_(False)
     counter = _Counter(density)
     head = model.get_output_embeddings()

@@ -1,6 +1,6 @@
 """Step time and memory of small random Llamas as density, width and tokens grow.
 
-One size is varied at a time, the others stay at the middle of the range. Deltas lie where the profile of SmolLM2's
+One size is varied at a time; the others stay at the middle of their range. Deltas lie where the profile of SmolLM2's
 gradients puts them and never move; LoRA gets the rank whose number of trained values comes nearest.
 """
 
@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .alone import AloneSpec, in_own_process
 from .bases import BaseSpec, LlamaShape
 from .environment import add_output_argument, save
-from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
+from .stepping import LORA, LOWER_BOUND, AloneSpec, Failures, in_own_process, print_times, set_up, step_seconds, warm_up
 from .timing import Clock
 from .variants import Budget
 
@@ -33,7 +32,7 @@ _VOCABULARY = 512
 
 @dataclass(frozen=True)
 class Point:
-    """One model and batch; `grows` says which of the sizes is varied here."""
+    """Sizes of one model and batch; `grows` names the size that is varied."""
 
     grows: str
     density: float = 0.01
@@ -46,7 +45,7 @@ class Point:
         return BaseSpec(shape=shape)
 
     def batch(self) -> tuple[int, int]:
-        """Sequences and tokens of each."""
+        """Number of sequences, and tokens of each."""
         sequence = min(_SEQUENCE, self.tokens)
         return self.tokens // sequence, sequence
 
@@ -70,7 +69,7 @@ def points(args: argparse.Namespace) -> Iterator[Point]:
 
 
 def measure(point: Point, repetitions: int, memory: bool) -> dict[str, Any]:
-    """Seconds and peak memory of every variant at one point."""
+    """Measure the seconds per step and the peak memory of every variant at one point."""
     spec, failures = point.base(), Failures()
     base = spec.build()
     budget = Budget.of_density(base, point.density)

@@ -18,11 +18,21 @@ from typing import Any
 
 from spiel_peft.config import DEFAULT_R
 
-from . import layer, windows
-from .alone import AloneSpec, in_own_process
+from . import layer
 from .bases import TINY, BaseSpec, keep_smollm2
-from .environment import add_output_argument, save
-from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
+from .environment import add_output_argument, save, two_sizes
+from .stepping import (
+    LORA,
+    LOWER_BOUND,
+    AloneSpec,
+    Failures,
+    in_own_process,
+    measure_cycles,
+    print_times,
+    set_up,
+    step_seconds,
+    warm_up,
+)
 from .timing import median
 from .variants import VARIANTS, Budget, cycling_run
 
@@ -37,17 +47,11 @@ TIMED = (
     "dense formula",
     "full fine-tuning",
 )
-# Index sets make no difference to memory, dropout a small one.
+# Variants whose memory is measured: index sets make no difference to it, dropout a small one.
 WEIGHED = (LOWER_BOUND, LORA, "SpIEL-AG", "SpIEL-MA, SM3", "dense formula", "full fine-tuning")
 
-
-# What a user chooses between.
+# The methods that a user chooses between.
 COMPARED = (LORA, "SpIEL-AG", "SpIEL-MA, SM3")
-
-
-def _shape(text: str) -> tuple[int, int]:
-    batch_size, tokens = (int(part) for part in text.split("x"))
-    return batch_size, tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="everything: all parts, r = 4 and 16, 4x128 and 4x256 (under an hour)")
     add("--parts", nargs="+", choices=PARTS, default=["time"])
     add("--r", nargs="+", type=int, default=[16], help="ranks whose number of values is trained")
-    add("--shapes", nargs="+", type=_shape, default=[(4, 128)], metavar="BxT", help="sequences x tokens of a batch")
+    add("--shapes", nargs="+", type=two_sizes, default=[(4, 128)], metavar="BxT", help="sequences x tokens of a batch")
     add("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help=f"out of {' | '.join(VARIANTS)}")
     add("--repetitions", type=int, default=7, help="timed steps per variant (fewer of long batches)")
     add("--cycles", type=int, default=2, help="cycles timed for the share of a run")
@@ -65,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _Study:
-    """One call of `step`: a base model and the settings that all its parts share."""
+    """One call of the command: a base model, and the settings that all parts share."""
 
     def __init__(self, args: argparse.Namespace, spec: BaseSpec) -> None:
         self.args = args
@@ -91,7 +95,7 @@ class _Study:
         print(f"-> {save(self.name(part, r, shape), result, self.args.output, 'cpu')}\n", flush=True)
 
     def time(self, r: int, shape: tuple[int, int]) -> None:
-        """Seconds of every repetition."""
+        """Time steps of all variants in this process."""
         failures: Failures = {}
         batches = self.spec.batches(*shape)
         names = self.args.variants or TIMED
@@ -106,7 +110,7 @@ class _Study:
         self.save("step", r, shape, {"seconds": seconds, "trainable": trainable, "failed": failures})
 
     def alone(self, r: int, shape: tuple[int, int]) -> None:
-        """Every variant in processes of its own, in turn: seconds of the steps through one whole cycle, peak memory."""
+        """Measure times through one whole cycle and peak memory, in a new process for each variant and round."""
         rounds: list[dict[str, Any]] = []
         for _ in range(self.args.rounds):
             rounds.append({})
@@ -117,7 +121,7 @@ class _Study:
         self.save("alone", r, shape, {"rounds": rounds})
 
     def memory(self, r: int, shape: tuple[int, int], names: Iterable[str]) -> None:
-        """Peak memory of every variant."""
+        """Measure the peak memory of every variant, each in a process of its own."""
         measured = {}
         for name in names:
             measured[name] = in_own_process(AloneSpec(self.spec, name, Budget.of_rank(r), *shape))
@@ -125,12 +129,12 @@ class _Study:
         self.save("memory", r, shape, {"memory": measured})
 
     def share(self, r: int, shape: tuple[int, int]) -> None:
-        """Share of windows and closes, for both ways of growing."""
+        """Measure the share of training time that windows and closes take, for both growth criteria."""
         batches = self.spec.batches(*shape)
         result = {}
         for growth in ("accumulated_gradient", "momentum"):
             run = cycling_run(growth, copy.deepcopy(self.base), Budget.of_rank(r))
-            result[growth] = windows.measure(run, growth, batches, self.args.cycles)
+            result[growth] = measure_cycles(run, growth, batches, self.args.cycles)
             del run
             print(f"{growth:22} moving deltas takes {result[growth]['share']:.1%} of a run", flush=True)
         self.save("share", r, shape, {"growth": result})
@@ -173,7 +177,7 @@ def _run_model_parts(study: _Study) -> None:
             if "time" in args.parts:
                 study.time(r, shape)
             if "memory" in args.parts:
-                # What depends neither on r nor on where SpIEL stands is weighed once per shape.
+                # Memory of the variants that do not depend on r is measured once per shape.
                 first = args.variants or [n for n in WEIGHED if r == args.r[-1] or n in (LORA, *WEIGHED[2:4])]
                 study.memory(r, shape, first)
     if "share" in args.parts:

@@ -1,4 +1,4 @@
-"""Markdown tables of results; nothing in them is typed by hand."""
+"""Markdown tables of results."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from .cost_model import fits
 from .environment import RESULTS, load, load_all
-from .stepping import LORA, LOWER_BOUND
+from .ops.cost_models import fits
+from .stepping import LORA, LOWER_BOUND, REGROW_EVERY, moving_steps
 from .timing import median, quantile
 from .variants import FIRST_CLOSE
-from .windows import REGROW_EVERY, moving_steps
 
 Row = Sequence[str]
 
@@ -25,13 +24,13 @@ class Results:
         self._loaded: dict[str, dict[str, Any] | None] = {}
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """A result by name, or None."""
+        """The result of this name, or None if it was not measured."""
         if name not in self._loaded:
             self._loaded[name] = load(name, self.folder)
         return self._loaded[name]
 
     def starting(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """Results whose names begin with a prefix, by name, smaller budgets and batches first."""
+        """Results whose names begin with a prefix, by name; smaller batches and budgets first."""
         found = load_all(prefix, self.folder)
         return dict(sorted(found.items(), key=lambda item: _order(item[1])))
 
@@ -56,12 +55,12 @@ def medians(result: dict[str, Any] | None) -> dict[str, float]:
 
 
 def ratio(values: dict[str, float], name: str, reference: str) -> float | None:
-    """One value over another, or None where one is missing (or was not measured, as GPU memory on a CPU)."""
+    """One value over another; None if one is missing or the reference is 0 (GPU memory on a CPU)."""
     return values[name] / values[reference] if name in values and values.get(reference) else None
 
 
 def peaks(result: dict[str, Any] | None, key: str = "peak_mib") -> dict[str, float]:
-    """Peak MiB by variant, of those that could be measured; `key` "steady_mib": between windows."""
+    """Peak MiB by variant, without failed variants; with the key "steady_mib", the peak between windows."""
     if result is None:
         return {}
     return {name: entry[key] for name, entry in result["memory"].items() if key in entry}
@@ -72,7 +71,7 @@ def setting_name(settings: dict[str, Any]) -> str:
 
 
 def where(result: dict[str, Any]) -> str:
-    """One line that names machine and versions."""
+    """One line that names machine, versions, commit and date."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     return f"{result['device']}, {result['threads']} threads; {versions}; {result['commit']}, {result['date'][:10]}"
 
@@ -95,9 +94,9 @@ def alone_seconds(result: dict[str, Any] | None, part: str) -> dict[str, list[fl
     """Seconds per step of each variant in a process of its own, one number per round.
 
     Args:
-        result: of the part `alone`.
-        part: "cycle": the mean of a whole default cycle after the first close. "between windows": the median of its
-            steps in which SpIEL-AG does no more than train; the same steps of every variant.
+        result: of `python -m benchmarks step --parts alone`.
+        part: "cycle": mean over a whole default cycle after the first close. "between windows": median over the steps
+            of that cycle outside SpIEL-AG's windows; the same steps for every variant.
     """
     seconds: dict[str, list[float]] = {}
     for entries in (result or {}).get("rounds", []):
@@ -123,13 +122,13 @@ def alone_peaks(result: dict[str, Any] | None) -> dict[str, list[float]]:
 
 
 def ratio_by_round(values: dict[str, list[float]], name: str, reference: str) -> float | None:
-    """The median over rounds of one variant's value over another's in the same round; None where one is missing."""
+    """Median over rounds of the ratio of two variants in the same round; None if one is missing."""
     pairs = list(zip(values.get(name, []), values.get(reference, []), strict=False))
     return median([value / of_reference for value, of_reference in pairs]) if pairs else None
 
 
 def alone_table(results: Results) -> str:
-    """What each variant takes in a process of its own, and how that compares with LoRA."""
+    """Times and peak memory of each variant in a process of its own, and their ratios to LoRA's."""
     rows = []
     for result in results.starting("alone_smollm2").values():
         measured = [alone_seconds(result, "between windows"), alone_seconds(result, "cycle")]
@@ -146,7 +145,7 @@ def alone_table(results: Results) -> str:
 
 
 def alone_rounds_table(result: dict[str, Any]) -> str:
-    """One setting: the numbers of every round."""
+    """Table of one setting: the numbers of every round."""
     columns = [alone_seconds(result, "between windows"), alone_seconds(result, "cycle"), alone_peaks(result)]
     rows = [[name, *(", ".join(f"{value:.4g}" for value in column[name]) for column in columns)] for name in columns[0]]
     rows += [
@@ -159,7 +158,7 @@ def alone_rounds_table(result: dict[str, Any]) -> str:
 
 
 def step_overview(results: Results) -> str:
-    """Seconds per step, and over LoRA's, by variant and setting."""
+    """Table of the seconds per step and their ratios to LoRA's, by variant and setting."""
     found = results.starting("step_smollm2")
     if not found:
         return ""
@@ -176,7 +175,7 @@ def step_overview(results: Results) -> str:
 
 
 def step_table(result: dict[str, Any]) -> str:
-    """One setting: medians, 20% and 80% quantiles, ratios."""
+    """Table of one setting: medians, 20% and 80% quantiles, ratios."""
     values = medians(result)
     rows = [
         [
@@ -194,7 +193,7 @@ def step_table(result: dict[str, Any]) -> str:
 
 
 def memory_table(result: dict[str, Any]) -> str:
-    """One setting: through SpIEL's first window and close, and between windows."""
+    """Table of the peak memory at one setting: through SpIEL's first window and close, and between windows."""
     highest, steady = peaks(result), peaks(result, "steady_mib")
     rows = []
     for name, entry in result["memory"].items():
@@ -214,7 +213,7 @@ def layer_table(result: dict[str, Any], reference: str) -> str:
 
 
 def share_table(growths: dict[str, Any]) -> str:
-    """How much of a run windows and closes take."""
+    """Table of the share of a run that windows and closes take, by growth criterion."""
     rows = [
         [growth, f"{entry['share']:.1%}", f"{entry['share_of_moving_steps']:.1%}", str(len(entry["seconds"]))]
         for growth, entry in growths.items()
@@ -227,7 +226,7 @@ def _case_key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def gather_table(entries: Sequence[dict[str, Any]]) -> str:
-    """Cost of the sparse gradient over the dense product, by method and density."""
+    """Table of the time of the gather over the dense product, by method and density."""
     gathers = [entry for entry in entries if entry["op"].startswith("gather")]
     if not gathers:
         return ""
@@ -248,7 +247,7 @@ def gather_table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def operation_table(entries: Sequence[dict[str, Any]]) -> str:
-    """All other operations: time, over the dense formula, over the floor."""
+    """Table of the operations other than gathers: time, and its ratios to the dense formula and to the floor."""
     rows = []
     names = list(dict.fromkeys(entry["op"] for entry in entries if not entry["op"].startswith("gather")))
     if not names:
@@ -267,7 +266,7 @@ def operation_table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def fit_table(entries: Sequence[dict[str, Any]]) -> str:
-    """Constants of the sampled gather's cost model."""
+    """Table of the constants of the sampled gather's cost model."""
     rows = [
         [str(tokens), dtype, f"{fit.per_size:.0f}", f"{fit.per_density:.2f}", f"{fit.relative_error:.0%}"]
         for (tokens, dtype), fit in fits(entries).items()
@@ -276,7 +275,7 @@ def fit_table(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def scaling_table(result: dict[str, Any]) -> str:
-    """Step time and memory as one size grows."""
+    """Table of step times and memory as one size grows."""
     names = list(dict.fromkeys(name for entry in result["results"] for name in entry["seconds"]))
     rows = []
     for entry in result["results"]:
@@ -291,7 +290,7 @@ def scaling_table(result: dict[str, Any]) -> str:
 
 
 def profile_table(result: dict[str, Any]) -> str:
-    """How gradients concentrate, by type of module."""
+    """Table of how concentrated gradients are, by type of module."""
     rows = [
         [
             kind,

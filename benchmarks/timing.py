@@ -1,4 +1,4 @@
-"""Clocks: interleaved repetitions, their quantiles, and time budgets."""
+"""Timing: interleaved repetitions, their quantiles, and time budgets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 Action = Callable[[], Any]
 
-# Larger than any cache that a measured operation could find its operands in.
+# Larger than the second-level cache of every GPU.
 _FLUSH_BYTES = 256 * 2**20
 
 
 class Clock:
-    """A time budget in seconds; None never runs out."""
+    """Counts down a time budget in seconds; None never runs out."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = seconds
@@ -32,7 +32,7 @@ class Clock:
         return self.left() <= 0
 
     def part(self, share: float) -> Clock:
-        """A clock for this share of what is left."""
+        """A new clock for this share of the time left."""
         return Clock(None if self.seconds is None else max(0.0, self.left() * share))
 
 
@@ -51,7 +51,7 @@ def wall_seconds(action: Action, device: torch.device) -> float:
 
 
 class DeviceTimer:
-    """Times short operations: on a GPU by events, with a cold second-level cache and a filled launch queue."""
+    """Times short operations; on a GPU with events, a cold second-level cache and a filled launch queue."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,7 +62,7 @@ class DeviceTimer:
         if self.flush is None:
             return wall_seconds(action, self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # While the device fills this, the host gets ahead with its launches.
+        # This clears the cache, and gives the host time to launch the action before the device starts it.
         self.flush.zero_()
         start.record()
         action()
@@ -78,11 +78,11 @@ def interleave(
     clock: Clock | None = None,
     measure: Callable[[Action], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Time every action once per round, so that a disturbance of the machine hits all of them.
+    """Time every action once per round, so that other load on the machine slows all of them alike.
 
     Args:
-        actions: by name, warmed up.
-        repetitions: rounds at most.
+        actions: by name; already warmed up.
+        repetitions: the largest number of rounds.
         clock: no further round begins once it has run out (the first one always runs).
         measure: seconds of one call; `wall_seconds` by default.
     """
@@ -90,7 +90,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     names = list(actions)
     for number in range(repetitions):
-        # An action finds the caches as the one before it left them, so the order changes from round to round.
+        # The action before influences the caches, so the order changes from round to round.
         shift = number % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
             seconds[name].append(measure(actions[name]))
@@ -104,7 +104,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Linear between the sorted values; share 0 is the smallest, 1 the largest."""
+    """Quantile with linear interpolation: share 0 is the smallest value, 1 the largest."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)

@@ -1,10 +1,10 @@
-"""The ways of training that are compared: one setup of each, for time and for memory.
+"""The ways of training that are compared; the measurements of time and memory set each up in the same way.
 
 =============================  =======================================================================================
 lower bound                    forward pass and input gradients through the frozen model; nothing is trained
 LoRA                           PEFT's, alpha = 2 r, AdamW
 LoRA, dropout 0.05             the same with dropout on the adapters' input
-SpIEL-AG                       AdamW; positions as the first close chose them from the batches' own gradients
+SpIEL-AG                       AdamW; positions that the first close chose by the gradients of the batches
 SpIEL-MA, SM3                  momentum growth and its optimizer; positions as above
 ..., profile indices           positions drawn from the profile of SmolLM2's gradients, which never move
 ..., uniform indices           positions drawn uniformly, which never move
@@ -24,20 +24,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from spiel_peft import SM3, SparseDelta, SpIELConfig
+from spiel_peft import SM3, SparseDelta, SpIELConfig, SpIELLayer
 
-from .dense_formula import use_dense_formula
 from .index_sets import ProfileSampler
 
 LEARNING_RATE = 1e-5
-# Adapters close their first cycle at step 5; everything is allocated and in place after one more.
+# Adapters close their first cycle at step 5; after one more step, nothing else is allocated.
 FIRST_CLOSE = 5
 _NEVER = 10_000
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained: rank of LoRA, and what SpIELConfig takes to train as many values."""
+    """How much is trained: the rank of LoRA, and the settings of SpIELConfig that train as many values."""
 
     rank: int
     spiel: dict[str, Any]
@@ -48,7 +47,7 @@ class Budget:
 
     @staticmethod
     def of_density(model: Any, density: float) -> Budget:
-        """Budget by density; LoRA gets the rank (at least 1) that comes nearest in all layers together."""
+        """Budget for a density of SpIEL; LoRA gets the rank (at least 1) with the nearest number of values."""
         head = model.get_output_embeddings()
         shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         per_rank = sum(rows + cols for rows, cols in shapes)
@@ -61,9 +60,9 @@ class TrainingRun:
     """A model in training; a call of `step` is one optimizer step.
 
     Attributes:
-        model: what is trained.
+        model: the model, with its adapter.
         trainable: number of trained values.
-        warmup_steps: steps until what follows is the steady state.
+        warmup_steps: number of steps before the steady state.
     """
 
     def __init__(self, model: Any, optimizer: torch.optim.Optimizer | None, warmup_steps: int = 2) -> None:
@@ -73,7 +72,7 @@ class TrainingRun:
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def step(self, ids: Tensor) -> None:
-        """Forward, backward, update on a batch ``[batch, tokens]``; all positions are learnt."""
+        """Forward pass, backward pass and update on a batch ``[batch, tokens]``; the loss is over all positions."""
         with _autocast(self.model):
             loss = self.model(labels=ids, use_cache=False, **self._inputs(ids)).loss
         loss.backward()
@@ -84,7 +83,7 @@ class TrainingRun:
     def _inputs(self, ids: Tensor) -> dict[str, Tensor]:
         if self.optimizer is not None:
             return {"input_ids": ids}
-        # Nothing else requires a gradient.
+        # The lower bound trains nothing, so the embeddings must require a gradient for the backward pass to run.
         return {"inputs_embeds": self.model.get_input_embeddings()(ids).requires_grad_(True)}
 
     def use_checkpointing(self, on: bool) -> None:
@@ -96,7 +95,7 @@ class TrainingRun:
 
 
 def _autocast(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """What a trainer with bf16=True wraps a forward pass in; nothing for float32 models."""
+    """Autocast as a trainer with bf16=True uses it; none for float32 models."""
     weight = model.get_output_embeddings().weight
     if weight.dtype != torch.bfloat16:
         return contextlib.nullcontext()
@@ -137,7 +136,7 @@ def _dense(base: Any, budget: Budget) -> TrainingRun:
 
 
 def spiel_config(budget: Budget, **settings: Any) -> SpIELConfig:
-    """SpIEL on all linear layers of a run so long that the schedule stays at its start while it is measured."""
+    """SpIEL on all linear layers, with so many total steps that the schedule hardly moves while it is measured."""
     return SpIELConfig(target_modules="all-linear", total_steps=2 * _NEVER, **budget.spiel, **settings)
 
 
@@ -154,7 +153,7 @@ def _spiel(growth: str, make_optimizer: Callable[[Any], Any], indices: str) -> C
 
 
 def place_deltas(model: nn.Module, sampler: ProfileSampler) -> None:
-    """Move the deltas of a model that has not run yet to positions drawn from profiles."""
+    """Move the deltas of a model that was not trained yet to positions drawn from profiles."""
     deltas = [module for module in model.modules() if isinstance(module, SparseDelta)]
     for number, delta in enumerate(deltas):
         drawn = sampler.draw(delta.module_name, delta.rows, delta.cols, delta.k, number, delta.indices.device)
@@ -177,12 +176,12 @@ VARIANTS: dict[str, Callable[[Any, Budget], TrainingRun]] = {
 }
 
 
-# How the variants grow whose default cycle `cycling_run` runs.
+# Growth criterion of the variants that `cycling_run` sets up.
 GROWTH = {"SpIEL-AG": "accumulated_gradient", _MOMENTUM: "momentum"}
 
 
 def build(name: str, base: Any, budget: Budget) -> TrainingRun:
-    """Set a variant up on a base model, which it keeps and changes.
+    """Set up a variant on a base model, in place.
 
     Raises:
         ValueError: no variant has this name.
@@ -193,6 +192,43 @@ def build(name: str, base: Any, budget: Budget) -> TrainingRun:
 
 
 def cycling_run(growth: str, base: Any, budget: Budget) -> TrainingRun:
-    """SpIEL with the default cycle, whose windows and closes are to be timed."""
+    """Set up SpIEL with its default cycle, to time windows and closes."""
     model = get_peft_model(base, spiel_config(budget, growth=growth))
     return TrainingRun(model, _sm3(model) if growth == "momentum" else _adamw(model), FIRST_CLOSE)
+
+
+class DenseLinear(nn.Module):
+    """Computes y = x (W + scatter(indices, values))^T as a plain autograd expression, with all its dense copies.
+
+    A 4-bit W is dequantized in every forward pass.
+    """
+
+    def __init__(self, layer: SpIELLayer) -> None:
+        super().__init__()
+        self.base = layer.get_base_layer()
+        (delta,) = layer.spiel_delta.values()
+        self.register_buffer("indices", delta.indices.to(torch.int64))
+        self.values = nn.Parameter(torch.zeros_like(delta.values, dtype=torch.float32))
+
+    def _weight(self) -> Tensor:
+        state = getattr(self.base.weight, "quant_state", None)
+        if state is None:
+            return self.base.weight
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(self.base.weight.data, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._weight()
+        values = self.values.to(weight.dtype)
+        adapted = weight.flatten().scatter_add(0, self.indices, values).view_as(weight)
+        return nn.functional.linear(x, adapted, self.base.bias)
+
+
+def use_dense_formula(model: nn.Module) -> Any:
+    """Replace every SpIEL layer of a model by a `DenseLinear` on the same positions, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SpIELLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DenseLinear(layer))
+    return model

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: fine-tune SmolLM2-135M-Instruct on question-answer pairs, with two commands that you can give yourself.
+"""The demo: fine-tune SmolLM2-135M-Instruct on question-answer pairs, with two commands of `spiel-peft`.
 
 It writes the English pairs of chatterbot-corpus to a file, prints the commands and runs them: less than five minutes on
 two CPU cores. The pairs teach how to answer, in a few words instead of an essay; 50 steps teach no new facts.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spiel_peft.finetune.demo import demo_model, demo_pairs
 
-# Of the pairs that are held out, so none of these was trained on.
+# From the held-out pairs, so the model was not trained on them.
 QUESTIONS = (
     "When did the Cold War end?",
     "can a robot get drunk?",
@@ -27,14 +27,14 @@ QUESTIONS = (
 
 
 def write_pairs(path: Path) -> None:
-    """The pairs as a file that `spiel-peft train` reads."""
+    """Write the pairs to a file that `spiel-peft train` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"question": pair.question, "answer": pair.answer} for pair in demo_pairs().examples]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def commands(folder: Path, more: list[str]) -> list[list[str]]:
-    """The arguments of the commands; of an option that is given twice the last one counts."""
+    """The arguments of both commands; `more` options come last, so they override the others."""
     train = ["train", "--model", demo_model().path, "--data", f"{folder}/pairs.jsonl", "--output-dir", str(folder)]
     train += ["--max-steps", "50", "--max-length", "128", "--regrow-every", "10", "--eval-every", "25", "--overwrite"]
     train += [part for question in QUESTIONS for part in ("--ask", question)]
@@ -43,12 +43,12 @@ def commands(folder: Path, more: list[str]) -> list[list[str]]:
 
 
 def spiel_peft(command: list[str]) -> int:
-    """Run the command line; its exit code."""
+    """Run `spiel-peft` with these arguments; returns its exit code."""
     return subprocess.call([Path(sys.executable).with_name("spiel-peft"), *command])
 
 
 def main(argv: list[str] | None = None, folder: Path = Path("outputs/demo")) -> int:
-    """Run the commands; the exit code of the last one that ran."""
+    """Run the commands until one fails; returns the exit code of the last one."""
     write_pairs(folder / "pairs.jsonl")
     for command in commands(folder, sys.argv[1:] if argv is None else argv):
         print(f"\n$ {shlex.join(['spiel-peft', *command])}", flush=True)

@@ -28,7 +28,7 @@ LENGTH = 64  # tokens of an example; longer ones are cut
 
 
 def teacher_layers(teacher: int, student: int) -> list[int]:
-    """For each of the student's layers the teacher's layer that it is made from: every n-th, the last one included."""
+    """Choose the teacher's layers that the student copies: every n-th, with the last one."""
     if not 0 < student < teacher:
         raise ValueError(f"--layers: a student of {student} layers needs a teacher of more, this one has {teacher}")
     return [(i + 1) * teacher // student - 1 for i in range(student)]
@@ -47,7 +47,7 @@ def make_student(teacher: Any, chosen: list[int]) -> Any:
 
 
 def hidden_error(mine: Tensor, theirs: Tensor) -> Tensor:
-    """Squared error of states ``[batch, length, width]`` by token, relative to their size: it varies a hundredfold."""
+    """Squared error of states ``[batch, length, width]`` per token, over their mean square, as that varies widely."""
     return (mine - theirs).square().mean(-1) / theirs.square().mean(-1)
 
 
@@ -57,14 +57,14 @@ def attention_error(mine: Tensor, theirs: Tensor) -> Tensor:
 
 
 def divergence(mine: Tensor, theirs: Tensor, labels: Tensor) -> Tensor:
-    """Nats by which the student's logits diverge from the teacher's at the tokens before those with a label."""
+    """KL divergence in nats of the student's logits from the teacher's, at the tokens before those with a label."""
     learnt = labels[:, 1:] != -100
     mine, theirs = (logits[:, :-1][learnt].log_softmax(-1) for logits in (mine, theirs))
     return (theirs.exp() * (theirs - mine)).sum(-1).mean()
 
 
 def distillation_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], chosen: list[int]) -> Tensor:
-    """The sum of the three losses on a batch; no gradient reaches the teacher."""
+    """The sum of the three losses on a batch; the teacher gets no gradient."""
     seen = {name: batch[name] for name in ("input_ids", "attention_mask")}
     shown = {"use_cache": False, "output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     text = Dataset.from_list([{"text": f"{pair.question}\n{pair.answer}"} for pair in pairs])
     task, test = (Dataset.from_list(rows_that_fit(part, tokenizer, LENGTH, "task")) for part in (pairs, held_out))
     base = load_base(source, bf16=False, load_in_4bit=False)
-    base.set_attn_implementation("eager")  # the only one that shows its attention
+    base.set_attn_implementation("eager")  # the only implementation that returns attention probabilities
     chosen = teacher_layers(base.config.num_hidden_layers, args.layers or base.config.num_hidden_layers // 2)
     student = make_student(base, chosen)
     settings = {"completion_only_loss": True, "max_length": LENGTH, "learning_rate": args.learning_rate}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""SpIEL on a model that transformers knows nothing of: a language model whose words have several sense embeddings.
+"""SpIEL on a model that is not of transformers: a language model whose words have several sense embeddings.
 
 In the manner of PolyLM (Ansell et al., 2021), without its two losses that keep senses apart. The script trains a model
 on made-up sentences with ambiguous words, freezes it and teaches it new uses of these words with sparse deltas on the
@@ -25,7 +25,7 @@ TOPICS = {
     "music": ["song", "guitar", "rhythm", "tune", "concert", "drum"],
     "sport": ["team", "goal", "match", "coach", "score", "league"],
 }
-# Which topics an ambiguous word is used in: when the model is made, and in what it is taught afterwards.
+# Topics in which the ambiguous words occur: in pretraining, and in the data for the deltas.
 BEFORE = {"bank": ("river", "money"), "note": ("music", "money"), "pitch": ("music", "sport")}
 AFTER = {"bank": ("river", "sport"), "note": ("music", "sport"), "pitch": ("river", "money")}
 VOCABULARY = ["<pad>", "<mask>", *BEFORE, *(word for topic in TOPICS.values() for word in topic)]
@@ -98,7 +98,7 @@ def masked_loss(model: nn.Module, sentences: Tensor, size: int, generator: torch
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, sentences: Tensor, steps: int, size: int = 64) -> None:
-    """An ordinary loop; with a SpIELOptimizer, indices move by themselves."""
+    """An ordinary training loop; the SpIELOptimizer also closes cycles."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         masked_loss(model.train(), sentences, size, generator).backward()
@@ -112,7 +112,7 @@ def held_out_loss(model: nn.Module, sentences: Tensor) -> float:
 
 
 def adapt(model: nn.Module, growth: str, **settings: object) -> PeftModel:
-    """Deltas on modules of the kinds that SpIEL knows, and by `target_parameters` on the weight of a bag of words."""
+    """Put deltas on linear layers, embeddings, and (with `target_parameters`) bare parameters and an EmbeddingBag."""
     names = ["table", "prior", "query", "key", "value", "out", "up", "down", "to_sense", "to_word"]
     targets = {"target_modules": names, "target_parameters": ["topic.weight"]}
     return get_peft_model(model, SpIELConfig(growth=growth, **{"density": 0.05, **targets, **settings}))

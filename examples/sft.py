@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Supervised fine-tuning with TRL: SpIELConfig stands where LoraConfig would, and nothing else is new.
+"""Supervised fine-tuning with TRL: SpIELConfig takes the place of LoraConfig, and nothing else changes.
 
     python examples/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --output-dir adapter
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Supervised fine-tuning of a base model in 4 bits (NF4, bitsandbytes), as QLoRA does it with LoRA.
+"""Supervised fine-tuning of a 4-bit base model (NF4, bitsandbytes), as in QLoRA.
 
     python examples/sft_4bit.py --model meta-llama/Llama-2-7b-hf --data chats.jsonl --output-dir adapter
 

@@ -50,12 +50,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def as_text(examples: list[Example]) -> Dataset:
-    """Pairs as plain text, without the form of a question and its answer."""
+    """Pairs as plain text, without the chat template."""
     return Dataset.from_list([{"text": f"{example.question}\n{example.answer}"} for example in examples])
 
 
 class Run:
-    """One model, to which adapters are added, trained and measured."""
+    """One model with the adapters of all languages and the task: trains and measures them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -79,7 +79,7 @@ class Run:
         return Dataset.from_list(rows_that_fit(examples, self.tokenizer, LENGTH, "task"))
 
     def trainer(self, rows: Dataset, steps: int, *callbacks: TrainerCallback) -> SFTTrainer:
-        """A trainer of what is trainable when it begins."""
+        """A trainer of the parameters that are trainable when it is made."""
         arguments = SFTConfig(
             str(self.args.output_dir / "trainer"),
             max_steps=steps,
@@ -120,7 +120,7 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Train all adapters, measure, print and save; the losses by language."""
+    """Train all adapters, print the held-out losses and save; returns the losses by language."""
     run = Run(parse_args(argv))
     args, model = run.args, run.model
     for name in run.names:

@@ -196,15 +196,24 @@ class SparseDelta(nn.Module):
         return self.indices.numel()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """``(indices, values)``, the values times `scale`. A call, so that hooks which load offloaded tensors run."""
+        """What `pair` gives. A call, so that hooks which load offloaded tensors run.
+
+        Raises:
+            ValueError: the adapter was half loaded from a damaged file.
+            RuntimeError: DeepSpeed's ZeRO stage 3 has split the values.
+        """
         if self.run.refused is not None:
             raise ValueError(self.run.refused)
-        self.run.settle()
         if "ds_id" in self.values.__dict__:
             raise RuntimeError(
                 "SpIEL does not work under DeepSpeed's ZeRO stage 3, which splits the deltas themselves: use FSDP2 "
                 "(Accelerate: fsdp_version=2, see examples/accelerate/fsdp2.yaml)"
             )
+        return self.pair()
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Indices ``[k]`` and the values ``[k]`` times `scale`."""
+        self.run.settle()
         return self.indices, self.values if self.scale == 1.0 else self.values * self.scale
 
     def extra_repr(self) -> str:

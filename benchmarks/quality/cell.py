@@ -1,4 +1,4 @@
-"""One cell: one training run, from what the plan says of it to a JSON entry of everything that was measured.
+"""One cell: a training run of the plan, done and measured, with its result as JSON.
 
 ``python -m benchmarks.quality.cell SPEC PATH`` runs the cell that the JSON text SPEC describes, in this process, so
 that peak memory is its own.
@@ -32,7 +32,7 @@ WITHOUT_BUDGET = ("base", "full", "bitfit", "ia3")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the plan; survives JSON.
+    """One run of the plan; it can be converted to JSON and back.
 
     Attributes:
         study: the part of the plan that it belongs to; "finals" alone read the test split.

@@ -1,4 +1,4 @@
-"""Every method on one code path: which values of a model are trained, and what happens besides the optimizer's step.
+"""Every method: which values of a model it trains, and what it does besides the optimizer's step.
 
 Public API only: configs, `get_peft_model`, state dicts, `register_growth_criterion`, optimizer state.
 """
@@ -43,7 +43,7 @@ _KNOWN = {
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuse settings that nothing would read: a misspelt one would be an experiment that did not take place."""
+    """Refuse unknown settings: a misspelt one would be ignored, and the experiment would not take place."""
     unknown = settings.keys() - _KNOWN
     if unknown:
         raise ValueError(f"unknown settings {sorted(unknown)}; there are {sorted(_KNOWN)}")
@@ -56,7 +56,7 @@ def lora_values(base: nn.Module, task: Task, r: int) -> int:
 
 
 def set_up(base: Any, task: Task, settings: dict[str, Any], r: int, steps: int, rate: float, seed: int) -> Setup:
-    """A method on a base model, which it changes in place.
+    """Set up a method on a base model, in place.
 
     Args:
         base: the base model.
@@ -157,7 +157,7 @@ def _registered_growth(settings: dict[str, Any]) -> str:
 
 
 class _PruneScore:
-    """What a delta is worth at a close: |delta|, or |delta times its gradient at the step that closes|.
+    """Prune score of a delta: |delta|, or |delta times its gradient at the closing step|.
 
     With `protect`, deltas grown at the close before are pruned last.
     """

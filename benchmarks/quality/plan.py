@@ -1,4 +1,4 @@
-"""Which cells there are: the studies of ``plan.json``, unfolded by what has been measured so far.
+"""The cells of the plan: the studies of ``plan.json``, with the choices that results so far allow.
 
 A screen decides its later rates by its earlier cells, and other studies take the rates that a screen has chosen, so
 cells become known one after the other. What is not known yet is counted.
@@ -28,7 +28,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 @dataclass
 class Stage:
-    """One study of the plan, as far as it can be told by now.
+    """One study of the plan, with the cells that are known so far.
 
     Attributes:
         title: what tables call it.
@@ -74,7 +74,7 @@ def load(path: Path = PLAN) -> dict[str, Any]:
 
 
 def unfold(plan: dict[str, Any], results: Results) -> list[Stage]:
-    """Every study's cells, as far as they follow from what has been measured.
+    """The cells of every study that are known from the results so far.
 
     Args:
         plan: from `load`.
@@ -250,7 +250,7 @@ def _finals(plan: dict[str, Any], study: dict[str, Any], stage: Stage, results: 
 
 
 def pending(stages: list[Stage], results: Results, tier: str | None = None) -> Iterator[Cell]:
-    """Known cells without a result, in order; of one tier if it is given."""
+    """Known cells without a result, in order; of one tier only if `tier` is given."""
     for stage in stages:
         if tier is None or stage.tier == tier:
             yield from (cell for cell in stage.cells if cell.name not in results)

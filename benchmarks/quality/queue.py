@@ -1,4 +1,4 @@
-"""The queue: runs what the plan still lacks, one cell after the other, each in a process of its own."""
+"""The queue: runs the cells without a result one after the other, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def work(folder: Path, plan: dict[str, Any], tier: str | None = None, hours: flo
 
 
 def run_in_process(cell: Cell, path: Path) -> bool:
-    """Run one cell in a process of its own, at low priority and with one thread; whether it has a result now."""
+    """Run one cell in a process of its own, at low priority and with one thread; returns whether it has a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "benchmarks.quality.cell", cell.to_json(), str(path)]
@@ -86,7 +86,7 @@ def run_in_process(cell: Cell, path: Path) -> bool:
 
 
 def cell_seconds(plan: dict[str, Any], results: Results) -> dict[str, float]:
-    """What a cell of each tier takes: the median of those that are through, else the plan's guess."""
+    """Seconds of a cell by tier: the median of finished cells, or the plan's guess."""
     guesses = {tier: float(entry["cell_seconds"]) for tier, entry in plan["tiers"].items()}
     for tier in guesses:
         measured = [result["seconds"] for result in results.values() if result["tier"] == tier and result["rate"]]

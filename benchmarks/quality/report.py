@@ -46,7 +46,7 @@ thread of a shared machine.
 
 
 def write(plan: dict[str, Any], results: Results, page: Path = PAGE, plots: Path = PLOTS) -> list[Path]:
-    """Write the page and the plots of everything that is there; returns the paths."""
+    """Write the page and the plots of all results so far; returns the paths."""
     stages = plans.unfold(plan, results)
     drawn = _draw_screens(stages, results, plots)
     blocks = [_HEAD.strip()]

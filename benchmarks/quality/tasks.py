@@ -40,7 +40,7 @@ NEWS_CHARACTERS = 800
 
 
 class Task(ABC):
-    """What a cell trains and how it is scored.
+    """A base model with training data and held-out scores.
 
     Attributes:
         targets: `target_modules` of every adapter.

@@ -63,7 +63,7 @@ def train(
     micro_batches: int = 1,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train what a setup says.
+    """Train the model of a setup.
 
     Args:
         seed: of the order of the batches.

@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def sequences(args: argparse.Namespace) -> TensorDataset:
-    """The text in pieces of `--tokens` tokens."""
+    """Cut the text into pieces of `--tokens` tokens."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = torch.tensor(tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"])
     pieces = ids.numel() // args.tokens

@@ -243,5 +243,6 @@ def adapted_operator(
         bias: ``[out]`` of any dtype, cast to the compute dtype; None for an embedding.
     """
     bias = bias.to(x.dtype) if bias is not None else None
-    indices, values = [d.indices for d in deltas], [d.values for d in deltas]
+    pairs = [delta.pair() for delta in deltas]
+    indices, values = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return torch.ops.spiel_peft.adapted(x, weight, bias, indices, values, number, _encode(op), list(weight_shape))

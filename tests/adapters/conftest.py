@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.adapters import adapted, edit_adapter, train
+from support.models import logits, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-
-from .helpers import adapted, edit_adapter, logits, tiny_llama, train
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-
-from .helpers import (
-    adapted,
-    assert_unchanged,
-    logits,
-    read_adapter,
-    same_bits,
-    snapshot,
-    spiel_config,
-    tiny_llama,
-    train,
-)
+from support.adapters import adapted, assert_unchanged, read_adapter, snapshot, spiel_config, train
+from support.models import logits, tiny_llama
+from support.tensors import same_bits
 
 
 @pytest.mark.parametrize("bias", ["all", "spiel_only"])

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from support.adapters import PREFIX, adapted, deltas_of, read_adapter, snapshot
+from support.tensors import same_bits
 from torch import Tensor
 
 import spiel_peft.adapter_format
@@ -17,7 +19,6 @@ from spiel_peft.files.adapter_file import read_adapter as read_whole
 from spiel_peft_cli.main import main
 
 from .conftest import Saved
-from .helpers import PREFIX, adapted, deltas_of, read_adapter, same_bits, snapshot
 
 
 @pytest.fixture

@@ -10,21 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.adapters import adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config, train
+from support.models import IDS, logits, tiny_llama
+from support.tensors import same_bits
 from torch import nn
-
-from .helpers import (
-    IDS,
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    same_bits,
-    snapshot,
-    spiel_config,
-    tiny_llama,
-    train,
-)
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:

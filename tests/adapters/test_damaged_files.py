@@ -7,22 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftModel, set_peft_model_state_dict
+from support.adapters import PREFIX, adapted, assert_unchanged, deltas_of, key_of, layers_of, read_adapter, snapshot
+from support.models import logits
+from support.tensors import same_bits, texts
 from torch import Tensor, nn
 
 from .conftest import Saved
-from .helpers import (
-    PREFIX,
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    key_of,
-    layers_of,
-    logits,
-    read_adapter,
-    same_bits,
-    snapshot,
-    texts,
-)
 
 BAD = "model.layers.1.mlp.down_proj"  # the file's other modules stay intact
 NUMEL = 16 * 24

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import assert_unchanged, deltas_of, key_of, read_adapter, snapshot
 from torch import Tensor
 
 from .conftest import Saved
-from .helpers import assert_unchanged, deltas_of, key_of, read_adapter, snapshot
 from .test_damaged_files import BAD, NUMEL, Tensors, refused, with_entry
 
 

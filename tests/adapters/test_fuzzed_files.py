@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import set_peft_model_state_dict
+from support.adapters import adapted, assert_unchanged, deltas_of, read_adapter, snapshot
 from torch import Tensor, nn
 
 from .conftest import Saved
-from .helpers import adapted, assert_unchanged, deltas_of, read_adapter, snapshot
 
 DTYPES = [torch.int32, torch.int64, torch.float32, torch.float16, torch.uint8, torch.bool]
 EXTREMES = [-(2**31), -1, 0, 1, 79, 80, 255, 256, 383, 384, 2**31 - 1, 10**6]

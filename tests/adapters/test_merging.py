@@ -5,19 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config
+from support.models import logits, tiny_llama
+from support.tensors import same_bits
 from torch import nn
-
-from .helpers import (
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    same_bits,
-    snapshot,
-    spiel_config,
-    tiny_llama,
-)
 
 ALL = "all-linear"
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bitsandbytes as bnb
 import pytest
 import torch
+from support.adapters import adapted, deltas_of, layers_of
+from support.models import logits, tiny_llama
+from support.tensors import same_bits, texts
 from torch import nn
-
-from .helpers import adapted, deltas_of, layers_of, logits, same_bits, texts, tiny_llama
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 

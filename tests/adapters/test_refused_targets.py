@@ -8,22 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from support.adapters import adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config
+from support.models import logits, tiny_llama
+from support.tensors import same_bits
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from spiel_peft.layers import SpIELLayer
-
-from .helpers import (
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    same_bits,
-    snapshot,
-    spiel_config,
-    tiny_llama,
-)
 
 NORM = r"model\.layers\.0\.input_layernorm \(transformers\..*LlamaRMSNorm\) is not a supported layer"
 REFUSALS = {

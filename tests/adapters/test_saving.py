@@ -15,24 +15,13 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from support.adapters import FILE, PREFIX, adapted, deltas_of, key_of, read_adapter, snapshot, spiel_config, train
+from support.models import logits, tiny_llama
+from support.tensors import same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .conftest import Saved
-from .helpers import (
-    FILE,
-    PREFIX,
-    adapted,
-    deltas_of,
-    key_of,
-    logits,
-    read_adapter,
-    same_bits,
-    snapshot,
-    spiel_config,
-    tiny_llama,
-    train,
-)
 
 Q = "model.layers.0.self_attn.q_proj"
 

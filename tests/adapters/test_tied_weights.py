@@ -7,24 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import PREFIX, adapted, assert_unchanged, deltas_of, layers_of, read_adapter, snapshot, train
+from support.models import IDS, logits, tiny_llama
+from support.tensors import same_bits, texts
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from .helpers import (
-    IDS,
-    PREFIX,
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    read_adapter,
-    same_bits,
-    snapshot,
-    texts,
-    tiny_llama,
-    train,
-)
 
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 TIED = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}

@@ -1,4 +1,4 @@
-"""The benchmarks' modules for their tests.
+"""Imports the benchmarks' modules for their tests.
 
 The checkout is on the import path for these imports only: to other packages its folder kernels/ would look like the
 package of that name.
@@ -20,26 +20,14 @@ sys.path.insert(0, str(ROOT))
 try:
     from benchmarks import (
         __main__,
-        alone,
         bases,
-        cost_model,
-        demo_task,
-        dense_formula,
         environment,
-        floors,
-        gather_rates,
         gpu,
-        gpu_table,
-        gpu_training,
         index_sets,
         layer,
-        op_cases,
-        op_registry,
         ops,
         overlap,
-        page,
-        parts,
-        plots,
+        plan,
         profile,
         quality,
         report,
@@ -47,58 +35,54 @@ try:
         step,
         stepping,
         tables,
-        targets,
         timing,
         variants,
-        windows,
     )
+    from benchmarks.gpu import parts
+    from benchmarks.gpu import table as gpu_table
+    from benchmarks.ops import cost_models, registry
+    from benchmarks.ops import measure as ops_measure
     from benchmarks.quality import cell, corpora, methods, queue, tasks, tiny_lm, training
     from benchmarks.quality import plan as quality_plan
     from benchmarks.quality import report as quality_report
+    from benchmarks.report import page, plots
 finally:
     sys.path.remove(str(ROOT))
 
 __all__ = [
-    "alone",
     "ROOT",
     "__main__",
     "bases",
     "cell",
     "corpora",
-    "cost_model",
-    "demo_task",
-    "dense_formula",
     "environment",
-    "floors",
-    "gather_rates",
+    "cost_models",
     "gpu",
     "gpu_table",
-    "gpu_training",
     "index_sets",
     "layer",
     "methods",
-    "op_cases",
-    "op_registry",
     "ops",
+    "ops_measure",
     "overlap",
     "page",
     "parts",
+    "plan",
     "plots",
     "profile",
     "quality",
     "quality_plan",
     "quality_report",
     "queue",
+    "registry",
     "report",
     "scaling",
     "step",
     "stepping",
     "tables",
-    "targets",
     "tasks",
     "timing",
     "tiny_lm",
     "training",
     "variants",
-    "windows",
 ]

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks_under_test import (
-    alone,
     bases,
-    demo_task,
     environment,
     index_sets,
     profile,
@@ -21,7 +19,6 @@ from benchmarks_under_test import (
     stepping,
     timing,
     variants,
-    windows,
 )
 
 from spiel_kernels import check_index_set
@@ -107,10 +104,10 @@ def test_profiles_are_measured_per_type_of_module() -> None:
 
 
 def test_packed_batches_are_the_stream_in_order() -> None:
-    batches = demo_task.packed_batches(torch.arange(25), 2, 4)
+    batches = bases.packed_batches(torch.arange(25), 2, 4)
     assert torch.equal(torch.stack(batches).flatten(), torch.arange(24))
     with pytest.raises(ValueError, match="7 tokens do not fill one batch of 2 x 4"):
-        demo_task.packed_batches(torch.arange(7), 2, 4)
+        bases.packed_batches(torch.arange(7), 2, 4)
 
 
 # Clocks
@@ -136,10 +133,10 @@ def test_quantiles() -> None:
 
 
 def test_share_of_a_run_by_hand() -> None:
-    assert windows.moving_steps("accumulated_gradient", 25) == [1, 2, 3, 4, 5, 21, 22, 23, 24, 25]
-    assert windows.moving_steps("momentum", 25) == [5, 25]
+    assert stepping.moving_steps("accumulated_gradient", 25) == [1, 2, 3, 4, 5, 21, 22, 23, 24, 25]
+    assert stepping.moving_steps("momentum", 25) == [5, 25]
     seconds = [9.0] * 5 + [1.0] * 15 + [1.2] * 5
-    shares = windows.shares(seconds, "accumulated_gradient")
+    shares = stepping.shares(seconds, "accumulated_gradient")
     assert shares["share"] == pytest.approx(1.0 / 21) and shares["share_of_moving_steps"] == pytest.approx(1.0 / 21)
 
 
@@ -195,9 +192,9 @@ def test_a_variant_that_fails_fails_alone() -> None:
 
 
 def test_bases_survive_json() -> None:
-    spec = alone.AloneSpec(TINY.sliced(1), "LoRA", variants.Budget.of_rank(2), 1, 16)
-    assert alone.AloneSpec.from_json(spec.to_json()) == spec
-    measured = alone.measure_here(spec)
+    spec = stepping.AloneSpec(TINY.sliced(1), "LoRA", variants.Budget.of_rank(2), 1, 16)
+    assert stepping.AloneSpec.from_json(spec.to_json()) == spec
+    measured = stepping.measure_here(spec)
     assert measured["peak_mib"] >= measured["loaded_mib"] > 50 and measured["trainable"] > 0
     assert measured["peak_mib"] == max(measured["step_peaks_mib"]) and len(measured["step_peaks_mib"]) == 3
     assert measured["trainable"] > 0 and "seconds" not in measured
@@ -207,8 +204,8 @@ def test_bases_survive_json() -> None:
 
 @pytest.mark.parametrize("name", step.COMPARED)
 def test_a_variant_alone_is_timed_through_a_default_cycle(name: str) -> None:
-    spec = alone.AloneSpec(TINY, name, variants.Budget.of_rank(2), 1, 16, cycles=1)
-    measured = alone.measure_here(spec)
+    spec = stepping.AloneSpec(TINY, name, variants.Budget.of_rank(2), 1, 16, cycles=1)
+    measured = stepping.measure_here(spec)
     assert len(measured["seconds"]) == 25 and min(measured["seconds"]) > 0
     moving = {"SpIEL-AG": [1, 2, 3, 4, 5, 21, 22, 23, 24, 25], "SpIEL-MA, SM3": [5, 25]}
     assert measured["moving_steps"] == moving.get(name, [])
@@ -218,7 +215,7 @@ def test_a_variant_alone_is_timed_through_a_default_cycle(name: str) -> None:
 def test_the_default_cycle_is_what_is_timed() -> None:
     """The numbers that the benchmark repeats are those of the config, and a timed run moves deltas by them."""
     config = SpIELConfig()
-    assert (config.accumulation_steps, config.regrow_every) == (variants.FIRST_CLOSE, windows.REGROW_EVERY)
+    assert (config.accumulation_steps, config.regrow_every) == (variants.FIRST_CLOSE, stepping.REGROW_EVERY)
     run = variants.cycling_run("accumulated_gradient", TINY.build(), variants.Budget.of_rank(2))
     (delta, *_) = (module for module in run.model.modules() if isinstance(module, SparseDelta))
     ids, closes = TINY.batches(1, 16)[0], []
@@ -232,10 +229,10 @@ def test_the_default_cycle_is_what_is_timed() -> None:
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
-    spec = alone.AloneSpec(TINY, "SpIEL-AG", variants.Budget.of_rank(2), 1, 16)
-    measured = alone.in_own_process(spec)
+    spec = stepping.AloneSpec(TINY, "SpIEL-AG", variants.Budget.of_rank(2), 1, 16)
+    measured = stepping.in_own_process(spec)
     assert measured["peak_mib"] >= measured["loaded_mib"] > 50
-    assert "no result after 0 s" in alone.in_own_process(spec, timeout_seconds=0.01)["error"]
+    assert "no result after 0 s" in stepping.in_own_process(spec, timeout_seconds=0.01)["error"]
 
 
 # Commands

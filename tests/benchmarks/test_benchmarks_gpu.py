@@ -1,4 +1,4 @@
-"""The parts of the GPU benchmark, on the CPU at tiny sizes, and what keeps one from spoiling the others."""
+"""The parts of the GPU benchmark, at tiny sizes on the CPU; a part that fails does not stop the others."""
 
 from __future__ import annotations
 

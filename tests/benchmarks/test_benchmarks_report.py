@@ -1,4 +1,4 @@
-"""The page of results is what the JSON says: tables, targets, plots."""
+"""The page of results agrees with the JSON files: tables, targets, plots."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks_under_test import ROOT, environment, page, plots, report, tables, targets
+from benchmarks_under_test import ROOT, environment, page, plots, report, tables
 
 MACHINE = {"batch_size": 4, "tokens": 128, "dtype": "float32"}
 
 
 def alone_rounds() -> list[dict[str, Any]]:
-    """Three rounds of a slow first one: LoRA's steps take 1 s, SpIEL-AG's 1.1 s and those of its window 2.1 s."""
+    """Three rounds, the first one slow: LoRA's steps take 1 s, SpIEL-AG's 1.1 s, and 2.1 s in its window."""
     rounds = []
     for factor in (3.0, 1.0, 1.0):
         lora = {"seconds": [factor] * 25, "peak_mib": 1000.0}
@@ -91,11 +91,11 @@ def write_gpu_results(folder: Path) -> None:
 
 
 def verdicts(results: tables.Results) -> dict[str, list[str]]:
-    return {row[0]: row[1:] for row in (targets.judge(target, results) for target in targets.TARGETS)}
+    return {row[0]: row[1:] for row in (page.judge(target, results) for target in page.TARGETS)}
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    assert report.PAGE.read_text(encoding="utf-8") == page.page(tables.Results())
+    assert report.PAGE.read_text(encoding="utf-8") == page.results_page(tables.Results())
 
 
 def test_targets_are_judged_by_the_medians(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_gpu_targets_are_judged(tmp_path: Path) -> None:
 def test_page_and_plots_of_every_benchmark(tmp_path: Path) -> None:
     write_gpu_results(tmp_path)
     results = write_cpu_results(tmp_path)
-    text = page.page(results)
+    text = page.results_page(results)
     for title in ("Targets", "Steps on a CPU: r=4, 4x128", "Peak memory on a CPU", "Operations on a CPU", "GPU"):
         assert f"## {title}\n" in text
     assert "| dense formula | failed | OutOfMemoryError: none left |" in text
@@ -145,7 +145,7 @@ def test_what_users_see_is_compared_round_by_round(tmp_path: Path) -> None:
     table = tables.alone_table(results)
     assert "| r=16, 4x128 | LoRA | 1.00 s (1.00) | 1.00 s (1.00) | 1000 MiB (1.00) |" in table
     assert "| r=16, 4x128 | SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in table
-    text = page.page(results)
+    text = page.results_page(results)
     assert table in text and "## As users run it, on a CPU" in text
     assert "| SpIEL-AG | 3.3, 1.1, 1.1 | 4.05, 1.35, 1.35 | 990, 990, 990 |" in text
     assert "| SpIEL-MA, SM3 | failed | exit status 1: a / b |  |" in text
@@ -155,8 +155,8 @@ def test_what_users_see_is_compared_round_by_round(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_gives_a_page_of_targets(tmp_path: Path) -> None:
-    text = page.page(tables.Results(tmp_path))
-    assert text.count("not measured") == len(targets.TARGETS) and "## GPU" not in text
+    text = page.results_page(tables.Results(tmp_path))
+    assert text.count("not measured") == len(page.TARGETS) and "## GPU" not in text
     assert plots.drawable(tables.Results(tmp_path)) == {}
 
 
@@ -167,7 +167,7 @@ def test_tables_of_a_text_are_renewed(tmp_path: Path) -> None:
     assert f"<!-- benchmarks: alone -->\n\n{tables.alone_table(results)}\n\n<!-- end -->\nafter" in renewed
     assert "old" not in renewed
     assert report.with_tables(renewed, results) == renewed
-    # Nothing measured, nothing shown.
+    # Without results, there is no table.
     empty = tables.Results(tmp_path / "empty")
     assert report.with_tables(renewed, empty) == text.replace("old\n", "")
     with pytest.raises(ValueError, match="no table is called 'speed'; there are alone"):
@@ -183,7 +183,7 @@ def test_report_command(tmp_path: Path) -> None:
     argv = ["--output", str(tmp_path), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     report.run(parser.parse_args(argv))
     assert "| SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in readme.read_text()
-    assert (tmp_path / "page.md").read_text() == page.page(tables.Results(tmp_path))
+    assert (tmp_path / "page.md").read_text() == page.results_page(tables.Results(tmp_path))
     assert (tmp_path / "plots" / "steps.png").is_file()
 
 

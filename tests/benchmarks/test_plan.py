@@ -1,4 +1,4 @@
-"""The plan on paper: its counts are those of real models, and the page in the docs is what the formulas say."""
+"""The command `plan`: its counts are those of real models, and docs/scaling.md has the results of the formulas."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks_under_test import ROOT
+from benchmarks_under_test import ROOT, plan
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import plan
 from spiel_peft import SpIELConfig
 
 SMALL = plan.Llama(hidden=64, intermediate=96, key_value=32, blocks=2, vocabulary=40)

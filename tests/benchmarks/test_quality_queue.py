@@ -78,7 +78,7 @@ def toy_plan(tmp_path: Path) -> dict[str, Any]:
 
 
 def result_of(described: cell.Cell, loss: float, test: float | None = None) -> dict[str, Any]:
-    """What a finished cell looks like, with a loss of one's own."""
+    """The result of a finished cell, with the given loss."""
     scores = {"validation": {"loss": loss}, "forgetting": {"english_loss": 3.0 + loss / 10}}
     if test is not None:
         scores["test"] = {"loss": test}
@@ -196,7 +196,7 @@ def working(folder: Path, plan: Path) -> subprocess.Popen[str]:
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """Results without what differs from run to run."""
+    """Results without the entries that differ from run to run."""
     keep = ("scores", "curve", "settings", "rate", "seed", "trained_values", "method", "study", "steps", "diverged_at")
     return {name: {key: r[key] for key in keep} for name, r in queue.read_results(folder).items()}
 
@@ -241,7 +241,7 @@ def test_a_killed_queue_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def _wait_for_orphans() -> None:
-    """A cell whose queue was killed without a word ends by itself; wait until none writes any more."""
+    """Wait until no cell of a killed queue writes results any more."""
     for _ in range(200):
         commands = [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if os.access(p, os.R_OK)]
         if not any(b"benchmarks.quality.cell" in command and b'"toy"' in command for command in commands):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters.helpers import adapted, spiel_config, tiny_llama, train
-from files.checkpoints import changed, loaded, saved
 from peft import ShiraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.adapters import adapted, train
+from support.checkpoints import changed, loaded, saved
+from support.models import tiny_llama
+from support.text import tokenizer as word_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from spiel_peft_cli.main import main
@@ -22,13 +23,8 @@ WORDS = ["what", "colour", "is", "the", "it", "?", ".", "User", "Assistant", ":"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of fewer than 40 words."""
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<unk>", "<end>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", model_max_length=64
-    )
+    """A tokenizer for the questions of `pairs`, with fewer than 40 words."""
+    return word_tokenizer(["<pad>", "<unk>", "<end>", *WORDS], eos="<end>", split_punctuation=True, max_length=64)
 
 
 def make_folders(where: Path) -> None:
@@ -91,6 +87,3 @@ class Shell:
 def plain(text: str) -> str:
     """Help as one line: without frames and line breaks."""
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
-
-
-__all__ = ["Shell", "make_folders", "pairs", "plain", "spiel_config", "tokenizer"]

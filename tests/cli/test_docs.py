@@ -7,16 +7,18 @@ import re
 import shlex
 from pathlib import Path
 
+from support.docs_blocks import code_blocks, page
+
 from spiel_peft_cli import commands
 
 from .helpers import Shell
 from .test_help import NAMES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
+PAGE = page("command-line.md")
 
 
 def test_the_commands_run(shell: Shell) -> None:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+    lines = [line for block in code_blocks(PAGE, "bash") for line in block.splitlines()]
     assert {line.split()[1] for line in lines} == set(NAMES)
     for line in lines:
         command, _, target = line.partition(" > ")

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from adapters.helpers import edit_adapter, key_of
-from files.checkpoints import contents
 from rich.console import Console
+from support.adapters import edit_adapter, key_of
+from support.checkpoints import contents
 
 from spiel_peft_cli.main import main
 from spiel_peft_cli.output import Output

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import logits
-from files.checkpoints import contents, loaded, tensors_of, unmerged_logits
 from peft import PeftModel
+from support.checkpoints import contents, loaded, tensors_of, unmerged_logits
+from support.models import logits
 
 from spiel_peft.files.adapter_file import read_adapter
 

@@ -87,7 +87,7 @@ def test_what_people_read(shell: Shell) -> None:
 
 
 def test_another_models_base_is_refused(shell: Shell, folders: Path) -> None:
-    from adapters.helpers import tiny_llama
+    from support.models import tiny_llama
 
     tiny_llama(num_hidden_layers=1).save_pretrained(folders / "small")
     message = shell.fails("info", "language", "--base", "small", code=3)

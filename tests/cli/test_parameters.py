@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import edit_adapter, key_of, spiel_config, train
 from peft import get_peft_model
+from support.adapters import edit_adapter, key_of, spiel_config, train
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from spiel_peft.inspection import adapter_facts, validate_adapter

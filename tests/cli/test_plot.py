@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_helpers import regression, trainer
+from support.trainer_runs import regression, trainer
 
 from spiel_peft import SpIELCallback
 from spiel_peft.files.adapter_file import StoredDelta

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from files.checkpoints import contents, loaded, tensors_of
 from peft import PeftModel
+from support.checkpoints import contents, loaded, tensors_of
 from transformers import AutoTokenizer
 
 from spiel_peft.files.adapter_file import read_adapter

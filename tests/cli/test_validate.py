@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import adapted, edit_adapter, key_of, tiny_llama
+from support.adapters import adapted, edit_adapter, key_of
+from support.models import tiny_llama
 from torch import Tensor
 
 from spiel_peft.inspection import validate_adapter

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from adapters.helpers import adapted, deltas_of, spiel_config, tiny_llama
 from peft import PeftModel
+from support.adapters import adapted, deltas_of, spiel_config
+from support.models import tiny_llama
 from torch import Tensor, nn
 
 LANGUAGE, TASK = "language", "task"

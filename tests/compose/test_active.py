@@ -7,23 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import (
-    IDS,
+from peft import PeftModel
+from support.adapters import (
     adapted,
     assert_unchanged,
     deltas_of,
     key_of,
     layers_of,
-    logits,
     read_adapter,
     snapshot,
     spiel_config,
-    tiny_llama,
     train,
 )
-from peft import PeftModel
+from support.models import IDS, logits, tiny_llama
+from support.trainer_runs import QUIET
 from torch import nn
-from trainers.helpers import QUIET
 from transformers import Trainer, TrainingArguments
 
 from spiel_peft import KeepActive, activate

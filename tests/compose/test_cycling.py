@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import IDS, deltas_of, layers_of, logits, snapshot, spiel_config, tiny_llama
-from helpers import adapt
 from peft import PeftModel
+from support.adapters import deltas_of, layers_of, snapshot, spiel_config
+from support.layers import adapt
+from support.models import IDS, logits, tiny_llama
 from torch import Tensor, nn
 
 from spiel_peft import SM3, LanguageCycler, LanguageCyclerCallback

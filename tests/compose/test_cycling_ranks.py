@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import adapted, deltas_of, spiel_config, tiny_llama
-from distributed.ranks import launch, results_of, run_here
 from peft import PeftModel
+from support.adapters import adapted, deltas_of, spiel_config
+from support.models import tiny_llama
+from support.ranks import launch, results_of, run_here
 from torch.nn.parallel import DistributedDataParallel
 
 from spiel_peft import LanguageCycler

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import snapshot, spiel_config
 from peft import PeftModel
+from support.adapters import snapshot, spiel_config
+from support.trainer_runs import QUIET
 from torch import nn
-from trainers.helpers import QUIET
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from spiel_peft import LanguageCycler, LanguageCyclerCallback

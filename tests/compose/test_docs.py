@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import adapted, deltas_of, tiny_llama
-from trainers.helpers import QUIET, rows
+from support.adapters import adapted, deltas_of
+from support.docs_blocks import code_blocks, page
+from support.models import tiny_llama
+from support.text import rows
+from support.trainer_runs import QUIET
 from transformers import Trainer, TrainingArguments
 
 from spiel_peft.compose.rules import COMBINATION_TYPES
 
-PAGE = (Path(__file__).parents[2] / "docs" / "composing.md").read_text(encoding="utf-8")
+PAGE = page("composing.md")
 
 
 class Names(dict[str, Any]):
@@ -35,9 +38,8 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     args = TrainingArguments(output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, **QUIET)
     names = Names(Trainer=Trainer, args=args, rows=rows(), batches=batches)
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     active = []
-    for block in blocks:
+    for block in code_blocks(PAGE):
         if "optimizer" in block:
             names["optimizer"] = torch.optim.SGD([p for p in names["model"].parameters() if p.requires_grad], lr=0.1)
         exec(block, names)

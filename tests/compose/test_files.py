@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import logits, spiel_config, tiny_llama
 from peft import PeftModel, get_peft_model
+from support.adapters import spiel_config
+from support.models import logits, tiny_llama
 
 from spiel_peft import SpIELConfig, combine_adapters
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, read_adapter, write_adapter

@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import (
+from peft import LoraConfig, PeftModel
+from support.adapters import (
     adapted,
     assert_unchanged,
     deltas_of,
     layers_of,
-    logits,
     read_adapter,
     snapshot,
     spiel_config,
-    tiny_llama,
     train,
 )
-from helpers import CASES, adapt, assert_close
-from peft import LoraConfig, PeftModel
-from quantized import COLS, QUANTIZED
+from support.layers import CASES, adapt
+from support.models import logits, tiny_llama
+from support.quantized import COLS, QUANTIZED
+from support.tensors import assert_close
 from transformers import AutoModelForCausalLM
 
 from spiel_kernels import check_index_set

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters.helpers import adapted, deltas_of, spiel_config, tiny_llama
+from support.adapters import adapted, deltas_of, spiel_config
+from support.models import tiny_llama
 from torch import Tensor
 
 from spiel_peft import SpIELConfig, overlap, overlap_of_files

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import adapted, deltas_of, logits, same_bits, spiel_config, texts, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.adapters import adapted, deltas_of, spiel_config
+from support.models import logits, tiny_llama
+from support.tensors import same_bits, texts
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

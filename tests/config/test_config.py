@@ -46,7 +46,7 @@ def json_round_trip(config: SpIELConfig, folder: Path) -> PeftConfig:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """Restore the registry of growth criteria after a test."""
+    """Undo the registrations of a test."""
     growth_criteria()
     before = dict(growth._CRITERIA)
     yield

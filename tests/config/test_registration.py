@@ -46,7 +46,7 @@ MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_T
 
 @pytest.fixture
 def mappings() -> Iterator[None]:
-    """Restore PEFT's tables after a test."""
+    """Undo a test's changes of PEFT's tables."""
     before = [dict(mapping) for mapping in MAPPINGS]
     yield
     for mapping, entries in zip(MAPPINGS, before, strict=True):
@@ -55,7 +55,7 @@ def mappings() -> Iterator[None]:
 
 
 def run_python(code: str, *, only: tuple[str, ...] | None = None) -> str:
-    """The output of `code` in a new interpreter that finds this checkout, or with `only` the folders given."""
+    """Output of `code` in a new interpreter, which imports from this checkout, or `only` from these folders."""
     root = Path(spiel_peft.__file__).parents[1]
     checkout = (str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", ""))
     folders = checkout if only is None else only

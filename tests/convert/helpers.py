@@ -1,4 +1,4 @@
-"""Tiny models, and writers of the formats that are converted, made without this package's code."""
+"""Writers and readers of the converted formats that are independent of this project."""
 
 from __future__ import annotations
 
@@ -10,28 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapters.helpers import IDS
 from peft import PeftModel
+from support.models import logits
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).parents[2]
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def tiny_bert() -> nn.Module:
-    torch.manual_seed(3)
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, num_labels=3
-    )
-    config.initializer_range = 0.3
-    return BertForSequenceClassification(config).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def loaded(base: nn.Module, folder: Path) -> Tensor:

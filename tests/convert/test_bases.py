@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import adapted, logits, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel
+from support.adapters import adapted
+from support.models import logits, tiny_bert, tiny_gpt2, tiny_llama
+from transformers import GPT2LMHeadModel
 
 from spiel_peft.convert import export_shira, export_sparse_patch, read_sparse_patches
 from spiel_peft.files.checkpoint import open_base
 from spiel_peft.weights.base_weight import EMBEDDING, LINEAR, TRANSPOSED
 
-from .helpers import Q, tiny_bert
+from .helpers import Q
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -99,9 +100,7 @@ def test_a_patch_has_the_names_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_transposed_layers_are_no_linear_layers_to_shira_but_can_be_patched(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tiny_gpt2().save_pretrained(tmp_path / "base")
     model = adapted(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), target_modules=["c_attn"])
     model.save_pretrained(tmp_path / "adapter")
     assert open_base(tmp_path / "base").info("transformer.h.0.attn.c_attn").kind == TRANSPOSED

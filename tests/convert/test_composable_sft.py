@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import logits, tiny_bert
 from torch import Tensor, nn
 
 from spiel_peft.convert import convert_adapter, convert_composable_sft
 from spiel_peft.convert.from_composable_sft import _flat, _unravel_column_major
 from spiel_peft.files.adapter_file import read_adapter
 
-from .helpers import column_major, loaded, logits, sparse_like, tiny_bert
+from .helpers import column_major, loaded, sparse_like
 
 LAYER = "bert.encoder.layer.0"
 MATRICES = (

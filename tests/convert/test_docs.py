@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
-from adapters.helpers import adapted, tiny_llama
 from peft import ShiraConfig, get_peft_model
+from support.adapters import adapted
+from support.docs_blocks import code_blocks, page
+from support.models import tiny_llama
 
 from spiel_peft.convert import KINDS, export_sparse_patch, read_sparse_patches
 
-from .helpers import ROOT
-
-PAGE = (ROOT / "docs" / "converting.md").read_text(encoding="utf-8")
+PAGE = page("converting.md")
 
 
 def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,7 +21,7 @@ def test_the_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     tiny_llama().save_pretrained("path/to/base")
     config = ShiraConfig(r=1, target_modules=["q_proj"], init_weights=False)
     get_peft_model(tiny_llama(), config).save_pretrained("their_adapter")
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    blocks = code_blocks(PAGE)
     assert len(blocks) == 4
     for block in blocks:
         exec(block, {})

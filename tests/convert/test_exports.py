@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import FILE, PREFIX, adapted, layers_of, logits, tiny_llama
 from peft import PeftModel, ShiraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.adapters import FILE, PREFIX, adapted, layers_of
+from support.models import logits, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

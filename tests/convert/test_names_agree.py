@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import adapted, tiny_llama
-from files.checkpoints import tensors_of
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import adapted
+from support.checkpoints import tensors_of
+from support.models import tiny_bert, tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -20,7 +21,7 @@ from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_de
 from spiel_peft.files.checkpoint import open_base
 from spiel_peft.inspection import adapter_facts
 
-from .helpers import Q, tiny_bert
+from .helpers import Q
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

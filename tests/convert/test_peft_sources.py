@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import FILE, PREFIX, tiny_llama
 from peft import LoraConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import FILE, PREFIX
+from support.models import logits, tiny_llama
 from torch import Tensor, nn
 
 from spiel_peft.convert import convert_adapter, detect_kind, export_dense_diff, export_shira, export_sparse_patch
 from spiel_peft.files.adapter_file import read_adapter
 
-from .helpers import DOWN, Q, loaded, logits
+from .helpers import DOWN, Q, loaded
 
 TARGETS = ["q_proj", "down_proj"]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import IDS, adapted, logits, tiny_llama
+from support.adapters import adapted
+from support.models import IDS, logits, tiny_llama
 
 from spiel_peft.convert import export_shira
 

@@ -1,4 +1,4 @@
-"""The algorithm once more, on dense matrices and with plain loops, to be compared with (DESIGN, section 2).
+"""An oracle: the algorithm on dense matrices and with plain loops.
 
 An ordinary model computes with ``W0 + delta``, autograd forms the whole dW, and Python lists are sorted. Nothing of
 spiel_peft is used, so that an error there cannot be repeated here. float64 throughout.
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 
 @dataclass
 class Settings:
-    """What the run is told; names as in the config and the optimizers."""
+    """Settings of a run; the names are those of the config and the optimizers."""
 
     growth: str
     regrow_every: int
@@ -40,7 +40,7 @@ class Settings:
 
 @dataclass
 class Closing:
-    """A close as the oracle saw it: scores and thresholds tell which decisions were near ties."""
+    """The oracle's scores and thresholds at one close, which show the decisions that were near ties."""
 
     prune: dict[int, float]
     prune_threshold: float
@@ -50,7 +50,7 @@ class Closing:
 
 @dataclass
 class Matrix:
-    """One adapted weight. Arrays are flat and as long as the weight; what is not active is zero there."""
+    """One adapted weight. Arrays are flat, as long as the weight, and zero at inactive positions."""
 
     base: Tensor
     mask: NDArray[np.bool_]
@@ -174,7 +174,7 @@ class DenseOracle:
     def _rate(self) -> float:
         s = self.settings
         if self.steps == s.accumulation_steps:
-            return 1.0  # the random start of a fresh adapter goes
+            return 1.0  # the first close of a fresh adapter replaces all random positions
         if s.schedule == "linear":
             return s.initial_rate * (1 - self.steps / s.total_steps)
         if s.schedule == "cosine":
@@ -230,7 +230,7 @@ class DenseOracle:
             return
         mean = matrix.sums[p] / matrix.window_steps
         if s.optimizer == "sgd":
-            # What a momentum that began with the run has added up by now.
+            # The sum that a momentum buffer has built up since the run began.
             matrix.first[p] = mean * sum(s.momentum**n for n in range(self.steps)) if s.momentum else 0.0
             return
         matrix.first[p] = mean * (1 - s.betas[0] ** self.steps)

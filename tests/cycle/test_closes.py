@@ -1,4 +1,4 @@
-"""What training with closes does to an adapter: when they come, how much moves, and what never changes."""
+"""Training with closes: when cycles close, how many deltas each close replaces, and what never changes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,9 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_same_run,
-    assert_sound,
-    deltas_of,
-    first_delta,
-    indices_of,
-    log_of,
-    loss_of,
-    mlp,
-    moved,
-    steps_with_moves,
-    train,
-    trainable,
-)
+from support.adapters import deltas_of, first_delta, indices_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, assert_sound, loss_of, moved, steps_with_moves, train
 
 CRITERIA = ["accumulated_gradient", "momentum", "random"]
 
@@ -145,7 +131,7 @@ def test_invariants_hold_after_every_step(growth: str, density: float) -> None:
 
 
 def test_kept_deltas_are_untouched_by_a_close() -> None:
-    """A close moves values, gradients and state together; frozen by lr=0, nothing else changes them."""
+    """A close moves values, gradients and state together. With lr=0, only the close can change them."""
     model = adapt(init_weights=False, density=0.4, initial_regrow_rate=0.5, regrow_schedule="constant")
     optimizer = torch.optim.AdamW(trainable(model), lr=0.0, weight_decay=0.0)
     train(model, optimizer, 1)

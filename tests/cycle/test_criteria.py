@@ -1,28 +1,18 @@
-"""Growth criteria in training: what an embedding offers, what users may register, and what is refused."""
+"""Growth criteria in training: candidates of embeddings, criteria that users register, and errors of criteria."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support.adapters import deltas_of, first_delta, indices_of, trainable
+from support.runs import adamw, adapt, assert_sound, loss_of, registered_criteria, train
 from torch import Tensor, nn
 
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_sound,
-    deltas_of,
-    first_delta,
-    indices_of,
-    loss_of,
-    registered_criteria,
-    train,
-    trainable,
-)
 from spiel_peft import GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 
 
 class Table(nn.Module):
-    """An embedding of many rows of which batches use few."""
+    """A model with an embedding, of whose many rows each batch uses only a few."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +41,7 @@ def test_embedding_grows_in_used_rows_only() -> None:
 
 
 def test_custom_criterion() -> None:
-    """What a user registers sees the request it asked for and decides what grows."""
+    """A registered criterion gets the request and chooses the positions that grow."""
     requests: list[GrowthRequest] = []
 
     def lowest_free(request: GrowthRequest) -> Tensor:
@@ -87,7 +77,7 @@ def test_custom_criterion() -> None:
     ids=["repeated", "negative", "too-large", "two-dimensional", "floating", "list", "none"],
 )
 def test_a_misbehaving_criterion_changes_nothing(proposal: object) -> None:
-    """It fails on the second matrix only; the first one must be left alone too."""
+    """The function fails on the second matrix; the first one must stay unchanged too."""
 
     def propose(request: GrowthRequest) -> object:
         return torch.arange(request.numel) if request.shape[1] == 6 else proposal
@@ -146,7 +136,7 @@ def grow_as_ag(name: str, **settings: object) -> None:
 
 
 def test_a_prune_score_of_ones_own_decides_what_is_pruned() -> None:
-    """The largest deltas leave instead of the smallest, and the score sees what the close sees."""
+    """A custom prune score prunes the largest deltas; it gets the values that the close has."""
     requests: list[PruneRequest] = []
 
     def smallness(request: PruneRequest) -> Tensor:
@@ -196,7 +186,7 @@ def test_the_absolute_value_as_a_prune_score_changes_nothing() -> None:
     ids=["too-short", "integer", "nan", "none"],
 )
 def test_a_misbehaving_prune_score_changes_nothing(scores: object, problem: str) -> None:
-    """It fails on the second matrix only; the first one must be left alone too."""
+    """The function fails on the second matrix; the first one must stay unchanged too."""
 
     def score(request: PruneRequest) -> object:
         return request.values.abs() if request.module_name == "0" else scores(request)  # type: ignore[operator]
@@ -214,7 +204,7 @@ def test_a_misbehaving_prune_score_changes_nothing(scores: object, problem: str)
 
 
 def test_windows_choose_as_many_candidates_as_the_close_can_grow() -> None:
-    """Twice m where m is known in advance; as many as deltas before the first close, which replaces all."""
+    """A window chooses 2 m candidates if m is known in advance; before the first close, which replaces all, k."""
     counts: dict[int, list[int]] = {}
 
     def note(request: GrowthRequest) -> Tensor:

@@ -1,4 +1,4 @@
-"""The decision of a close against brute force, and what a close does to an index set."""
+"""The positions that a close chooses, compared with brute force, and how a close changes an index set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NUMEL = 30
 
 
 def brute_force(active: list[int], values: list[float], proposed: list[int], count: int) -> tuple[set[int], list[int]]:
-    """Positions that leave and positions that come, straight from the definition."""
+    """The positions that a close prunes and grows, computed directly from the definition."""
     order = sorted(range(len(active)), key=lambda slot: (abs(values[slot]), active[slot]))
     for m in range(min(count, len(active)), -1, -1):
         pruned = {active[slot] for slot in order[:m]}

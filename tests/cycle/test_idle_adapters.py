@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support.adapters import deltas_of, log_of, trainable
+from support.layers import adapt
+from support.models import mlp
+from support.runs import loss_of
 from torch import Tensor, nn
 
-from cycle.helpers import adapt, deltas_of, log_of, loss_of, mlp, trainable
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
 TIMES = {"regrow_every": 4, "accumulation_steps": 2}

@@ -11,19 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, log_of, train
+from support.layers import adapt
+from support.runs import adamw, assert_same_run, assert_sound, loss_of, registered_criteria
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_same_run,
-    assert_sound,
-    deltas_of,
-    log_of,
-    loss_of,
-    registered_criteria,
-    train,
-)
 from spiel_peft import register_growth_criterion
 from spiel_peft.cycle import engine
 

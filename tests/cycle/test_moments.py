@@ -1,4 +1,4 @@
-"""Optimizer state across a close: everything kept moves with its position bit for bit, grown entries are seeded."""
+"""Optimizer state across a close: state of kept deltas moves bit for bit, grown deltas get the window's statistics."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import reseed
 from torch import Tensor, nn
 
-from cycle.helpers import reseed
 from spiel_peft import SM3
 from spiel_peft.cycle.grown_seeds import GrownSeeds
 from spiel_peft.cycle.optimizer_buffers import check_state
@@ -20,7 +20,7 @@ Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Signed(torch.optim.Optimizer):
-    """An optimizer nobody has heard of, with a signed buffer, a positive one, a scalar and a counter per entry."""
+    """An unknown optimizer with a signed buffer, a positive buffer, a scalar, and a counter per entry."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -77,7 +77,7 @@ def stepped(make: Make, steps: int = 3, k: int = K, dtype: torch.dtype = torch.f
 
 
 def exchange_of(k: int = K) -> tuple[Tensor, int]:
-    """A shuffled `source` in which every fourth slot is grown."""
+    """An exchange that permutes entries and grows every fourth one."""
     source = torch.randperm(k)
     grown = torch.arange(0, k, 4)
     source[grown] = -1 - torch.randperm(grown.numel())
@@ -111,7 +111,7 @@ def test_kept_entries_move_bit_for_bit_and_grown_ones_are_harmless(name: str, wi
             assert (tensor > 0).all(), entry
     for entry, value in rest.items():
         assert torch.equal(torch.as_tensor(state[entry]), torch.as_tensor(value)), entry
-    # The next updates of grown entries are of the size of everybody else's.
+    # The next updates of grown entries are as large as those of kept ones.
     parameter.data.zero_()
     parameter.grad = torch.randn(K)
     optimizer.step()
@@ -149,7 +149,7 @@ def test_seeds_make_the_corrected_estimates_the_window_means(name: str, steps: i
     ],
 )
 def test_other_first_moments(name: str, entry: str, factor: float) -> None:
-    """SGD's buffer adds up over the steps so far, three here; buffers in another unit than g start at zero."""
+    """SGD's buffer gets the sum over the three steps so far; buffers in other units than the gradient get zero."""
     optimizer, parameter = stepped(OPTIMIZERS[name])
     source, m = exchange_of()
     seeds = seeds_of(m)
@@ -199,7 +199,7 @@ def test_without_a_measure_the_mean_of_the_kept(name: str, entry: str, windowed:
 
 
 def test_unknown_position_in_the_window() -> None:
-    """A custom criterion may grow what was no candidate: no first moment, the kept entries' second one."""
+    """A position that was no candidate gets a first moment of zero, and the mean second moment of kept entries."""
     optimizer, parameter = stepped(OPTIMIZERS["adamw"])
     source, m = exchange_of()
     nan = torch.full((m,), float("nan"))

@@ -11,9 +11,10 @@ import bitsandbytes.functional
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
+from support.adapters import first_delta, indices_of, log_of, trainable
+from support.runs import adapt, assert_sound, moved, reseed
 from torch import Tensor, nn
 
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, reseed, trainable
 from spiel_peft.cycle.grown_seeds import GrownSeeds
 from spiel_peft.cycle.optimizer_buffers import buffers_of
 
@@ -50,7 +51,7 @@ def dequantized(state: dict[str, Any], number: int) -> Tensor:
 
 
 def largest_step(state: dict[str, Any], number: int, row: int, values: Tensor) -> Tensor:
-    """For every value the wider of the two steps of its block's code next to it."""
+    """For every value, the larger distance to a neighbouring code of its block."""
     code, (_, absmax) = state[f"qmap{number}"].sort().values, rows(state, number)[row]
     scale = absmax.repeat_interleave(BLOCK)[: values.numel()]
     where = torch.searchsorted(code, values / scale).clamp(1, code.numel() - 2)
@@ -146,7 +147,7 @@ def test_state_in_32_bits_is_exact(name: str) -> None:
 
 @pytest.mark.parametrize("t_beta3", [3, 6, 1000])
 def test_a_scheduled_slow_average_is_what_steps_on_the_mean_make_it(t_beta3: int) -> None:
-    """AdEMAMix's own update, run on the window's mean as a constant gradient, is the oracle."""
+    """The oracle is AdEMAMix's own update with the window's mean as a constant gradient."""
     steps = 7
     optimizer, parameter = stepped(bnb.optim.AdEMAMix, steps, k=40, t_beta3=t_beta3, t_alpha=5)
     source, m = exchange_of(40)
@@ -162,7 +163,7 @@ def test_a_scheduled_slow_average_is_what_steps_on_the_mean_make_it(t_beta3: int
 
 
 def nearest_code(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, SimpleNamespace]:
-    """Rounds to the nearest code, zero included, as on a GPU; bitsandbytes' CPU tables never get near zero."""
+    """Rounds to the nearest code, as on a GPU, zero included; bitsandbytes' tables for CPUs never round to zero."""
     padded = torch.nn.functional.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)
     absmax = padded.abs().amax(1)
     scaled = (padded / absmax[:, None]).flatten()[: values.numel()]
@@ -172,7 +173,7 @@ def nearest_code(values: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.RMSprop8bit])
 def test_a_tiny_second_moment_is_not_rounded_to_zero(monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
-    """Neither that of a grown entry, nor that of a kept one that gets into a block with large ones."""
+    """No small second moment is rounded to zero, of a grown entry or of one that moves to a block with large ones."""
     monkeypatch.setattr(bitsandbytes.functional, "quantize_blockwise", nearest_code)
     optimizer, parameter = stepped(kind)
     number = 2 if kind is bnb.optim.AdamW8bit else 1
@@ -185,7 +186,7 @@ def test_a_tiny_second_moment_is_not_rounded_to_zero(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.AdEMAMix8bit])
 def test_as_many_deltas_as_a_code_table_has_entries(kind: type[Any]) -> None:
-    """The table of codes looks like per-entry state then; it is shared by all parameters and must not be touched."""
+    """With as many deltas as codes, the table of codes looks like state per entry; it is shared and must not change."""
     optimizer, parameter = stepped(kind, k=256, min_8bit_size=0)
     state = optimizer.state[parameter]
     assert state["state1"].dtype == torch.uint8
@@ -209,12 +210,12 @@ def test_norms_are_left_alone() -> None:
 
 
 def on_a_gpu(tensor: Tensor) -> Any:
-    """What `buffers_of` asks of a tensor."""
+    """A tensor that says it is on a GPU."""
     return SimpleNamespace(device=SimpleNamespace(type="cuda"), shape=tensor.shape)
 
 
 def test_mixed_up_scales_on_a_gpu_are_refused_by_name() -> None:
-    """The GPU kernel finds the second average's scales behind the first one's, half a block early."""
+    """The GPU kernel reads the scales of the second average half a block too early."""
     optimizer, parameter = stepped(bnb.optim.AdEMAMix8bit)
     optimizer.state[parameter]["absmax1"] = on_a_gpu(optimizer.state[parameter]["absmax1"])
     with pytest.raises(TypeError, match="AdEMAMix8bit keeps state 'state1' of 4396 deltas .* multiple of 256"):

@@ -1,4 +1,4 @@
-"""Our runs beside the dense oracle's: the same positions at every close, the same values and optimizer state."""
+"""Runs compared with a dense oracle: the same positions at every close, the same values and optimizer state."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.runs import adapt
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cycle.dense_oracle import DenseOracle, Matrix, Settings
-from cycle.helpers import adapt, deltas_of, mlp, trainable
 from spiel_peft.delta import SparseDelta
 
 Data = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 class EmbeddingModel(nn.Module):
-    """An embedding of which every batch uses few rows, and a linear layer."""
+    """A model with an embedding, of which each batch uses only a few rows, and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +36,7 @@ class EmbeddingModel(nn.Module):
 
 
 class TransposedModel(nn.Module):
-    """Two of transformers' Conv1D layers."""
+    """A model of two Conv1D layers of transformers, which are transposed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ DEFAULT = Settings("accumulated_gradient", 4, 3, 0.4, "linear", 24, clip=0.05, w
 
 
 class Pair:
-    """One of our runs and the oracle's, fed the same data."""
+    """A run of the project and a run of the oracle on the same data."""
 
     def __init__(self, kind: str, settings: Settings, dtype: torch.dtype, density: float, seed: int = 0) -> None:
         make, targets, self.data = MODELS[kind]
@@ -105,7 +107,7 @@ class Pair:
         return torch.optim.AdamW(trainable(self.ours), lr=s.lr, betas=s.betas, eps=s.eps, weight_decay=s.weight_decay)
 
     def step(self, number: int, micro_batches: int) -> bool:
-        """One step of both; whether a cycle closed."""
+        """Take one step of both runs; returns whether a cycle closed."""
         batches = [self.data(number, micro) for micro in range(micro_batches)]
         for x, y in batches:
             x = x.to(self.dtype) if x.is_floating_point() else x
@@ -186,7 +188,7 @@ def near(scores: dict[int, float], threshold: float, position: int) -> bool:
 
 
 def adopt_candidates(delta: SparseDelta, matrix: Matrix) -> None:
-    """Our candidates differ at most by near ties; the oracle goes on with ours."""
+    """Check that the candidates of both differ at most by near ties; the oracle then uses the project's candidates."""
     window = delta.state.window
     ours, theirs = set(window.positions.tolist()), set(matrix.candidates or [])
     scores = dict(enumerate(matrix.opening_scores.tolist()))
@@ -199,7 +201,7 @@ def adopt_candidates(delta: SparseDelta, matrix: Matrix) -> None:
 
 
 def follow(pair: Pair, name: str) -> None:
-    """Our positions differ at most by near ties; the oracle goes on with our positions, values and state."""
+    """Check that the positions of both differ at most by near ties; the oracle then takes the project's state."""
     delta, matrix = pair.deltas[name], pair.oracle.matrices[name]
     closing = matrix.closing
     grow_is_log = pair.settings.growth == "momentum"

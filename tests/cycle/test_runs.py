@@ -1,4 +1,4 @@
-"""When a run begins, who owns it, and what several adapters and optimizers do to each other."""
+"""When a run begins, which optimizer owns it, and runs with several adapters or optimizers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, indices_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, loss_of, moved, train
 from torch import nn
 
-from cycle.helpers import (
-    adamw,
-    adapt,
-    assert_same_run,
-    deltas_of,
-    first_delta,
-    indices_of,
-    log_of,
-    loss_of,
-    mlp,
-    moved,
-    train,
-    trainable,
-)
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
 SECOND = {"target_modules": ["0", "2"], "density": 0.3, "regrow_every": 3, "accumulation_steps": 1, "total_steps": 30}
 
 
 def two_adapters() -> PeftModel:
-    """Both adapters active and trainable, each with its own schedule."""
+    """Two adapters, both active and trainable, each with its own schedule."""
     model = adapt(total_steps=20)
     model.add_adapter("second", SpIELConfig(seed=7, **SECOND))
     model.base_model.set_adapter(["default", "second"])
@@ -105,7 +94,7 @@ def test_two_models_in_one_process_do_not_mix() -> None:
 
 
 def test_one_adapter_under_two_optimizers() -> None:
-    """Half of the layers each: one run, closed by each optimizer for its own layers."""
+    """Two optimizers have half of the layers each: there is one run, and each closes cycles of its own layers."""
     model = adapt(total_steps=20)
     deltas = deltas_of(model)
     optimizers = [torch.optim.SGD([delta.values], lr=0.01) for delta in deltas.values()]
@@ -146,7 +135,7 @@ def test_no_warning_in_ordinary_training_and_evaluation() -> None:
 
 
 def test_a_second_optimizer_begins_a_new_run() -> None:
-    """Steps count from 1, the deltas are no longer fresh, and the length of the first run is forgotten."""
+    """In the new run steps count from 1, deltas are not fresh, and the length of the first run no longer counts."""
     model = adapt()
     train(model, SpIELOptimizer(adamw(model), model, total_steps=20), 3)
     train(model, adamw(model), 6)
@@ -180,7 +169,7 @@ def test_a_run_interrupted_in_a_window_and_resumed_equals_one_that_was_not(tmp_p
 
 
 def test_loading_into_the_same_model_goes_back_to_that_step(tmp_path: Path) -> None:
-    """A new optimizer continues a loaded state; it does not take it for the run of the one before."""
+    """After loading, a new optimizer continues the loaded run instead of beginning another one."""
     model = adapt(total_steps=20, accumulation_steps=3)
     optimizer = adamw(model)
     train(model, optimizer, 5)
@@ -220,7 +209,7 @@ def test_copies_of_a_model_train_on_their_own(copied: object) -> None:
 
 
 def test_freshness_is_a_property_of_the_whole_adapter() -> None:
-    """One nonzero delta anywhere: a loaded adapter."""
+    """One nonzero delta in any layer shows that the adapter was loaded."""
     model = adapt(total_steps=20)
     list(deltas_of(model).values())[-1].values.data[0] = 1e-3
     train(model, adamw(model), 2)

@@ -1,4 +1,4 @@
-"""Steps that do not take place, and factors between raw gradients and those an optimizer sees."""
+"""Skipped optimizer steps, and factors between the gradients of the backward pass and those of the optimizer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import Tensor, nn
-
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, loss_of, mlp, train, trainable
 
 STEPS = 7
 GROWTHS = ["accumulated_gradient", "momentum"]
@@ -32,7 +33,7 @@ def undisturbed(growth: str, fused: bool = False) -> PeftModel:
 
 
 class Scaled:
-    """A training loop with a GradScaler; powers of two, so that scaling costs no bits."""
+    """A training loop with a GradScaler, whose scales are powers of two, so that scaling is exact."""
 
     def __init__(self, model: PeftModel, fused: bool, clip: float | None = None, none: bool = True) -> None:
         self.model, self.clip, self.none = model, clip, none
@@ -98,7 +99,7 @@ def test_candidates_get_the_unscaling_and_clipping_of_the_active_deltas(fused: b
 
 
 def test_candidate_gradients_are_those_of_a_dense_matrix() -> None:
-    """Every entry active: the candidates' sums are the sums of p.grad."""
+    """If every entry is active, the sums of candidates' gradients equal the sums of p.grad."""
     model = adapt(density=1.0, accumulation_steps=3)
     delta, total = first_delta(model), torch.zeros(60)
     optimizer = adamw(model)
@@ -122,7 +123,7 @@ class Table(nn.Module):
 
 
 def test_untouched_rows_do_not_hide_the_factor() -> None:
-    """Where all active deltas have zero gradients, the other matrices tell how the trainer has scaled."""
+    """If all gradients of one matrix are zero, the trainer's factor is read from the other matrices."""
 
     def table_window(scaled: bool) -> Tensor:
         model = adapt(Table(), target_modules=["table", "head"], accumulation_steps=3)
@@ -168,7 +169,7 @@ def test_gradients_thrown_away_do_not_count(growth: str, none: bool, bad_before:
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_non_finite_gradients_without_a_scaler_do_not_count(growth: str, value: float) -> None:
-    """SGD without momentum and lr 0 forgets the bad step, so that only the cycle could remember it."""
+    """SGD without momentum and with lr 0 keeps nothing of a step that is not finite, nor may the cycle."""
 
     def run(bad_before: int | None) -> PeftModel:
         model = fresh(growth)
@@ -211,7 +212,7 @@ def test_an_overflow_among_candidates_alone_does_not_poison_the_window(bad: int)
 
 
 def test_a_first_backward_without_gradient_opens_no_window() -> None:
-    """An expert without tokens, or a batch without labels, must not cost the cycle its candidates."""
+    """A cycle finds its candidates although the window's first backward pass has no gradients, as without labels."""
     model = fresh()
     optimizer = adamw(model)
     (loss_of(model, 1) * 0).backward()
@@ -223,7 +224,7 @@ def test_a_first_backward_without_gradient_opens_no_window() -> None:
 
 @pytest.mark.parametrize("micro_batches", [2, 3])
 def test_micro_batches_make_one_gradient_per_step(micro_batches: int) -> None:
-    """The same data in one piece or several: the same candidates' sums, whoever opens the window first."""
+    """Data in one batch or in several micro-batches gives the same sums, whichever matrix opens its window first."""
 
     def window(pieces: int) -> Tensor:
         model = adapt(density=1.0, accumulation_steps=3)

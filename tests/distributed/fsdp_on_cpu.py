@@ -1,4 +1,4 @@
-"""Lets Accelerate use FSDP on CPUs: its own code, which it runs on accelerators only."""
+"""Lets Accelerate use its FSDP code on CPUs, which it does only on accelerators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _init = AcceleratorState.__init__
 
 
 def allow_fsdp_on_cpu() -> None:
-    """Have every `AcceleratorState` of this process take an FSDP plugin as it does where there are GPUs."""
+    """Let every `AcceleratorState` of this process take an FSDP plugin, as on a machine with GPUs."""
     AcceleratorState.__init__ = _init_with_fsdp  # type: ignore[method-assign]
 
 
@@ -27,7 +27,7 @@ def _init_with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **settings: 
 
 
 def reset_accelerate() -> None:
-    """Each scenario stands for a process of its own."""
+    """Reset Accelerate's global state, so that each scenario starts as in a new process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:

@@ -7,7 +7,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.runs import adamw, adapt, batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,7 +19,7 @@ FIELDS: dict[str, Any] = {"total_steps": 20, "initial_regrow_rate": 0.8}
 
 
 def own_batch(rank: int, number: int, dtype: torch.dtype = torch.float32) -> Batch:
-    """What a rank trains on in a step: no rank has what another has."""
+    """The batch of a rank in a step; every rank has other data."""
     return batch(100 * rank + number, dtype=dtype)
 
 
@@ -28,7 +29,7 @@ def mean_square(model: nn.Module, data: Batch) -> Tensor:
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-    """Everything that must not differ between ranks, copied."""
+    """A copy of everything that must not differ between ranks."""
     out = {"replaced": torch.tensor([report.replaced for report in log_of(model)])}
     for name, delta in deltas_of(model).items():
         tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.state.tensors()}
@@ -51,7 +52,7 @@ def assert_equal(snapshots: Iterable[dict[str, Tensor]]) -> None:
 
 
 def assert_lockstep(by_rank: list[list[dict[str, Tensor]]]) -> None:
-    """The snapshots of all ranks agree, one by one."""
+    """Check that the snapshots of all ranks are equal, step by step."""
     assert len({len(of_rank) for of_rank in by_rank}) == 1
     assert by_rank[0]
     for step in zip(*by_rank, strict=True):
@@ -59,16 +60,17 @@ def assert_lockstep(by_rank: list[list[dict[str, Tensor]]]) -> None:
 
 
 class Training:
-    """One rank's loop around a wrapped model.
+    """The training loop of one rank with a wrapped model.
 
     Args:
-        rank: decides what data it sees.
+        rank: selects the data.
         clip: clips the norm of the gradient, if not None.
-        micro_batches: per step; all but the last without synchronization if `no_sync`.
-        base: to be adapted; the small model by default.
-        model: adapted already.
-        wrapper: settings of the wrapper.
-        optimizer: builds one for the adapted model.
+        micro_batches: number per step.
+        no_sync: whether only the last micro-batch of a step is synchronized.
+        base: base model; the small MLP by default.
+        model: a model that is adapted already, instead of `base`.
+        wrapper: settings of DistributedDataParallel.
+        optimizer: makes the optimizer of the adapted model.
         fields: of the config.
     """
 

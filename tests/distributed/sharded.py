@@ -1,4 +1,4 @@
-"""Trainings of the small model with its base weights spread over the ranks by FSDP2."""
+"""Trainings of the small model whose base weights are sharded over the ranks by FSDP2."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, trainable
+from support.adapters import deltas_of, trainable
+from support.runs import adamw, adapt
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,7 +27,7 @@ def shard(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole base weights, on every rank; a collective."""
+    """Gather the whole base weights on every rank (a collective)."""
     named = [(name, p.detach()) for name, p in model.named_parameters() if not p.requires_grad]
     whole = {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in named}
     # As bytes: packed 4-bit weights may look like NaN.
@@ -34,7 +35,7 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 class ShardedTraining:
-    """One rank's loop around a sharded model; see `distributed.runs.Training`, whose steps are the same."""
+    """The training loop of one rank with a sharded model; its steps are those of `distributed.runs.Training`."""
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def make_model(folder: Path) -> None:
 
 
 def launch(config: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Run the example on two processes without GPUs; what it has saved."""
+    """Run the example on two processes without GPUs; returns the tensors that it saved."""
     script, adapter = folder / "on_cpu.py", folder / config.removesuffix(".yaml")
     script.write_text(ON_CPU.format(script=str(FOLDER / "train.py")))
     command = ["--config_file", FOLDER / config, "--num_processes", 2, "--mixed_precision", "no"]

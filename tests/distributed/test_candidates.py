@@ -1,4 +1,4 @@
-"""Which candidates ranks choose together, and that their choice is that of one process with all the data."""
+"""Ranks choose the same candidates as one process with all the data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, batch, deltas_of, log_of, mlp, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adapt, batch
 from torch import Tensor, nn
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, impose, mean_square, snapshot
 from spiel_peft.cycle.window import NO_POSITION, best_slots, padded, unite
 
@@ -59,7 +61,7 @@ def weighted_loss(model: nn.Module, rank: int, number: int, size: int = 12) -> T
 
 
 def dense_gradients(training: Training, number: int, size: int) -> dict[str, Tensor]:
-    """This rank's whole weight gradients, by autograd on an ordinary model."""
+    """The dense weight gradients of this rank, by autograd on a model without adapter."""
     plain = copy.deepcopy(training.model).merge_and_unload().requires_grad_(True)
     weighted_loss(plain, training.rank, number, size).backward()
     return {name: plain.get_submodule(name).weight.grad.flatten() for name in deltas_of(training.model)}
@@ -74,7 +76,7 @@ def plain_step(training: Training, number: int, size: int = 12) -> None:
 
 
 def first_candidates(model: nn.Module) -> dict[str, Tensor]:
-    """As good as any: every third position."""
+    """Every third position, as an arbitrary choice of candidates."""
     return {name: torch.arange(0, delta.numel, 3)[: delta.k] for name, delta in deltas_of(model).items()}
 
 
@@ -188,7 +190,7 @@ def test_the_first_window_chooses_by_what_ranks_propose(launched: dict[str, list
 def test_candidates_of_two_ranks_overlap_with_the_exact_ones_more_than_those_of_one(
     launched: dict[str, list[Any]],
 ) -> None:
-    """Exact: the k largest gradients of both ranks' data together, in the opening step."""
+    """The k positions with the largest summed gradient of both ranks in the opening step."""
     by_rank = results_of(launched, "choosing from much data")
     together, alone, total = 0, 0, 0
     for opening in (5, 9, 13):

@@ -1,4 +1,4 @@
-"""DeepSpeed: stage 0 in float32 works once it is told who trains together, everything else is refused.
+"""DeepSpeed: stage 0 in float32 works after the ranks are declared; everything else is refused.
 
 DeepSpeed is no dependency of the tests (it compiles operators as it is imported): where it is missing, a stand-in for
 its engine is looked at.
@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adamw, adapt, deltas_of, loss_of
+from support.adapters import deltas_of
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adamw, adapt, loss_of
 from torch import Tensor, nn
 
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, assert_lockstep, own_batch, snapshot
 from spiel_peft import set_data_parallel_group
 
@@ -93,7 +94,7 @@ def test_refused_by_what_deepspeed_makes_of_it(launched: dict[str, list[Any]], n
 
 
 class Engine(nn.Module):
-    """What a DeepSpeedEngine is to us: a module around the model, an optimizer, a stage."""
+    """A stand-in for DeepSpeedEngine: a module around the model, an optimizer and a stage."""
 
     def __init__(self, model: nn.Module, optimizer: Any, stage: int) -> None:
         super().__init__()

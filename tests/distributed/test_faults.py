@@ -1,4 +1,4 @@
-"""What goes wrong on one rank: a step that is not finite counts on none, a difference stops all of them."""
+"""Faults on one rank: a step that is not finite counts on no rank, and a difference between ranks stops all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, deltas_of, registered_criteria
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from support.adapters import deltas_of
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adapt, registered_criteria
 from torch import Tensor, nn
 
 import spiel_peft.cycle.agreement as agreement
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, own_batch
 from spiel_peft import GrowthRequest, register_growth_criterion
 from spiel_peft.cycle.close import Exchange
@@ -31,7 +32,7 @@ Snapshots = list[dict[str, Tensor]]
 
 
 def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Forgets a bad step if the values are put back, so that only the cycle could remember it."""
+    """SGD without momentum: after the values are restored, only the cycle could keep something of a bad step."""
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
 
 
@@ -40,7 +41,7 @@ def undisturbed(rank: int, growth: str) -> Snapshots:
 
 
 def not_finite(rank: int, growth: str, bad_before: int, value: float) -> Snapshots:
-    """On rank 1 alone the loss of one extra step is not finite; nobody skips that step."""
+    """The loss of one extra step is not finite on rank 1; no trainer skips that step."""
     training = Training(rank, growth=growth, optimizer=plain_sgd, clip=None)
     out = []
     for number in range(1, STEPS + 1):
@@ -86,7 +87,7 @@ def scaled_undisturbed(rank: int, fused: bool) -> Snapshots:
 
 
 def overflow_among_candidates(rank: int, bad: int) -> Snapshots:
-    """Only a candidate overflows, on rank 1: the trainer sees no reason to skip the step."""
+    """Only a candidate's gradient overflows, on rank 1, so the trainer does not skip the step."""
     training = Training(rank)
     out = []
     for number in range(1, STEPS + 1):
@@ -103,7 +104,7 @@ def overflow_among_candidates(rank: int, bad: int) -> Snapshots:
 
 
 def tampered(rank: int, change: Callable[[Training], None], at: int = 3) -> int:
-    """Something is changed on rank 1 after step `at`; returns the steps that could be taken."""
+    """Change something on rank 1 after step `at`; returns the steps that were taken before the error."""
     training = Training(rank)
     for number in range(1, STEPS + 1):
         training.step(number)
@@ -135,7 +136,7 @@ def change_steps(training: Training) -> None:
 
 
 def differs_late(rank: int) -> None:
-    """After the last close there are still checks at the steps where one would have been."""
+    """Ranks still compare their state after the last close, at the steps where a close would have been."""
     training = Training(rank, stop_regrowing_at=0.2)
     for number in range(1, 11):
         training.step(number)
@@ -148,7 +149,7 @@ def differs_from_the_start(rank: int, **fields: Any) -> None:
 
 
 def loaded_on_one_rank(rank: int) -> None:
-    """A wrapper hands on parameters and buffers when it is built, but not where the run is."""
+    """A wrapper broadcasts parameters and buffers when it is built, but not the step count of a run."""
     first = Training(rank)
     first.run(3)
     model = adapt(**FIELDS)
@@ -158,7 +159,7 @@ def loaded_on_one_rank(rank: int) -> None:
 
 
 def decides_otherwise(rank: int) -> int:
-    """A fault in the decision itself."""
+    """Rank 1 makes another decision at a close."""
     real = agreement.decide_exchange
 
     def reversed_decision(indices: Tensor, values: Tensor, proposed: Tensor, count: int) -> Exchange:
@@ -195,7 +196,7 @@ def repeats_on_rank_0(request: GrowthRequest) -> Tensor:
 
 
 def draws_from_elsewhere(request: GrowthRequest) -> Tensor:
-    """Against its contract; and not even as many on every rank."""
+    """A growth criterion violates its contract: it grows other positions on every rank, and another number."""
     rank = torch.distributed.get_rank()
     generator = torch.Generator().manual_seed(rank + 1000 * int(request.indices.sum()))
     return torch.randperm(request.numel, generator=generator)[: request.count + 5 * rank]

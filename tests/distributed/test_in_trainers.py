@@ -11,13 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt, batch
+from support.trainer_runs import Regression
 from torch import Tensor, nn
-from trainer_helpers import Regression
 from transformers import Trainer, TrainingArguments
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, assert_equal, assert_lockstep, snapshot
 from spiel_peft import SpIELCallback
 
@@ -62,13 +63,13 @@ def outcome(run: Trainer) -> dict[str, Any]:
 
 
 def reset_accelerate() -> None:
-    """Each scenario stands for a process of its own."""
+    """Reset Accelerate's global state, so that each scenario starts as in a new process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
 
 def by_trainer(rank: int, resume: int | None = None, **settings: Any) -> dict[str, Any]:
-    """The first of these saves after every step, the others resume from there."""
+    """The first training saves after every step; the others resume from its checkpoints."""
     reset_accelerate()
     folder = Path(sys.argv[1])
     if resume is None:
@@ -151,7 +152,7 @@ def test_trainer_with_accumulation(launched: dict[str, list[Any]]) -> None:
 def test_one_process_continues_a_run_of_two_ranks(
     launched: dict[str, list[Any]], folder: Path, tmp_path: Path, step: int
 ) -> None:
-    """Nothing that is saved belongs to a rank: steps, windows and sums are those of all of them."""
+    """A checkpoint has no state of single ranks, so one process can continue a run of two."""
     model = regression()
     run = trainer(model, tmp_path)
     run.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))

@@ -1,4 +1,4 @@
-"""Ranks that see different data hold the same indices, values and state after every step."""
+"""Ranks with different data have the same indices, values and state after every step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import mlp
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_equal, assert_lockstep
 
 RANKS, STEPS = 2, 11
@@ -43,7 +43,7 @@ class Halved(nn.Module):
 
 
 def unused_layer(rank: int) -> Snapshots:
-    """On rank 1 a layer gets no gradient in every other step."""
+    """In every other step, a layer gets no gradient on rank 1."""
     base = Halved()
     training = Training(
         rank, base=base, target_modules=["net.0", "net.2"], wrapper={"find_unused_parameters": True}, clip=None
@@ -56,7 +56,7 @@ def unused_layer(rank: int) -> Snapshots:
 
 
 def empty_batches(rank: int) -> Snapshots:
-    """Rank 1 has nothing to train on in the steps that propose, open and close."""
+    """Rank 1 has an empty batch in the steps that propose candidates, open a window and close a cycle."""
     training = Training(rank)
     out = []
     for number in range(1, STEPS + 1):
@@ -70,7 +70,7 @@ def empty_batches(rank: int) -> Snapshots:
 
 
 class Checkpointed(nn.Module):
-    """The small model, the second half of its layers run again in the backward pass."""
+    """The small model; the second half of its layers is checkpointed."""
 
     def __init__(self, reentrant: bool) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def compiled(rank: int) -> Snapshots:
 
 
 def distributed_state(rank: int) -> Snapshots:
-    """Every rank keeps the optimizer's state of some matrices only, and gets the values of the others."""
+    """Each rank has the optimizer state of some matrices, and receives the values of the others."""
 
     def sharding(model: nn.Module) -> torch.optim.Optimizer:
         parameters = [p for p in model.parameters() if p.requires_grad]

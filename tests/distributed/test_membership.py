@@ -1,4 +1,4 @@
-"""Who takes part: the ranks of the wrapper that a model is trained in, and nobody else."""
+"""Only the ranks of the wrapper that a model is trained in take part in its collectives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adamw, adapt, deltas_of, mlp, trainable
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, mean_square, own_batch, snapshot
 from spiel_peft import set_data_parallel_group
 from spiel_peft.cycle.parallel import ranks_of
@@ -27,7 +29,7 @@ Snapshots = list[dict[str, Tensor]]
 
 @contextmanager
 def collectives() -> Iterator[list[str]]:
-    """Names of the collectives that are called inside; what wrappers call in C++ is not among them."""
+    """Records the names of collectives that are called in the block; calls of wrappers in C++ are not recorded."""
     names = ["all_gather", "all_reduce", "broadcast", "broadcast_object_list"]
     real = {name: getattr(dist, name) for name in names}
     called: list[str] = []
@@ -72,7 +74,7 @@ def every_rank_trains_its_own(rank: int) -> tuple[list[str], Snapshots]:
 
 
 def alone_after_together(rank: int) -> tuple[Snapshots, list[str], int]:
-    """The wrapper is still there, but the model is trained without it, by one rank."""
+    """The wrapper still exists, but one rank trains the model without it."""
     training = Training(rank)
     together = training.run(3)
     with collectives() as called:
@@ -102,7 +104,7 @@ def a_wrapper_of_one(rank: int) -> tuple[list[str], Snapshots]:
 
 
 def averaged_by_hand(rank: int) -> Snapshots:
-    """No wrapper: the loop averages the gradients itself, and says so."""
+    """Without a wrapper, the loop averages the gradients itself and declares that."""
     model = adapt(**FIELDS)
     set_data_parallel_group(model, dist.group.WORLD)
 
@@ -130,7 +132,7 @@ def told_to_be_alone(rank: int) -> list[str]:
 
 
 def ignored_by_the_wrapper(rank: int) -> list[str]:
-    """Deltas whose gradients the wrapper is told not to average."""
+    """The wrapper is told not to average the gradients of deltas."""
     model = adapt(**FIELDS)
     names = [name for name, _ in model.named_parameters() if ".spiel_delta." in name]
     model._ddp_params_and_buffers_to_ignore = names
@@ -148,7 +150,7 @@ def ignored_by_the_wrapper(rank: int) -> list[str]:
 
 
 def forward_passes_that_do_not_count(rank: int) -> list[bool]:
-    """Generation and evaluation run the wrapped model too, and then one rank may do something of its own."""
+    """Generation and evaluation call the wrapped model on one rank only; they must start no collective."""
     training = Training(rank)
     delta = deltas_of(training.model)["0"]
     seen = [ranks_of(delta) is not None]
@@ -163,7 +165,7 @@ def forward_passes_that_do_not_count(rank: int) -> list[bool]:
 
 
 def copied_wrappers(rank: int) -> Snapshots:
-    """A wrapper that was pickled is a wrapper."""
+    """A pickled and loaded wrapper counts as a wrapper."""
     training = Training(rank, clip=None)
     training.parallel = pickle.loads(pickle.dumps(training.parallel))
     training.model = training.parallel.module
@@ -183,7 +185,7 @@ def two_models(rank: int) -> tuple[Snapshots, Snapshots]:
 
 
 def two_adapters(rank: int) -> Snapshots:
-    """One of them is trained, the other is active and frozen; later the other way round."""
+    """One adapter is trained, the other is active and frozen; later they change roles."""
     model = adapt(**FIELDS)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
     model.base_model.set_adapter(["default", "second"])

@@ -1,4 +1,4 @@
-"""With its base weights spread over ranks by FSDP2, a run is the run of data-parallel ranks, bit for bit."""
+"""A run whose base weights are sharded by FSDP2 equals the run with DDP, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cycle.helpers import adapt, deltas_of, mlp, trainable
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.ranks import launch, results_of, run_here
+from support.runs import adapt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, Training, assert_lockstep, mean_square, own_batch, snapshot
 from distributed.sharded import ShardedTraining, Snapshots, in_bfloat16, shard
 from spiel_peft import SM3, set_data_parallel_group
@@ -86,7 +88,7 @@ def shard_in_bfloat16(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def left_out(rank: int, ddp: bool, ranks: tuple[int, ...]) -> list[dict[str, Any]]:
-    """These ranks leave a layer out in every other step."""
+    """In every other step, the given ranks skip a layer."""
     base = Parts()
     settings: dict[str, Any] = {"base": base, "target_modules": ["net.0", "net.2"], "clip": None}
     if ddp:
@@ -142,7 +144,7 @@ def with_a_dense_layer(rank: int, ddp: bool, **settings: Any) -> Snapshots:
 
 
 def shares(rank: int) -> dict[str, Any]:
-    """What a rank holds of the base weights, and of the deltas."""
+    """The shares of the base weights that this rank has, whether it has all deltas, and the dtype of indices."""
     model = shard(adapt(**FIELDS))
     parameters = dict(model.named_parameters())
     return {
@@ -153,7 +155,7 @@ def shares(rank: int) -> dict[str, Any]:
 
 
 def alone(rank: int) -> bool:
-    """A user who averages gradients in another way says so."""
+    """Gradients that are averaged in another way must be declared."""
     training = ShardedTraining(rank)
     set_data_parallel_group(training.model, None)
     training.backward(1)
@@ -218,7 +220,7 @@ def test_checkpointed_blocks(launched: dict[str, list[Any]]) -> None:
 
 
 def test_without_synchronization_micro_batches_are_averaged_as_well(launched: dict[str, list[Any]]) -> None:
-    """The mean of a mean is itself, so that nobody need know whether FSDP2 waits for the last of them."""
+    """Averaging an average changes nothing, so it does not matter whether FSDP2 synchronizes every micro-batch."""
     assert_lockstep([*results_of(launched, "no_sync"), results_of(launched, "ddp, micro-batches")[0]])
 
 

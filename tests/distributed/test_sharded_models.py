@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from cycle.helpers import trainable
 from peft import get_peft_model
+from support.adapters import trainable
+from support.ranks import launch, results_of, run_here
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from distributed.fsdp_on_cpu import allow_fsdp_on_cpu, reset_accelerate
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import assert_lockstep, snapshot
 from distributed.sharded import Snapshots
 from spiel_peft import SpIELConfig

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from cycle.helpers import deltas_of
+from support.adapters import deltas_of
+from support.ranks import launch, results_of, run_here
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_lockstep
 from distributed.sharded import ShardedTraining, Snapshots
 
@@ -45,7 +45,7 @@ class Quantized(nn.Module):
 
 
 def shard(model: nn.Module, is_sharded: bool) -> nn.Module:
-    """As Accelerate does it: bytes that are no floating numbers stay whole."""
+    """Shard as Accelerate does, which leaves integer tensors whole."""
     packed = model.base_model.model.packed
     ignored = set() if is_sharded else {packed.get_base_layer().weight}
     fully_shard(packed, ignored_params=ignored)

@@ -1,4 +1,4 @@
-"""What FSDP2 cannot do with deltas is refused on every rank, with what to do instead."""
+"""Uses of FSDP2 that deltas do not support raise an error on every rank; the error names the remedy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, mlp
+from support.adapters import deltas_of
+from support.models import mlp
+from support.ranks import Raised, launch, results_of, run_here
+from support.runs import adamw, adapt
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from distributed.ranks import Raised, launch, results_of, run_here
 from distributed.runs import FIELDS, own_batch
 from distributed.sharded import ShardedTraining, shard
 
@@ -32,7 +34,7 @@ def merged(rank: int, safe: bool) -> None:
 
 
 def not_gathered(rank: int) -> None:
-    """Somebody calls a part of the model that was not given to `fully_shard`."""
+    """A part of the model is called that was not passed to `fully_shard`."""
     model = fully_shard(adapt(**FIELDS))
     model.base_model.model[0](own_batch(rank, 1)[0])
 
@@ -64,14 +66,14 @@ def split_in_two_ways(rank: int) -> None:
 
 
 def sharded_by_themselves(rank: int) -> None:
-    """A policy by size may pick the modules of the deltas."""
+    """An auto wrap policy by size may select the modules of the deltas."""
     model = adapt(**FIELDS)
     for delta in deltas_of(model).values():
         fully_shard(delta)
     shard(model)
 
 
-# Raises: what, and the message.
+# Scenarios with the type and the text of their error.
 REFUSED: dict[str, tuple[Any, str]] = {
     "different deltas": (different_deltas, "the values of module '2' on ranks [1] differ from rank 0's"),
     "merged": (partial(merged, safe=False), "0: cannot merge into a sharded base weight, nothing was changed"),

@@ -1,4 +1,4 @@
-"""FSDP2 through Accelerate and Trainer: prepared, clipped, saved and resumed by their code."""
+"""FSDP2 with Accelerate and Trainer, which prepare, clip, save and resume."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from cycle.helpers import adamw, adapt, batch, deltas_of, log_of, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, log_of, trainable
+from support.ranks import launch, results_of, run_here
+from support.runs import adamw, adapt, batch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from distributed.fsdp_on_cpu import allow_fsdp_on_cpu, reset_accelerate
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import FIELDS, assert_equal, assert_lockstep, mean_square, own_batch, snapshot
 from spiel_peft import SM3, SpIELCallback
 
@@ -36,7 +37,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks, as an auto wrap policy finds them, and a layer that belongs to none."""
+    """Two blocks that an auto wrap policy finds, and a layer outside blocks."""
 
     _no_split_modules = ["Block"]
 
@@ -59,11 +60,11 @@ def sm3(model: nn.Module) -> torch.optim.Optimizer:
     return SM3(trainable(model), lr=0.01, momentum=0.9)
 
 
-# A loop of one's own
+# A custom loop
 
 
 def prepared(optimizer: Any = adamw, precision: str = "no", **plugin: Any) -> tuple[Accelerator, nn.Module, Any]:
-    """By DDP without settings of an FSDP plugin."""
+    """Prepare a model with Accelerate: with FSDP2 if `plugin` is given, otherwise with DDP."""
     reset_accelerate()
     settings = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", **plugin}
     fsdp = FullyShardedDataParallelPlugin(**settings) if plugin else None
@@ -75,7 +76,7 @@ def prepared(optimizer: Any = adamw, precision: str = "no", **plugin: Any) -> tu
 def loop(
     rank: int, save_to: str | None = None, resume: int | None = None, folder: str = "", **settings: Any
 ) -> dict[str, Any]:
-    """Trains; saves after some steps, or resumes from one of them."""
+    """Train; save after some steps, or resume from one of these checkpoints."""
     accelerator, model, optimizer = prepared(**settings)
     place = Path(sys.argv[1]) / folder
     if resume is not None:
@@ -104,7 +105,7 @@ def loop(
 
 
 def by_trainer(rank: int, folder: str, resume: int | None = None, **fsdp: Any) -> dict[str, Any]:
-    """By DDP without settings for FSDP."""
+    """Train with Trainer: with FSDP2 if its settings are given, otherwise with DDP."""
     reset_accelerate()
     place = Path(sys.argv[1]) / folder
     settings: dict[str, Any] = {}

@@ -7,17 +7,17 @@ from functools import partial
 from typing import Any
 
 import pytest
-from cycle.helpers import deltas_of
+from support.adapters import deltas_of
+from support.ranks import launch, results_of, run_here
 from torch.distributed.algorithms.join import Join
 
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import Training, assert_lockstep
 
 RANKS = 2
 
 
 def refused(rank: int, copied: bool = False, **settings: Any) -> dict[str, Any]:
-    """The error of a context, whether anything was changed, and the state after steps without it."""
+    """The error inside `Join`, whether anything was changed, and the state after further steps without it."""
     training = Training(rank, **settings)
     wrapper = copy.deepcopy(training.parallel) if copied else training.parallel
     message = ""
@@ -46,7 +46,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_context_for_uneven_batches_is_refused(launched: dict[str, list[Any]], name: str) -> None:
-    """Before a step is taken; training without the context goes on."""
+    """The error comes before a step is taken, and training without `Join` continues."""
     by_rank = results_of(launched, name)
     for result in by_rank:
         assert "a rank that has run out of batches" in result["message"] and "drop_last=True" in result["message"]

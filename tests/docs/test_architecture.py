@@ -1,15 +1,14 @@
-"""docs/architecture.md says what is there."""
+"""docs/architecture.md agrees with the code."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from support.docs_blocks import ROOT, code_blocks, page
 from test_import_direction import FLOORS
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = page("architecture.md")
 
 
 def test_every_file_it_names_exists() -> None:
@@ -28,16 +27,15 @@ def test_every_module_of_the_root_and_every_package_is_on_the_map() -> None:
 
 
 def test_the_direction_is_the_one_that_is_tested() -> None:
-    block = re.search(r"```\n(spiel_kernels\n.*?)```", PAGE, flags=re.DOTALL)
-    assert block is not None
-    lines = [set(re.findall(r"\w+", line)) for line in block[1].splitlines()]
+    (block,) = [block for block in code_blocks(PAGE, language="") if block.startswith("spiel_kernels\n")]
+    lines = [set(re.findall(r"\w+", line)) for line in block.splitlines()]
     floors = [set(floor.split()) - {"__init__", "autoload"} for floor in FLOORS]
     assert lines[1:-1] == [floor for floor in floors if floor]
 
 
 @pytest.mark.parametrize("folder", ["spiel_peft", "kernels", "spiel_peft_cli", "benchmarks", "examples", "docs"])
 def test_sentences_name_their_subject(folder: str) -> None:
-    """A reader has to guess who "somebody", "whoever" and "nobody" are."""
+    """No page and no docstring says "somebody", "whoever" or "nobody", as a reader has to guess who is meant."""
     files = [path for suffix in ("*.py", "*.md") for path in sorted((ROOT / folder).rglob(suffix))]
     assert files
     vague = re.compile(r"\b(somebody|whoever|nobody)\b", flags=re.IGNORECASE)

@@ -9,22 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig
+from support.docs_blocks import ROOT, code_blocks, page
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import spiel_peft
 from spiel_peft import SpIELConfig
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+README = page("README.md")
 
 
 def swapped_example() -> str:
     """The LoRA-to-SpIEL diff with the change applied."""
-    (diff,) = code_blocks("diff")
+    (diff,) = code_blocks(README, "diff")
     lines = [line[1:] for line in diff.splitlines() if not line.startswith("-")]
     return "\n".join(lines)
 
@@ -39,7 +35,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"model": LlamaForCausalLM(config), "batches": [{"input_ids": ids, "labels": ids}] * 6}
     exec(swapped_example(), names)
     loss_before = float(names["model"](**names["batches"][0]).loss.detach())
-    (loop,) = code_blocks("python")
+    (loop,) = code_blocks(README, "python")
     exec(loop, names)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert isinstance(names["merged"], LlamaForCausalLM)
@@ -68,7 +64,7 @@ def test_names_and_files_it_mentions_exist() -> None:
     for path in ("constraints.txt", "docs/command-line.md", "benchmarks/results"):
         assert path in README and (ROOT / path).exists()
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^make (\w+)", code_blocks("bash")[0], flags=re.MULTILINE):
+    for target in re.findall(r"^make (\w+)", code_blocks(README, "bash")[0], flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from cli.helpers import Shell, pairs, tokenizer
-from files.checkpoints import loaded, saved
-from helpers import tiny_llama
+from support.checkpoints import loaded, saved
+from support.models import tiny_llama
 
+import demo
 from spiel_peft.finetune.base_model import ModelSource
 from spiel_peft.finetune.data import Corpus, read_corpus, split_examples
 from spiel_peft.finetune.demo import demo_pairs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import demo
 
 
 def test_it_trains_asks_merges_and_draws(

@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from support.models import tiny_llama
+from support.tensors import assert_same_bits
+from support.text import tokenizer
+from support.trainer_runs import QUIET
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from helpers import assert_same_bits, tiny_llama
-from trainers.helpers import QUIET
 
 import distill
 from spiel_peft import SpIELConfig
@@ -35,8 +32,13 @@ def batch(labels: bool = True) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, **({"labels": targets} if labels else {})}
 
 
+def llama_with_attentions(layers: int) -> nn.Module:
+    """A Llama that returns its attention probabilities, which only the eager implementation does."""
+    return tiny_llama(num_hidden_layers=layers, attn_implementation="eager")
+
+
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> Tensor:
+def logits(model: nn.Module) -> Tensor:
     data = batch(labels=False)
     return model.eval()(**data, use_cache=False).logits[data["attention_mask"].bool()]
 
@@ -50,11 +52,11 @@ def test_student_takes_every_nth_layer_and_the_last() -> None:
 
 
 def test_student_is_the_teacher_without_the_other_layers() -> None:
-    teacher = tiny_llama(layers=4)
+    teacher = tiny_llama(num_hidden_layers=4)
     student = distill.make_student(teacher, [1, 3])
     assert student.config.num_hidden_layers == 2 and teacher.config.num_hidden_layers == 4
     cut = copy.deepcopy(teacher)
-    cut.model.layers = torch.nn.ModuleList([cut.model.layers[i] for i in (1, 3)])
+    cut.model.layers = nn.ModuleList([cut.model.layers[i] for i in (1, 3)])
     cut.config.num_hidden_layers = 2
     assert_same_bits(logits(student), logits(cut))
     owned = {parameter.data_ptr() for parameter in teacher.parameters()}
@@ -62,7 +64,7 @@ def test_student_is_the_teacher_without_the_other_layers() -> None:
 
 
 def test_losses_are_zero_for_the_teacher_itself_and_ignore_padding() -> None:
-    teacher = tiny_llama(layers=4)
+    teacher = llama_with_attentions(4)
     data = batch()
     assert float(distill.distillation_loss(teacher, teacher, data, range(4))) == pytest.approx(0, abs=1e-6)
     student = distill.make_student(teacher, [1, 3])
@@ -88,10 +90,10 @@ def test_losses_are_what_they_say() -> None:
     # A label is predicted from the token before it.
     learnt = torch.tensor([[3 <= t < (5 if b == 0 else 8) for t in range(9)] for b in range(3)])
     s, t = (scores[learnt] for scores in logits)
-    expected = torch.nn.functional.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+    expected = nn.functional.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean")
     assert float(distill.divergence(*logits, batch()["labels"])) == pytest.approx(float(expected), rel=1e-4)
     # Means over real tokens, and over the student's layers.
-    teacher, student = tiny_llama(layers=2), tiny_llama(layers=1)
+    teacher, student = llama_with_attentions(2), llama_with_attentions(1)
     data, shown = batch(), {"output_hidden_states": True, "output_attentions": True}
     seen = {name: data[name] for name in ("input_ids", "attention_mask")}
     mine, theirs = student(**seen, **shown), teacher(**seen, **shown)
@@ -112,12 +114,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distill")
     vocabulary = ["<pad>", "<unk>", "<end>", "User", "Assistant", ":", *WORDS]
     assert len(vocabulary) == 40
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(folder / "model")
-    tiny_llama(layers=4).save_pretrained(folder / "model")
+    made = tokenizer(vocabulary, eos="<end>", split_punctuation=True, max_length=None)
+    made.save_pretrained(folder / "model")
+    tiny_llama(num_hidden_layers=4).save_pretrained(folder / "model")
     lines = [json.dumps({"question": f"what comes after n{i}", "answer": f"then n{(i + 1) % 30}"}) for i in range(30)]
     (folder / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -174,7 +173,7 @@ def test_embeddings_stay_the_teachers(run: tuple[dict[str, float], Path], folder
 
 
 def test_only_deltas_are_trained_in_the_last_step(folder: Path, tmp_path: Path) -> None:
-    base = tiny_llama(layers=4)
+    base = tiny_llama(num_hidden_layers=4)
     base.set_attn_implementation("eager")
     student = distill.make_student(base, [1, 3])
     before = copy.deepcopy(student).state_dict()

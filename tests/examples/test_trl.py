@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from adapters.helpers import tiny_llama
 from cli.helpers import COLOURS, THINGS, tokenizer
 from peft import PeftModel
+from support.models import tiny_llama
 from transformers import AutoModelForCausalLM
-
-from spiel_peft.files.adapter_file import read_adapter
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import dpo
 import sft
 import sft_4bit
+from spiel_peft.files.adapter_file import read_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

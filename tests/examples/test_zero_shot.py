@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+from support.text import tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import zero_shot
 from spiel_peft.finetune.data import InputError
@@ -30,11 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint with a word-level tokenizer, and pairs in three made-up languages."""
     folder = tmp_path_factory.mktemp("zero_shot")
     vocabulary = ["<pad>", "<unk>", "<end>", "User", "Assistant", ":", *sum(WORDS.values(), []), *NUMBERS]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(folder / "model")
+    made = tokenizer(vocabulary, eos="<end>", split_punctuation=True, max_length=None)
+    made.save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import FILE, IDS, spiel_config, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import FILE, spiel_config
+from support.models import IDS, tiny_llama
 
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
 from spiel_peft.files.folder import whole_folder

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import adapted, layers_of, logits, same_bits, tiny_llama
-from quantized import dequantized
+from support.adapters import adapted, layers_of
+from support.checkpoints import contents, loaded, saved
+from support.models import logits, tiny_gpt2, tiny_llama
+from support.quantized import dequantized
+from support.tensors import same_bits
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from spiel_kernels import apply_deltas
 from spiel_peft import merge_adapter_into_checkpoint
-
-from .checkpoints import contents, loaded, saved
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 CONFIGS = {
@@ -93,7 +94,7 @@ def test_folders_of_quantized_weights_are_refused(tmp_path: Path, base: Path) ->
 
 
 def test_transposed_layers_are_refused(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=64, n_layer=1, n_head=2))
+    model = tiny_gpt2(64)
     base = saved(model, tmp_path / "base")
     adapted(model, target_modules=["c_attn"]).save_pretrained(tmp_path / "adapter")
     config = BitsAndBytesConfig(**CONFIGS["nf4"])

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import IDS, logits, tiny_llama
 from peft import PeftModel
-
-from .checkpoints import changed, loaded, saved, trained_adapter
-
-DOCS = Path(__file__).parents[2] / "docs"
-
-
-def blocks(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+from support.checkpoints import changed, loaded, saved, trained_adapter
+from support.docs_blocks import code_blocks, page
+from support.models import IDS, logits, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +22,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_extracting() -> None:
     saved(changed(loaded(Path("base")), 0.1), Path("finetuned"))
     names = {"base_model": loaded(Path("base")), "batches": [{"input_ids": IDS, "labels": IDS}] * 3}
-    for block in blocks("extracting.md"):
+    for block in code_blocks(page("extracting.md")):
         exec(block, names)
     assert names["found"].kept > 0.05 and names["found"].left_out
     ticket = PeftModel.from_pretrained(loaded(Path("base")), "ticket")
@@ -41,7 +34,7 @@ def test_extracting() -> None:
 def test_exporting() -> None:
     trained_adapter(Path("base"), Path("adapter"))
     names: dict[str, object] = {}
-    for block in blocks("exporting.md"):
+    for block in code_blocks(page("exporting.md")):
         exec(block, names)
     assert names["report"].dtypes == {"float32"}
     assert not torch.equal(logits(loaded(Path("merged"))), logits(loaded(Path("merged_as_trained"))))

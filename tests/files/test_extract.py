@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import IDS, deltas_of, logits, same_bits, snapshot, tiny_llama, train
 from peft import PeftModel
 from safetensors.torch import save_file
+from support.adapters import deltas_of, snapshot, train
+from support.checkpoints import SHARD, PeakMemory, changed, loaded, saved
+from support.models import IDS, logits, tiny_gpt2, tiny_llama
+from support.tensors import same_bits
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM
 
 from spiel_peft import extract_delta
 from spiel_peft.files import tensors as tensor_files
 from spiel_peft.files.adapter_file import write_adapter
-
-from .checkpoints import SHARD, PeakMemory, changed, loaded, saved
 
 
 def differences(base: nn.Module, finetuned: nn.Module, leaf: str = ".weight") -> dict[str, Tensor]:
@@ -177,12 +178,7 @@ def bert() -> nn.Module:
     return BertForMaskedLM(BertConfig(vocab_size=40, max_position_embeddings=16, **shape)).eval()
 
 
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)).eval()
-
-
-@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("make", [bert, tiny_gpt2])
 def test_biases_norms_and_transposed_layers_come_along(tmp_path: Path, make: object) -> None:
     base, tuned = make(), changed(make(), 0.1)
     found = extract_delta(base, tuned, tmp_path / "out", density=1.0, norms_and_biases=True)

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
+from support.checkpoints import SHARD, changed, contents, edit_file, saved
+from support.models import tiny_llama
 from torch import Tensor
 
 from spiel_peft import extract_delta
 from spiel_peft.files.tensors import SafetensorsWriter
-
-from .checkpoints import SHARD, changed, contents, edit_file, saved
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from adapters.helpers import logits, tiny_llama
+from support.checkpoints import SHARD, loaded, saved, tensors_of, trained_adapter, unmerged_logits
+from support.models import logits, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from spiel_peft import merge_adapter_into_checkpoint
-
-from .checkpoints import SHARD, loaded, saved, tensors_of, trained_adapter, unmerged_logits
 
 
 def permuted(weight: Tensor, heads: int) -> Tensor:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import same_bits, spiel_config
 from peft import get_peft_model
+from support.adapters import spiel_config
+from support.checkpoints import saved, tensors_of
+from support.tensors import same_bits
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -19,8 +21,6 @@ from transformers import (
 )
 
 from spiel_peft import merge_adapter_into_checkpoint
-
-from .checkpoints import saved, tensors_of
 
 IDS = torch.tensor([[1, 2, 3]])
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

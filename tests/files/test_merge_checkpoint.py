@@ -10,18 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import IDS, logits, same_bits, spiel_config, texts, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import spiel_config
+from support.checkpoints import SHARD, PeakMemory, loaded, saved, tensors_of, trained_adapter, unmerged_logits
+from support.models import IDS, logits, tiny_gpt2, tiny_llama
+from support.tensors import same_bits, texts
 from torch import nn
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, MixtralConfig
+from transformers import AutoModelForSequenceClassification, MixtralConfig
 from transformers import MixtralForCausalLM as Mixtral
 
 from spiel_peft import merge_adapter_into_checkpoint
 from spiel_peft.files import tensors as tensor_files
 from spiel_peft.files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
-
-from .checkpoints import SHARD, PeakMemory, loaded, saved, tensors_of, trained_adapter, unmerged_logits
 
 ADAPTERS = {
     "linears": {"target_modules": "all-linear"},
@@ -186,9 +187,7 @@ def test_a_budget_above_the_weight_s_size_is_no_news(tmp_path: Path, recwarn: py
 
 
 def test_transposed_layers(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2))
-    base = saved(model, tmp_path / "base")
+    base = saved(tiny_gpt2(), tmp_path / "base")
     adapter = trained_adapter(base, tmp_path / "adapter", target_modules=["c_attn", "c_proj"], bias="spiel_only")
     merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
     assert same_bits(logits(loaded(tmp_path / "out")), unmerged_logits(base, adapter))

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import edit_adapter, key_of, spiel_config, tiny_llama
 from peft import LoraConfig, get_peft_model
+from support.adapters import edit_adapter, key_of, spiel_config
+from support.checkpoints import SHARD, contents, edit_file, saved, trained_adapter
+from support.models import tiny_llama
 from torch import Tensor
 
 from spiel_peft import merge_adapter_into_checkpoint
 from spiel_peft.files.adapter_file import AdapterFile, write_adapter
 from spiel_peft.files.tensors import SafetensorsWriter
-
-from .checkpoints import SHARD, contents, edit_file, saved, trained_adapter
 
 DOWN = "model.layers.1.mlp.down_proj"
 

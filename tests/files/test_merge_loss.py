@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import adapted, deltas_of, layers_of, tiny_llama
 from peft import PeftModel
 from safetensors.torch import save_file
+from support.adapters import adapted, deltas_of, layers_of
+from support.models import tiny_llama
 from torch import Tensor
 
 from spiel_peft import merge_adapter_into_checkpoint

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters.helpers import tiny_llama
 from cli.helpers import tokenizer as word_tokenizer
 from datasets import Dataset
+from support.models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
@@ -153,7 +153,7 @@ def test_split_with_an_empty_side_is_refused() -> None:
 
 
 def prepared(examples: list[Example], tokenizer: Any, max_length: int, folder: Path) -> list[dict[str, list[int]]]:
-    """The tokens and labels that TRL trains on for these examples."""
+    """The tokens and labels that SFTTrainer makes of the project's rows."""
     rows = rows_that_fit(examples, tokenizer, max_length, "training")
     arguments = SFTConfig(output_dir=str(folder), max_length=max_length, bf16=False, use_cpu=True, report_to="none")
     return list(SFTTrainer(tiny_llama(), arguments, None, Dataset.from_list(rows), None, tokenizer).train_dataset)

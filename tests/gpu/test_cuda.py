@@ -1,4 +1,4 @@
-"""A GPU gives the results of the CPU. Run with ``pytest -m gpu`` on a machine with a GPU."""
+"""Results on a GPU equal those on the CPU. Run with ``pytest -m gpu`` on a machine with a GPU."""
 
 from __future__ import annotations
 

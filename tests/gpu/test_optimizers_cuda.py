@@ -1,4 +1,4 @@
-"""Optimizer state across closes on a GPU: optimizers that only run there, and state that is stored otherwise there."""
+"""Optimizer state across closes on a GPU: optimizers and layouts of state that exist only there."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, batch, deltas_of, mlp, trainable
 from cycle.test_moments_8bit import check_quantized
+from support.adapters import deltas_of, trainable
+from support.models import mlp
+from support.runs import adapt, batch
 
 pytestmark = pytest.mark.gpu
 

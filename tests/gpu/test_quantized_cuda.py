@@ -84,7 +84,7 @@ def test_several_deltas(dtype: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_more_elements_than_31_bits_count() -> None:
-    """Random bytes, as quantizing a matrix of this size takes too long; its beginning and its end are compared."""
+    """The bytes are made up, as quantizing a matrix of this size takes too long; its beginning and end are compared."""
     rows, cols = 2**16, 2**15 + 64
     packed = torch.randint(256, (rows * cols // 2,), dtype=torch.uint8, device="cuda")
     weight = Packed4bit(packed, torch.rand(rows * cols // 64, device="cuda"), (rows, cols), torch.bfloat16)

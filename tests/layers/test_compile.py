@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import Single, assert_close, assert_same_bits, spiel_layer, tiny_llama, transposed, values_of
 from peft import get_peft_model
-from quantized import QUANTIZED
+from support.layers import Single, spiel_layer, transposed, values_of
+from support.models import tiny_llama
+from support.quantized import QUANTIZED
+from support.tensors import assert_close, assert_same_bits
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -123,7 +125,7 @@ def test_a_run_is_the_same_and_is_compiled_once(growth: str, autocast: bool) -> 
 
 def test_layers_that_are_alike_share_a_graph() -> None:
     """Compiling block by block must not compile every block anew."""
-    base = tiny_llama(layers=4)
+    base = tiny_llama(num_hidden_layers=4)
     # With an adapted embedding, the inputs of all blocks need gradients.
     model = get_peft_model(base, SpIELConfig(r=2, target_modules=["embed_tokens", "q_proj", "down_proj"])).train()
     for block in base.model.layers:

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Single, assert_same_bits, transposed
 from peft import PeftModel, get_peft_model
-from quantized import COLS, QUANTIZED
+from support.layers import Single, transposed
+from support.quantized import COLS, QUANTIZED
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -6,16 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import (
-    CASES,
-    LayerCase,
-    adapt,
-    as_reference,
-    assert_close,
-    dense_formula,
-    spiel_layer,
-    values_of,
-)
+from support.layers import CASES, LayerCase, adapt, as_reference, dense_formula, spiel_layer, values_of
+from support.tensors import assert_close
 from torch import Tensor, nn
 
 TOLERANCE = 1e-5

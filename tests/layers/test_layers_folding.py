@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import HALF_AND_FULL, Single, assert_same_bits, spiel_layer, tiny_llama, transposed, values_of
 from peft import PeftModel, get_peft_model
+from support.layers import HALF_AND_FULL, Single, spiel_layer, transposed, values_of
+from support.models import tiny_llama
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import CASES, LayerCase, OpRecorder, adapt, assert_close, dense_formula, spiel_layer, transposed, values_of
+from support.layers import CASES, LayerCase, adapt, dense_formula, spiel_layer, transposed, values_of
+from support.tensors import OpRecorder, assert_close
 from torch import Tensor, nn
 
 FLOAT_CASES = {name: case for name, case in CASES.items() if not name.startswith("embedding")}

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CASES, adapt, assert_same_bits, spiel_layer, values_of
+from support.layers import CASES, adapt, spiel_layer, values_of
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 

@@ -6,8 +6,10 @@ import copy
 
 import pytest
 import torch
-from helpers import adapt, assert_close, assert_same_bits, dense_formula, spiel_layer, tiny_llama, values_of
 from peft import PeftModel, get_peft_model
+from support.layers import adapt, dense_formula, spiel_layer, values_of
+from support.models import tiny_llama
+from support.tensors import assert_close, assert_same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding

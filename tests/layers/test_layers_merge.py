@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers import CASES, HALF_AND_FULL, LayerCase, adapt, assert_close, assert_same_bits, spiel_layer, values_of
+from support.layers import CASES, HALF_AND_FULL, LayerCase, adapt, spiel_layer, values_of
+from support.tensors import assert_close, assert_same_bits
 from torch import nn
 
 NAN_MESSAGE = "NaNs detected in the merged weights"

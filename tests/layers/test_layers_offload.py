@@ -9,8 +9,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
-from helpers import CASES, adapt, assert_same_bits, spiel_layer, values_of
 from peft import get_peft_model
+from support.layers import CASES, adapt, spiel_layer, values_of
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 
 from spiel_peft import SpIELConfig

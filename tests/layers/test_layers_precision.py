@@ -6,17 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers import (
-    CASES,
-    LayerCase,
-    adapt,
-    as_reference,
-    assert_close,
-    assert_same_bits,
-    dense_formula,
-    spiel_layer,
-    values_of,
-)
+from support.layers import CASES, LayerCase, adapt, as_reference, dense_formula, spiel_layer, values_of
+from support.tensors import assert_close, assert_same_bits
 from torch import nn
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -10,9 +10,18 @@ from collections.abc import Callable, Iterator
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import Single, adapt, assert_close, assert_same_bits, dense_formula, spiel_layer, values_of
 from peft import get_peft_model
-from quantized import COLS, QUANTIZED, assert_holds_the_same, dequantized, everything_held, linear_4bit, linear_8bit
+from support.layers import Single, adapt, dense_formula, spiel_layer, values_of
+from support.quantized import (
+    COLS,
+    QUANTIZED,
+    assert_holds_the_same,
+    dequantized,
+    everything_held,
+    linear_4bit,
+    linear_8bit,
+)
+from support.tensors import assert_close, assert_same_bits
 from torch import nn
 
 from spiel_peft import SpIELConfig

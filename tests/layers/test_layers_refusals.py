@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import CASES, adapt, spiel_layer
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from support.layers import CASES, adapt, spiel_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 

@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
-from helpers import Single, spiel_layer
 from peft import get_peft_model
+from support.layers import Single, spiel_layer
 from torch import Tensor, nn
 
 from spiel_peft import SM3, SpIELConfig

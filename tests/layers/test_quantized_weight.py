@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import bitsandbytes as bnb
 import pytest
 import torch
-from helpers import OpRecorder, assert_same_bits
 from peft.utils.quantization_utils import resolve_quantization_backend
-from quantized import QUANTIZED, assert_holds_the_same, everything_held, linear_4bit, linear_8bit
+from support.quantized import QUANTIZED, assert_holds_the_same, everything_held, linear_4bit, linear_8bit
+from support.tensors import OpRecorder, assert_same_bits
 from torch import Tensor, nn
 
 from spiel_kernels import apply_deltas, quantized

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import OpRecorder, assert_close, assert_same_bits
 from peft import PeftConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from safetensors.torch import load_file
+from support.tensors import OpRecorder, assert_close, assert_same_bits
 from torch import Tensor, nn
 from transformers import (
     GptOssConfig,

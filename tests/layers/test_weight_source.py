@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from helpers import adapt, assert_same_bits, spiel_layer, values_of
-from quantized import COLS, QUANTIZED
+from support.layers import adapt, spiel_layer, values_of
+from support.quantized import COLS, QUANTIZED
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 
 from spiel_peft import SpIELConfig

@@ -1,9 +1,8 @@
-"""Model cards: what they say, that nothing in them is lost, and that the right one is uploaded."""
+"""Model cards: their contents, that no text of a user is lost, and which card is uploaded."""
 
 from __future__ import annotations
 
 import copy
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters.helpers import IDS, adapted, layers_of, logits, spiel_config, tiny_llama
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.adapters import adapted, layers_of, spiel_config
+from support.docs_blocks import code_blocks
+from support.models import IDS, logits, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from spiel_peft import card as cards
@@ -46,7 +47,7 @@ def test_it_says_method_budget_base_and_how_to_load(tmp_path: Path) -> None:
     assert row in text and "| lm_head |" in text and f"| {tmp_path / 'base'} |" in text
     assert "pip install spiel-peft" in text and "KeyError: 'SPIEL'" in text
     # The code in it loads the adapter.
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (code,) = code_blocks(text)
     names: dict[str, Any] = {}
     exec(code.replace("FOLDER_OR_HUB_ID", str(tmp_path / "adapter")), names)
     assert torch.equal(logits(names["model"]), logits(model))

@@ -1,4 +1,4 @@
-"""PEFT's functions and methods do with SpIEL what they do with LoRA."""
+"""PEFT's functions and methods work with SpIEL as they do with LoRA."""
 
 from __future__ import annotations
 
@@ -11,22 +11,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from adapters.helpers import (
-    IDS,
-    PREFIX,
-    adapted,
-    assert_unchanged,
-    deltas_of,
-    layers_of,
-    logits,
-    same_bits,
-    snapshot,
-    spiel_config,
-    texts,
-    tiny_llama,
-    train,
-)
 from peft import LoraConfig, PeftModel, get_model_status, get_peft_model, get_peft_model_state_dict
+from support.adapters import PREFIX, adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config, train
+from support.models import IDS, logits, tiny_llama
+from support.tensors import same_bits, texts
 from transformers import AutoModelForCausalLM
 
 from spiel_peft import SpIELConfig
@@ -225,7 +213,7 @@ def test_wrong_calls_name_the_problem_and_change_nothing(call, message: str) -> 
 
 
 def test_the_reference_adapter_of_trl_equals_the_policy() -> None:
-    """TRL adds it with the very config object and copies the parameters whose name contains `.default.`."""
+    """TRL adds the reference adapter with the same config object and copies parameters named `.default.`."""
     model = adapted()
     train(model, steps=7)  # the indices have moved by now
     model.add_adapter("ref", model.peft_config["default"])

@@ -1,4 +1,4 @@
-"""Optimizers around others, and steps that call steps, in the ways that are found in the wild."""
+"""Optimizers that wrap others, and steps that call steps, as published optimizers do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def look_ahead(optimizer: Any) -> None:
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Shares the groups of the one inside."""
+    """Lookahead that shares the parameter groups of the inner optimizer."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         super().__init__([p for group in inner.param_groups for p in group["params"]], {})
@@ -31,7 +31,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 class WithoutHooks(torch.optim.Optimizer):
-    """The same without its base class's constructor, which brings the hooks."""
+    """Lookahead that does not call the constructor of its base class, and so has no hooks."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.param_groups, self.defaults = inner, inner.param_groups, {}
@@ -42,7 +42,7 @@ class WithoutHooks(torch.optim.Optimizer):
 
 
 class HooksOfSteps(torch.optim.Optimizer):
-    """The same with the hooks of steps alone and groups that are looked up, as pytorch_optimizer's wrappers do it."""
+    """Lookahead with step hooks only and groups as a property, as pytorch_optimizer's wrappers have them."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.defaults = inner, {}
@@ -137,7 +137,7 @@ class Stubborn(torch.optim.AdamW):
 
 
 class Several(torch.optim.Optimizer):
-    """Hands some parameters to one optimizer and the rest to another; keeps nothing itself."""
+    """Passes some parameters to one optimizer and the rest to another; has no state itself."""
 
     def __init__(self, *inner: torch.optim.Optimizer) -> None:
         super().__init__([p for each in inner for group in each.param_groups for p in group["params"]], {})
@@ -150,7 +150,7 @@ class Several(torch.optim.Optimizer):
 
 
 class SharedState(Sharpness):
-    """The same with one state for both, as its usual implementations have it."""
+    """Sharpness-aware minimization that shares one state with the inner optimizer, as usual implementations do."""
 
     def __init__(self, inner: torch.optim.Optimizer, rho: float = 0.05) -> None:
         super().__init__(inner, rho)

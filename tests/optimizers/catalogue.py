@@ -1,4 +1,4 @@
-"""Optimizers that the tests run deltas under, and some that nobody has heard of."""
+"""Optimizers that the tests train deltas with, published and made-up ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers whose state cannot follow a change of indices, each for another reason."""
+"""Optimizers whose state cannot follow a change of indices, for different reasons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Keeping(torch.optim.Optimizer):
-    """Sign descent that keeps, for no purpose, what `kept` makes of a parameter."""
+    """Sign descent whose state is what `kept` computes from a parameter."""
 
     def __init__(self, params: Iterable[Any], lr: float = 0.01) -> None:
         super().__init__(params, {"lr": lr})
@@ -28,28 +28,28 @@ class Keeping(torch.optim.Optimizer):
 
 
 class Sliced(Keeping):
-    """Of every eleventh entry only, as Prodigy does to save memory."""
+    """State of every eleventh entry only, as Prodigy has it to save memory."""
 
     def kept(self, parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter)[::11]
 
 
 class Preconditioned(Keeping):
-    """A small matrix per parameter."""
+    """State that is a small matrix per parameter."""
 
     def kept(self, parameter: Tensor) -> Tensor:
         return torch.zeros(2, parameter.numel() // 4)
 
 
 class Listed(Keeping):
-    """The last gradients."""
+    """State that is a list of the last gradients."""
 
     def kept(self, parameter: Tensor) -> list[Tensor]:
         return [torch.zeros_like(parameter)]
 
 
 class Coded(Keeping):
-    """A quantizer that nobody knows."""
+    """State with an unknown quantizer."""
 
     def kept(self, parameter: Tensor) -> dict[str, Tensor]:
         return {"codes": torch.zeros(parameter.shape, dtype=torch.int8), "scales": torch.ones(parameter.numel() // 4)}

@@ -1,11 +1,12 @@
-"""Short runs that close in the middle of training, and after."""
+"""Short runs with a close in the middle and one at the end."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from cycle.helpers import adapt, log_of, train, trainable
 from peft import PeftModel
+from support.adapters import log_of, trainable
+from support.runs import adapt, train
 
 from optimizers.catalogue import EVERY, SHARED
 

@@ -1,4 +1,4 @@
-"""A delta once more, as a dense vector of slots that never move: an oracle for everything a close does to state.
+"""An oracle for optimizer state across closes: a dense vector of entries that never move.
 
 Our deltas are sorted by position, so a close permutes them and what the optimizer keeps for them. Here a position that
 leaves hands its slot to one that comes, and the slots of all others stay where they are: there is nothing to permute,
@@ -91,7 +91,7 @@ class Slots:
             self.window_steps += 1
 
     def exchange(self, positions: list[int]) -> int:
-        """Take over new positions; returns how many came."""
+        """Set new positions; returns how many were grown."""
         came = sorted(set(positions) - set(self.positions))
         slots = [slot for slot, position in enumerate(self.positions) if position not in set(positions)]
         for slot, position in zip(slots, came, strict=True):
@@ -127,7 +127,7 @@ class Slots:
                 row[slots] = new.to(row)
 
     def _built_up(self, gradient: Tensor, name: str) -> Tensor:
-        """What as many steps as were taken make of a constant gradient ``[m]`` in buffer `name`, ``[rows, m]``."""
+        """Buffer `name`, ``[rows, m]``, after the steps so far with a constant gradient ``[m]``."""
         probe = nn.Parameter(torch.zeros(gradient.numel(), dtype=self.values.dtype))
         optimizer = self.make([probe])
         for _ in range(self.steps):
@@ -137,7 +137,7 @@ class Slots:
         return optimizer.state[probe][name].view(-1, gradient.numel())
 
     def compare(self, optimizer: torch.optim.Optimizer, delta: SparseDelta, tolerance: float) -> None:
-        """Ours against the oracle's, position by position."""
+        """Compare optimizer state with the oracle's, position by position."""
         assert sorted(self.positions) == delta.indices.tolist()
         order = torch.tensor(self.positions).argsort()
         ours = {"values": delta.values.detach()[None], **per_entry(optimizer.state[delta.values], delta.k)}

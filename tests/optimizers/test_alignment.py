@@ -1,4 +1,4 @@
-"""Whole runs under every optimizer, beside oracles whose entries never move."""
+"""Whole runs with every optimizer, compared with oracles whose entries never move."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, deltas_of, log_of, loss_of, mlp, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.runs import adapt, loss_of
 from torch import Tensor, nn
 
 from optimizers.catalogue import BITSANDBYTES, OTHERS, SHARED, TORCH, Make
@@ -22,7 +24,7 @@ CLIP = 0.3
 
 
 class Pair:
-    """A run of ours, and the dense gradients of the same weights by plain autograd."""
+    """A run, and the dense gradients of the same weights by plain autograd."""
 
     def __init__(self, dtype: torch.dtype, **fields: Any) -> None:
         base = mlp(dtype)

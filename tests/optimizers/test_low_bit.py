@@ -1,4 +1,4 @@
-"""State that dequantizes itself: torchao's optimizers, where they are found, and one in a few lines.
+"""Optimizer state that dequantizes itself: torchao's optimizers, if installed, and a minimal one.
 
 `make test` runs this file once more with torchao on the path; the other tests do without, as PEFT and transformers
 behave differently where they find it.
@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adapt, assert_sound, first_delta, indices_of, log_of, moved, reseed, trainable
+from support.adapters import first_delta, indices_of, log_of, trainable
+from support.runs import adapt, assert_sound, moved, reseed
 from torch import Tensor, nn
 
 from spiel_peft.cycle.grown_seeds import GrownSeeds
@@ -54,7 +55,7 @@ class LinearCodes(Tensor):
 
 
 class LinearAdam(torch.optim.Optimizer):
-    """Adam with such state."""
+    """Adam whose state is `LinearCodes`."""
 
     def __init__(self, params: Any, lr: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         super().__init__(params, {"lr": lr, "betas": betas})

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import assert_same_run, deltas_of, indices_of, log_of, loss_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import assert_same_run, loss_of, train
 from torch import Tensor, nn
 
 from optimizers.around import (
@@ -66,7 +67,7 @@ def by_position(inner: Any, outer: Any, delta: Any) -> dict[str, dict[int, float
 
 
 def assert_accumulated_once(kind: type[Any]) -> None:
-    """The same first step without the wrapper: the same accumulators."""
+    """Check that the accumulators equal those of the same first step without the wrapper."""
     rows = []
     for wrap in (True, False):
         model = fresh("momentum")
@@ -158,7 +159,7 @@ def test_a_step_tried_twice_counts_once() -> None:
 
 @pytest.mark.parametrize("deltas_first", [True, False])
 def test_an_optimizer_for_deltas_and_one_for_the_rest(deltas_first: bool) -> None:
-    """Only one of the two holds deltas; it has the state that follows them."""
+    """Only one of the two optimizers has deltas, and its state follows them."""
     model = fresh(bias="all")
     values = [delta.values for delta in deltas_of(model).values()]
     rest = [p for p in trainable(model) if not any(p is value for value in values)]

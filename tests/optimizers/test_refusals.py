@@ -1,4 +1,4 @@
-"""Optimizers that cannot be followed are refused by name, as early as can be, and before anything is changed."""
+"""Optimizers whose state cannot follow the deltas are refused by name, early and before anything is changed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, loss_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import adamw, adapt, loss_of, train
+from support.trainer_runs import regression, trainer
 from torch import nn
-from trainer_helpers import regression, trainer
 
 from optimizers.refused import BY_STATE, Coded, InBackward, Keeping, Listed, Offloaded, Sliced
 from spiel_peft import SpIELCallback, SpIELOptimizer
@@ -20,7 +21,7 @@ from spiel_peft.cycle import optimizer_buffers
 
 
 def assert_untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Not a step was counted or taken."""
+    """Check that no step was counted or taken."""
     for delta in deltas_of(model).values():
         assert not delta.values.detach().any()
         assert delta.state.step == 0
@@ -28,7 +29,7 @@ def assert_untouched(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 class Forwarding(Sliced):
-    """Hands its settings on, and takes any."""
+    """Passes all its settings on."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, lr=settings.pop("lr", 0.01))
@@ -54,7 +55,7 @@ KEPT = {Listed: r"'history' \(in a list: .* 12 deltas", Coded: r"'history' \(in 
 def test_state_that_cannot_follow_is_refused_before_anything_is_moved(
     kind: type[torch.optim.Optimizer], attached: bool
 ) -> None:
-    """State shows once the optimizer has stepped; the first close looks at it before it changes anything."""
+    """State exists only after a step, so the first close checks it before it changes anything."""
     model = adapt(accumulation_steps=2)
     optimizer = kind(trainable(model), lr=0.01)
     train(model, SpIELOptimizer(optimizer, model) if attached else optimizer, 1)
@@ -127,7 +128,7 @@ def test_an_optimizer_that_steps_in_the_backward_pass() -> None:
 
 
 def test_state_in_other_optimizers_is_found() -> None:
-    """For copies of the parameters: permuting nothing would leave it to the wrong positions."""
+    """State for copies of the parameters is found; without permuting, it would belong to the wrong positions."""
     model = adapt()
     optimizer = Offloaded(trainable(model))
     train(model, optimizer, 1)

@@ -8,7 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from cycle.helpers import adapt, assert_same_run, batch, deltas_of, first_delta, log_of, loss_of, train, trainable
+from support.adapters import deltas_of, first_delta, log_of, trainable
+from support.runs import adapt, assert_same_run, batch, loss_of, train
 from torch import Tensor, nn
 
 from spiel_peft import SM3

@@ -1,10 +1,11 @@
-"""What trainers do around and inside an optimizer's step: schedules, clipping, loss scaling, closures."""
+"""Schedules, clipping, loss scaling and closures around and inside an optimizer's step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cycle.helpers import adapt, assert_same_run, assert_sound, deltas_of, log_of, loss_of, train, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.runs import adapt, assert_same_run, assert_sound, loss_of, train
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not support
 
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_candidates_do_not_change_the_gradient_norm(growth: str) -> None:
-    """The trainer clips by the norm of the active deltas, whether a window is open or not."""
+    """A trainer clips by the norm of the active deltas' gradients, with or without an open window."""
     norms = []
     for each in (growth, "none"):
         model = fresh(each)
@@ -42,7 +43,7 @@ def test_candidates_do_not_change_the_gradient_norm(growth: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["one-cycle", "cosine"])
 def test_schedules(name: str, kind: str) -> None:
-    """OneCycleLR changes momentum or beta1 as well; what the optimizer uses at the close counts."""
+    """OneCycleLR also changes momentum or beta1; the values at the close count."""
 
     def made(optimizer: torch.optim.Optimizer) -> LRScheduler:
         if kind == "cosine":
@@ -138,7 +139,7 @@ def test_closures(name: str, growth: str, keyword: bool) -> None:
 
 
 def test_clipping_inside_a_closure_reaches_the_candidates() -> None:
-    """As Lightning does it. The optimizer writes into the gradient, so only the closure's end tells the factor."""
+    """As in Lightning, the closure clips. The optimizer overwrites gradients, so the closure must tell the factor."""
     model, reference = fresh(), fresh()
     optimizer, other = EVERY["sgd-nesterov"](trainable(model)), EVERY["sgd-nesterov"](trainable(reference))
     for number in (1, 2):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cycle.helpers import assert_sound, deltas_of, indices_of, log_of, moved
-from trainer_helpers import regression, trainer
+from support.adapters import deltas_of, indices_of, log_of
+from support.runs import assert_sound, moved
+from support.trainer_runs import regression, trainer
 
 NAMES = [
     "adamw_torch",

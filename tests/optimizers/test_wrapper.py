@@ -1,4 +1,4 @@
-"""`SpIELOptimizer`: an optimizer like any other, wherever one is expected."""
+"""`SpIELOptimizer` works wherever an optimizer is expected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, mlp, train, trainable
+from support.adapters import deltas_of, log_of, trainable
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
@@ -181,7 +183,7 @@ def test_hooks_on_the_wrapper_run_once_a_step() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_grad_scaler(fused: bool) -> None:
-    """A fused optimizer unscales and skips inside its kernel; it must be told through the wrapper."""
+    """A fused optimizer unscales and skips inside its kernel; the wrapper must pass scale and overflow on."""
     model = adapt()
     optimizer, scaler = wrapped(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=256.0)
     for number in range(1, 8):

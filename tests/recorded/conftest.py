@@ -1,4 +1,4 @@
-"""What the comparisons share: one thread, and whether this machine computes the very bits of the recording one."""
+"""Fixtures: one thread, and whether this machine computes the same bits as the one that recorded."""
 
 from __future__ import annotations
 

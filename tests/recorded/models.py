@@ -1,4 +1,4 @@
-"""Models, batches and training runs that the recorder and the tests build alike.
+"""Models, batches and training runs that the recorder and the tests share.
 
 Weights and batches are computed, not drawn: PyTorch's random normal numbers differ between CPUs.
 """
@@ -15,18 +15,20 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from helpers import Single
 from peft import PeftModel, get_peft_model
+from support.adapters import layers_of, trainable
+from support.layers import Single
+from support.runs import everything
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spiel_peft import SM3, SpIELConfig, SpIELLayer
+from spiel_peft import SM3, SpIELConfig
 
 DATA = Path(__file__).parent / "data"
 
 
 def filled(shape: tuple[int, ...], seed: int) -> Tensor:
-    """float32 numbers of `shape` between -1 and 1, multiples of 1/1024 in an order without pattern."""
+    """float32 numbers of `shape` between -1 and 1: multiples of 1/1024 in a scrambled order."""
     number = torch.arange(math.prod(shape), dtype=torch.int64) + 100_003 * seed
     for factor in (0x45D9F3B, 0x119DE1F3):
         number = ((number ^ (number >> 16)) * factor) % 2**32
@@ -34,7 +36,7 @@ def filled(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Give all parameters of a module computed values."""
+    """Set all parameters of a module to computed values."""
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
             parameter.copy_(filled(tuple(parameter.shape), seed) / 2)
@@ -124,9 +126,9 @@ def train_kind(kind: str) -> PeftModel:
 
 
 def results_of_kind(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What an adapted layer gives: its output, and the gradients of its deltas and its input."""
+    """Output of an adapted layer, and gradients of its deltas and its input."""
     x = x.clone().requires_grad_(x.is_floating_point())
-    delta = spiel_layers(model)[0].spiel_delta["default"]
+    delta = layers_of(model)[0].spiel_delta["default"]
     out = model(x)
     (out * filled(tuple(out.shape), 60).to(out.dtype)).sum().backward()
     results = {"output": out.detach(), "grad_values": delta.values.grad}
@@ -137,7 +139,7 @@ def results_of_kind(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
-    # 8-bit state from 8 values on: the matrices here are small.
+    # Matrices of 8 values and more have 8-bit state; all are small here.
     "adamw_8bit": lambda parameters: bnb.optim.AdamW8bit(parameters, lr=0.02, min_8bit_size=8),
     "sm3": lambda parameters: SM3(parameters, lr=0.05, momentum=0.9),
 }
@@ -165,10 +167,6 @@ def adapt_mixed(growth: str, dtype: torch.dtype = torch.float32) -> PeftModel:
     return get_peft_model(mixed(dtype), config).train()
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, rank: int = 0) -> list[float]:
     """Optimizer steps number `first` to `last`, counted from 1; returns the loss of each, in seven digits."""
     losses = []
@@ -186,7 +184,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
 
 
 def run(name: str, rank: int = 0, wrap: Callable[[nn.Module], nn.Module] | None = None) -> dict[str, Any]:
-    """One of `RUNS`, in data-parallel with `wrap`: its losses, and a digest of all that it consists of at its end."""
+    """Do one of `RUNS`, data-parallel if `wrap` is given; returns its losses and a digest of its final state."""
     optimizer_name, growth, dtype = RUNS[name]
     model = adapt_mixed(growth, dtype)
     originals = {key: tensor.clone() for key, tensor in model.state_dict().items() if ".spiel_delta." not in key}
@@ -195,23 +193,6 @@ def run(name: str, rank: int = 0, wrap: Callable[[nn.Module], nn.Module] | None 
     for key, tensor in model.state_dict().items():
         assert key not in originals or torch.equal(tensor, originals[key]), f"{key} was changed by training"
     return {"losses": losses, "digest": digest(everything(model, optimizer))}
-
-
-def spiel_layers(model: nn.Module) -> list[SpIELLayer]:
-    return [module for module in model.modules() if isinstance(module, SpIELLayer)]
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """A copy of indices, values, training state and optimizer state of all deltas."""
-    out: dict[str, Tensor] = {}
-    for layer in spiel_layers(model):
-        delta = layer.spiel_delta["default"]
-        tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
-        state = optimizer.state[delta.values]
-        tensors |= {f"state.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"state.{key}": torch.tensor(v) for key, v in state.items() if isinstance(v, (int, float))}
-        out |= {f"{layer.module_name}.{key}": tensor.clone().contiguous() for key, tensor in tensors.items()}
-    return out
 
 
 # Digests
@@ -232,7 +213,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """What the last bits of a run depend on besides our code.
+    """Describe everything besides the project's code that the last bits of a run depend on.
 
     Names alone do not tell: libraries choose their kernels by the exact CPU. So the arithmetic itself is part of it, as
     a digest of trainings of the same network without adapters.
@@ -254,7 +235,7 @@ def machine() -> dict[str, str]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """More threads split sums in other places."""
+    """Use one thread inside the block: more threads split sums in other places."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,11 +1,11 @@
-"""The two-rank runs, in processes of their own; see `distributed.ranks`."""
+"""The recorded runs on two ranks, in processes of their own; see `support.ranks`."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from distributed.ranks import run_here
+from support.ranks import run_here
 from torch.nn.parallel import DistributedDataParallel
 
 from recorded.models import RUNS, run

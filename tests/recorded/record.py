@@ -13,9 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from distributed.ranks import launch, results_of
 from peft import PeftModel
 from safetensors.torch import save_file
+from support.adapters import layers_of, trainable
+from support.ranks import launch, results_of
+from support.runs import everything
 
 from recorded.models import (
     DATA,
@@ -26,16 +28,13 @@ from recorded.models import (
     adapt_mixed,
     digest,
     digests,
-    everything,
     machine,
     mixed,
     one_thread,
     results_of_kind,
     run,
-    spiel_layers,
     train,
     train_kind,
-    trainable,
 )
 from spiel_peft import export_sparse_patch
 
@@ -55,7 +54,7 @@ def record_adapters() -> None:
         save_adapter(model, DATA / "adapters" / kind)
         results = results_of_kind(model, x)
         model.merge_adapter()
-        merged = {"merged": spiel_layers(model)[0].get_base_weight().detach()}
+        merged = {"merged": layers_of(model)[0].get_base_weight().detach()}
         results["merged"] = torch.frombuffer(bytearray.fromhex(digest(merged)), dtype=torch.uint8)
         expected |= {f"{kind}.{name}": tensor.contiguous() for name, tensor in results.items()}
     save_file(expected, DATA / "adapters" / "expected.safetensors")

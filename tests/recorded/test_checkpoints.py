@@ -1,4 +1,4 @@
-"""Checkpoints that an earlier version of the code wrote in the middle of a window, and what became of these runs."""
+"""Checkpoints that an earlier version wrote in the middle of a window, and the results of continuing them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same_bits
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.adapters import layers_of, trainable
+from support.runs import everything
+from support.tensors import assert_same_bits
 from torch import Tensor
 
-from .models import DATA, MID_WINDOW, OPTIMIZERS, digests, everything, mixed, spiel_layers, train, trainable
+from .models import DATA, MID_WINDOW, OPTIMIZERS, digests, mixed, train
 from .record import AFTER_CHECKPOINT
 
 
@@ -28,7 +30,7 @@ def test_a_recorded_checkpoint_is_read_whole(name: str) -> None:
     model, _ = resumed(name)
     stored = load_file(DATA / "checkpoints" / name / "adapter_model.safetensors")
     held: dict[str, Tensor] = {}
-    for layer in spiel_layers(model):
+    for layer in layers_of(model):
         delta = layer.spiel_delta["default"]
         tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
         held |= {f"base_model.model.{layer.module_name}.spiel_delta.{key}": t for key, t in tensors.items()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers import assert_same_bits
 from safetensors.torch import load_file
+from support.tensors import assert_same_bits
 
 from spiel_peft import export_sparse_patch
 from spiel_peft.convert import read_sparse_patches
@@ -28,7 +28,7 @@ def test_the_patch_is_exported_as_it_was(tmp_path: Path) -> None:
 
 
 def test_the_recorded_patch_is_what_a_merge_gives() -> None:
-    """Written down once more: the base in bfloat16, the deltas added in float32, rounded once."""
+    """Computed independently: base in bfloat16, deltas added in float32, rounded once."""
     adapter = load_file(ADAPTER / "adapter_model.safetensors")
     weights = dict(mixed(torch.bfloat16).named_parameters())
     for patch in read_sparse_patches(DATA / "patch"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.ranks import launch, results_of
+from support.ranks import launch, results_of
 
 from .models import RUNS, run
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from cycle.helpers import adapt, batch, deltas_of, mlp, trainable
+from support.adapters import trainable
+from support.runs import adapt, batch, everything
 from torch import Tensor, nn
 
 from spiel_peft import SM3, SpIELOptimizer
@@ -18,7 +19,7 @@ STEPS = 16
 
 
 def adamw8bit(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    # Its 8-bit state from 16 values on: the matrices here are small.
+    # Matrices of 16 values and more have 8-bit state; all are small here.
     return bnb.optim.AdamW8bit(parameters, lr=0.01, min_8bit_size=16)
 
 
@@ -50,13 +51,13 @@ class Run:
         self.use(adapt(**self.fields))
 
     def use(self, model: nn.Module) -> None:
-        """Train this model from now on, with a new optimizer."""
+        """Continue with this model and a new optimizer."""
         self.model = model.train()
         optimizer = self.make(trainable(model))
         self.optimizer = SpIELOptimizer(optimizer, model) if self.wrapped else optimizer
 
     def again(self) -> Run:
-        """The same run before its first step, in new objects."""
+        """A new run with the same settings, before its first step."""
         return Run(**self.settings)
 
     def loss(self, step: int, number: int) -> Tensor:
@@ -80,30 +81,5 @@ class Run:
         return self
 
     def everything(self) -> dict[str, Tensor]:
-        """A copy of all that a run consists of: indices, values, training state, optimizer state."""
+        """A copy of the state of the run; see `support.runs.everything`."""
         return everything(self.model, self.optimizer)
-
-
-def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    out = {}
-    for name, delta in deltas_of(model).items():
-        tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
-        state = optimizer.state[delta.values]
-        tensors |= {f"state.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
-        tensors |= {f"state.{key}": torch.tensor(v) for key, v in state.items() if isinstance(v, (int, float))}
-        out |= {f"{name}.{key}": tensor.clone() for key, tensor in tensors.items()}
-    return out
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Both hold the same names, and the same bits under each."""
-    assert left.keys() == right.keys(), left.keys() ^ right.keys()
-    different = [
-        name
-        for name, tensor in left.items()
-        if tensor.dtype != right[name].dtype or not torch.equal(tensor, right[name])
-    ]
-    assert not different, different
-
-
-__all__ = ["CYCLE", "GROWTHS", "OPTIMIZERS", "STEPS", "Run", "assert_same", "everything", "mlp"]

@@ -1,4 +1,4 @@
-"""Trainings that are killed at random moments and resumed from their last checkpoint. A script, run by the tests.
+"""A script for the tests: trainings that are killed at random moments and resumed from their last checkpoint.
 
 One process imports everything and never runs autograd, so that it can fork a child per attempt. Each child resumes
 from the last whole checkpoint it finds, writes one every few steps, and says after each step how far it is. The parent
@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from cycle.helpers import trainable
+from support.adapters import trainable
+from support.runs import everything
 from transformers import Trainer, TrainerCallback
 
-from resume.helpers import STEPS, Run, everything
+from resume.helpers import STEPS, Run
 from resume.llama import llama_trainer, sft_trainer
 
 KILLS = 3
@@ -31,7 +32,7 @@ LAST_KILL = STEPS - 5
 Tell = Callable[[int], Any]
 
 
-# --- the trainings: each resumes, trains to the end with checkpoints in `folder`, and returns what it ended with ---
+# --- the trainings: each resumes, trains to the end with checkpoints in `folder`, and returns its final state ---
 
 
 def plain_loop(folder: Path, tell: Tell, **settings: Any) -> dict[str, torch.Tensor]:
@@ -86,7 +87,7 @@ def huggingface(make: Callable[..., Trainer], folder: Path, tell: Tell, **settin
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """Trainer writes into place; the file it writes last tells whether it came to the end."""
+    """The last checkpoint that is complete; Trainer writes trainer_state.json last."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2])):
         try:
             json.loads((path / "trainer_state.json").read_text())
@@ -113,7 +114,7 @@ TRAININGS: dict[str, Callable[[Path, Tell], dict[str, torch.Tensor]]] = {
 
 
 def fork(kind: str, folder: Path, end: Path) -> tuple[int, int]:
-    """Start a child; its process id, and the file descriptor on which it tells one byte per step."""
+    """Start a child; returns its process id and a file descriptor to which it writes one byte per step."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -139,7 +140,7 @@ def finish(kind: str, folder: Path, end: Path) -> None:
 
 
 def kill_one(kind: str, folder: Path, step: int, delay_s: float) -> int:
-    """Kill a child some time after it has told of `step`; the last step that it finished."""
+    """Kill a child some time after it reports `step`; returns the last step that it finished."""
     pid, reader = fork(kind, folder, folder / "end.pt")
     told = [0]
     while told[-1] < step:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adapters.helpers import tiny_llama
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.models import tiny_llama
+from support.text import rows, texts, tokenizer
+from support.trainer_runs import arguments
 from torch import nn
-from trainer_helpers import arguments
-from transformers import PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from spiel_peft import SpIELConfig
@@ -20,18 +19,13 @@ from .helpers import CYCLE, STEPS
 
 
 def config(**fields: Any) -> SpIELConfig:
-    """Targets three kinds of layers; the length of the run is the trainer's to tell."""
+    """A config for three kinds of layers; the trainer sets the length of the run."""
     cycle = {**CYCLE, "total_steps": None, "density": 0.1, **fields}
     return SpIELConfig(target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **cycle)
 
 
 def adapted_llama(**fields: Any) -> PeftModel:
     return get_peft_model(tiny_llama(), config(**fields)).train()
-
-
-def sentences(count: int = 64) -> list[list[int]]:
-    """Counting in steps of one to three."""
-    return [[3 + (start + step * n) % 37 for n in range(8)] for start in range(count // 2) for step in (1, 2)]
 
 
 def llama_trainer(
@@ -42,23 +36,15 @@ def llama_trainer(
     kind: type[Trainer] = Trainer,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of `STEPS` steps; of a new adapter with this growth criterion, unless a model is given."""
+    """A Trainer of `STEPS` steps, for `model` or for a new adapter with this growth criterion."""
     if model is None:
         model = adapted_llama(**({"growth": growth} if growth else {}))
-    rows = [{"input_ids": ids, "labels": ids} for ids in sentences()]
     args = arguments(folder, **{"learning_rate": 0.02, "max_steps": STEPS, **settings})
-    return kind(model=model, args=args, train_dataset=rows, eval_dataset=rows[:8], callbacks=callbacks)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(37))])}
-    by_word = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    by_word.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=by_word, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return kind(model=model, args=args, train_dataset=rows(64), eval_dataset=rows(64)[:8], callbacks=callbacks)
 
 
 def sft_trainer(folder: Path, callbacks: Any = None, **settings: Any) -> Trainer:
-    """TRL's trainer with the config in place of LoRA's."""
+    """An SFTTrainer of `STEPS` steps."""
     args = SFTConfig(
         output_dir=str(folder),
         max_length=16,
@@ -70,11 +56,10 @@ def sft_trainer(folder: Path, callbacks: Any = None, **settings: Any) -> Trainer
             or key in ("report_to", "logging_steps", "disable_tqdm", "dataloader_pin_memory", "save_steps")
         },
     )
-    texts = Dataset.from_list([{"text": " ".join(f"w{i - 3}" for i in ids)} for ids in sentences()])
     return SFTTrainer(
         model=tiny_llama(),
         args=args,
-        train_dataset=texts,
+        train_dataset=texts(64),
         peft_config=config(),
         processing_class=tokenizer(),
         callbacks=callbacks,

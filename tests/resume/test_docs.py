@@ -1,20 +1,19 @@
-"""What the page on resuming says is true: its code runs and resumes bit for bit."""
+"""The code on docs/resuming.md runs and resumes bit for bit."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
+from support.docs_blocks import code_blocks, page
+from support.runs import assert_same
 
-from .helpers import Run, assert_same
-
-PAGE = Path(__file__).parents[2] / "docs" / "resuming.md"
+from .helpers import Run
 
 
 def test_the_code_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    (code,) = code_blocks(page("resuming.md"))
     save, load = code.split("# In the next process")
     whole, run, again = Run().train(1), Run().train(1, 7), Run()
     exec("import torch\n" + save, {"model": run.model, "optimizer": run.optimizer})

@@ -1,4 +1,4 @@
-"""Checkpoints at odd moments, several adapters or optimizers, longer runs, deltas that go back to an earlier step."""
+"""Checkpoints at unusual moments, several adapters or optimizers, longer runs, and loading an earlier step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, train
 from peft import PeftModel
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same, assert_same_run, train
 from torch import nn
 
 from spiel_peft import SpIELConfig, SpIELOptimizer
 
-from .helpers import STEPS, Run, assert_same, mlp
+from .helpers import STEPS, Run
 from .test_state_dicts import accelerate_state, save_pretrained, state_dicts
 
 ROUTES = [state_dicts, save_pretrained, accelerate_state]
@@ -24,7 +26,7 @@ ROUTES = [state_dicts, save_pretrained, accelerate_state]
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.__name__)
 def test_a_checkpoint_between_micro_batches(route: Any, tmp_path: Path) -> None:
-    """No checkpoint holds accumulated gradients. The step is done over, or goes on as if they had been zeroed."""
+    """No checkpoint has accumulated gradients. The step is repeated, or continues as if they had been zeroed."""
     whole = Run(micro_batches=3).train(1)
     for stop in (2, 6):
         run = Run(micro_batches=3).train(1, stop - 1)
@@ -49,7 +51,7 @@ def folders(parent: Path, count: int) -> list[Path]:
 
 
 def test_longer_than_planned(tmp_path: Path) -> None:
-    """As in a run that was told its new length without being interrupted; also from the end of the shorter one."""
+    """A resumed run with a new length equals a run that got the length without interruption."""
     for stop in (7, 9):
         run = Run(total_steps=9).train(1, stop)
         folder = tmp_path / str(stop)
@@ -63,7 +65,7 @@ def test_longer_than_planned(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_without_its_optimizer_is_over(tmp_path: Path) -> None:
-    """Its deltas under a new optimizer are the beginning of another run."""
+    """Deltas of a finished run with a new optimizer begin another run."""
     Run(total_steps=9).train(1, 9).model.save_pretrained(tmp_path)
     run = Run()
     run.use(PeftModel.from_pretrained(mlp(), tmp_path, is_trainable=True))
@@ -94,7 +96,7 @@ def test_an_optimizer_that_is_found_late_is_reported() -> None:
 
 
 def test_optimizers_that_nobody_uses_any_more_do_not_confuse(tmp_path: Path) -> None:
-    """Several are loaded for the same deltas, from different checkpoints; the one that steps counts."""
+    """Several optimizers are loaded for the same deltas from different checkpoints; the one that steps counts."""
     whole, run = Run().train(1), Run().train(1, 5)
     early = copy.deepcopy(run.optimizer.state_dict())
     run.train(6, 7)
@@ -171,7 +173,7 @@ def test_an_optimizer_that_takes_over_goes_on() -> None:
 
 
 def test_deltas_that_go_back_without_their_optimizer(tmp_path: Path) -> None:
-    """Its moments are of other indices: it begins anew for them. Where no index has changed they stay."""
+    """The optimizer's moments belong to other indices, so they are reset; they stay where no index has changed."""
     run = Run().train(1, 5)
     run.model.save_pretrained(tmp_path)
     run.train(6, 7)  # no close: same indices
@@ -189,7 +191,7 @@ def test_deltas_that_go_back_without_their_optimizer(tmp_path: Path) -> None:
 
 
 def test_loading_values_in_place() -> None:
-    """A loader that copies into the tensors, past the module."""
+    """A loader copies into the tensors without calling the module."""
     whole, run, again = Run().train(1), Run().train(1, 7), Run()
     tensors = run.model.state_dict()
     for name, tensor in again.model.state_dict().items():

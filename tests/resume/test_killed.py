@@ -1,4 +1,4 @@
-"""SIGKILL at random steps: what is resumed from the last checkpoint ends as if nothing had happened."""
+"""A training that is killed at random steps and resumed from its last checkpoint ends as one without interruption."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.runs import assert_same
 
 from . import killed
-from .helpers import STEPS, assert_same
+from .helpers import STEPS
 
 SCRIPT = Path(killed.__file__)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every kind of training has been done twice: in one go, and killed and resumed."""
+    """The folder in which every kind of training ran twice: without interruption, and killed and resumed."""
     folder = tmp_path_factory.mktemp("killed")
     paths = [str(SCRIPT.parents[1]), *(path for path in sys.path if path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

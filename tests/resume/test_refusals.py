@@ -1,4 +1,4 @@
-"""A checkpoint of another run than the one that is to be resumed is refused by name, and nothing is changed."""
+"""A checkpoint of another run is refused with an error that names the difference, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import adapted, assert_unchanged, edit_adapter, snapshot, tiny_llama, train
-from cycle.helpers import adamw, adapt, deltas_of, first_delta, loss_of
 from peft import PeftModel
+from support.adapters import adapted, assert_unchanged, deltas_of, edit_adapter, first_delta, snapshot, train
+from support.models import tiny_llama
+from support.runs import adamw, adapt, loss_of
 from torch import nn
 
 from spiel_peft.cycle.resume import GROUP_KEY
@@ -59,7 +60,7 @@ DIFFERENT = {
 
 @pytest.mark.parametrize("different", DIFFERENT)
 def test_an_adapter_file_of_another_run(saved: Path, different: str) -> None:
-    """`load_adapter` onto an adapter does not read the file's config: its tensors tell."""
+    """`load_adapter` onto an adapter does not read the file's config; the tensors show the difference."""
     fields, error, message = DIFFERENT[different]
     model = llama(**fields)
     before, states = snapshot(model), [delta.state for delta in deltas_of(model).values()]
@@ -71,7 +72,7 @@ def test_an_adapter_file_of_another_run(saved: Path, different: str) -> None:
 
 
 def test_a_model_of_another_shape(saved: Path) -> None:
-    """As many deltas per matrix, all of them in range."""
+    """The other adapter has as many deltas per matrix, all in range."""
     wide = adapted(tiny_llama(intermediate_size=48), num_deltas=_counts(), regrow_every=4, accumulation_steps=2)
     before = snapshot(wide)
     with pytest.raises(ValueError, match=r"weight_shape=\(16, 24\), the adapter to be resumed has .*=\(16, 48\)"):
@@ -80,7 +81,7 @@ def test_a_model_of_another_shape(saved: Path) -> None:
 
 
 def test_more_modules_are_refused_when_the_run_goes_on(saved: Path) -> None:
-    """PEFT allows missing keys; training half of a checkpoint and half of a new adapter is another matter."""
+    """PEFT allows missing keys, but a mixture of a checkpoint and a new adapter must not be trained."""
     model = llama(target_modules=None, num_deltas={**_counts(), **_counts("v_proj")})
     model.load_adapter(saved, "default", is_trainable=True)
     before = snapshot(model)
@@ -123,7 +124,7 @@ def _with_another_module(tensors: dict[str, torch.Tensor]) -> None:
 def test_frozen_adapters_and_adapters_without_training_state_load_under_any_settings(
     saved: Path, tmp_path: Path
 ) -> None:
-    """The way to a new run from old deltas, with another criterion."""
+    """How to begin a new run from trained deltas with another criterion."""
     frozen = PeftModel.from_pretrained(tiny_llama(), saved)
     frozen.save_pretrained(tmp_path)
     model = llama(growth="momentum")
@@ -147,7 +148,7 @@ def first_step(run: Run) -> None:
 
 
 def at_the_step(run: Run) -> None:
-    """Without a backward pass that could have told."""
+    """The error comes without a backward pass."""
     for delta in deltas_of(run.model).values():
         delta.values.grad = torch.ones_like(delta.values)
     run.optimizer.step()
@@ -206,7 +207,7 @@ def test_an_optimizer_that_holds_no_deltas_there() -> None:
 
 
 def test_model_and_optimizer_of_different_checkpoints() -> None:
-    """Moments of other positions would be used without anybody noticing."""
+    """Moments of other positions would be used silently."""
     run = Run()
     _, optimizer = state_dicts(run, 4)
     run.train(5, 8)  # a close
@@ -268,7 +269,7 @@ def test_an_entry_that_is_no_list() -> None:
 
 
 def test_optimizers_of_other_models_do_not_matter() -> None:
-    """One that is loaded and never used, for deltas of another model."""
+    """An optimizer of another model's deltas is loaded and never used."""
     _, optimizer = state_dicts(Run())
     idle = Run(growth="momentum")
     idle.optimizer.load_state_dict(optimizer)

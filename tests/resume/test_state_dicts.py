@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import deltas_of, log_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support.adapters import deltas_of, log_of
+from support.models import mlp
+from support.runs import assert_same
 
-from .helpers import GROWTHS, OPTIMIZERS, STEPS, Run, assert_same, mlp
+from .helpers import GROWTHS, OPTIMIZERS, STEPS, Run
 
 Route = Callable[[Run, Path], Run]
 
@@ -84,7 +86,7 @@ def accelerate_pickled(run: Run, folder: Path) -> Run:
 
 
 def same_objects(run: Run, folder: Path) -> Run:
-    """Train on, and go back: what happened in between must leave no trace."""
+    """After more training, an earlier state is loaded; the training in between must have no effect."""
     model, optimizer = copy.deepcopy(run.model.state_dict()), copy.deepcopy(run.optimizer.state_dict())
     taken = int(next(iter(deltas_of(run.model).values())).state.step)
     run.train(taken + 1, taken + 4)
@@ -94,7 +96,7 @@ def same_objects(run: Run, folder: Path) -> Run:
 
 
 def twice(run: Run, folder: Path) -> Run:
-    """Saved again before anything was trained."""
+    """A loaded run is saved again before it is trained."""
     once = state_dicts(run, folder)
     return state_dicts(once, folder)
 
@@ -153,7 +155,7 @@ def test_through_the_wrapper(route: Route, tmp_path: Path) -> None:
 
 
 def test_a_length_that_nobody_knows(tmp_path: Path) -> None:
-    """The rate follows the learning rate: its highest value so far has to come back too."""
+    """The regrow rate depends on the highest learning rate so far, which must be restored too."""
 
     def train(run: Run, first: int, last: int) -> Run:
         for step in range(first, last + 1):

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
-from cycle.helpers import deltas_of, first_delta, log_of
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import tiny_llama
+from support.runs import assert_same, everything
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from spiel_peft import SpIELCallback
 
-from .helpers import STEPS, assert_same, everything
+from .helpers import STEPS
 from .llama import adapted_llama, config, llama_trainer
 
 
@@ -60,7 +61,7 @@ def whole(folder: Path) -> dict[str, Tensor]:
     ids=str,
 )
 def test_resume(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """From inside a window, with several optimizers; state of the optimizer included."""
+    """A run resumed from inside a window is the same, optimizer state included."""
     trainer = llama_trainer(tmp_path, save_strategy="steps", save_steps=1, **settings)
     trainer.train()
     for step in (2, 4, 7):
@@ -70,7 +71,7 @@ def test_resume(tmp_path: Path, settings: dict[str, Any]) -> None:
 
 
 def test_an_adapter_that_transformers_loads_resumes_by_the_optimizer(folder: Path) -> None:
-    """transformers' own `load_adapter` knows nothing of training state: the optimizer's file brings it back."""
+    """transformers' `load_adapter` does not load training state; the optimizer's file restores it."""
     for step in (4, 6):
         model = tiny_llama()
         model.load_adapter(checkpoint(folder, step), is_trainable=True)
@@ -101,7 +102,7 @@ def train_one_step(trainer: Trainer, batch: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("callbacks", [[], [SpIELCallback()]], ids=["plain", "callback"])
 @pytest.mark.parametrize("stop", [6, 9])
 def test_a_longer_training_goes_on_by_the_new_length(tmp_path: Path, stop: int, callbacks: list[Any]) -> None:
-    """Both from the end of the shorter training and from the middle of it: steps count on, the rate follows."""
+    """A training is resumed with more steps, from its end and from its middle: steps count on, and the rate follows."""
     llama_trainer(tmp_path, max_steps=9, save_strategy="steps", save_steps=3).train()
     trainer = llama_trainer(tmp_path / "longer", max_steps=20, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=checkpoint(tmp_path, stop))
@@ -145,7 +146,7 @@ def test_a_second_train_after_an_early_stop_begins_a_new_run(tmp_path: Path) -> 
 
 
 def test_train_again_from_a_checkpoint_of_the_same_trainer(tmp_path: Path) -> None:
-    """The optimizer is the one that has stepped already, and is loaded with its earlier state."""
+    """The same optimizer, which has stepped already, is loaded with its earlier state."""
     trainer = llama_trainer(tmp_path, save_strategy="steps", save_steps=4)
     trainer.train()
     end = end_of(trainer)
@@ -154,7 +155,7 @@ def test_train_again_from_a_checkpoint_of_the_same_trainer(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_without_optimizer_goes_on_with_the_cycle(tmp_path: Path) -> None:
-    """`save_only_model`: step count and window come back with the adapter; moments and rates of learning start anew."""
+    """With `save_only_model`, step count and window are restored; moments and learning rates start anew."""
     first = llama_trainer(tmp_path, save_strategy="steps", save_steps=4, save_only_model=True)
     first.train()
     assert not (tmp_path / "checkpoint-4" / "optimizer.pt").exists()
@@ -167,7 +168,7 @@ def test_a_checkpoint_without_optimizer_goes_on_with_the_cycle(tmp_path: Path) -
 
 
 class Losses(Trainer):
-    """Says that the model was best after step 6."""
+    """Reports that the model was best after step 6."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = {"eval_loss": abs(self.state.global_step - 6.0)}
@@ -176,7 +177,7 @@ class Losses(Trainer):
 
 
 def test_the_best_model_at_the_end(tmp_path: Path) -> None:
-    """It is loaded with its indices; the optimizer's state, which is of later ones, is not used for them."""
+    """The best model is loaded with its indices; the optimizer's state belongs to later indices and is not used."""
     every_second = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     trainer = llama_trainer(tmp_path, kind=Losses, load_best_model_at_end=True, **every_second)
     trainer.train()
@@ -198,7 +199,7 @@ def test_the_best_model_at_the_end(tmp_path: Path) -> None:
 
 
 def test_other_settings_of_the_cycle_are_reported(folder: Path, tmp_path: Path) -> None:
-    """The new ones hold from there on: closes at 3, 10, 17, ..., so the window that was open at step 6 is not."""
+    """New cycle settings take effect at once: closes are at 3, 10, 17, ..., so no window is open at step 6."""
     model = adapted_llama(regrow_every=7)
     trainer = llama_trainer(tmp_path, model=model, max_steps=11)
     with pytest.warns(UserWarning, match=r"resumed with regrow_every=7, accumulation_steps=3; its .* 5 and 3"):
@@ -209,7 +210,7 @@ def test_other_settings_of_the_cycle_are_reported(folder: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("length", [{"max_steps": -1, "num_train_epochs": 0}, {"max_steps": 1}], ids=str)
 def test_hardly_any_step(tmp_path: Path, length: dict[str, int], recwarn: pytest.WarningsRecorder) -> None:
-    """No step: nothing is changed, nothing is in the file. One: no close, and a warning that there is none."""
+    """After no step, nothing is changed or saved; after one, there is no close and a warning."""
     trainer = llama_trainer(tmp_path, **length)
     before = {name: delta.indices.clone() for name, delta in deltas_of(trainer.model).items()}
     trainer.train()

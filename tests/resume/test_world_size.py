@@ -1,4 +1,4 @@
-"""A run is resumed by another number of processes than it was saved by: they all go on from the same state."""
+"""A run is resumed by another number of processes than saved it: all continue from the same state."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from distributed.ranks import launch, results_of, run_here
+from support.ranks import launch, results_of, run_here
+from support.runs import assert_same, everything
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from resume.helpers import GROWTHS, Run, assert_same, everything
+from resume.helpers import GROWTHS, Run
 
 RANKS = 2
 # In the window of steps 6-8: the candidates are those of the checkpoint, however many processes sum their gradients.
@@ -30,7 +31,7 @@ class Parallel(Run):
 
 
 def saved(run: Run) -> list[dict[str, Any]]:
-    """As rank 0 would write it to a file."""
+    """The state that rank 0 would write to a file."""
     return copy.deepcopy([getattr(run, "plain", run.model).state_dict(), run.optimizer.state_dict()])
 
 
@@ -99,7 +100,7 @@ def test_two_processes_resume_the_run_of_one(launched: dict[str, list[Any]], gro
 
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_one_process_resumes_the_run_of_two(launched: dict[str, list[Any]], growth: str) -> None:
-    """And two resume it bit for bit."""
+    """Two processes resume the run bit for bit."""
     results = [result[growth] for result in results_of(launched, "from_two")]
     for whole, again, at_close, alone in results:
         assert_same(whole, results[0][0])

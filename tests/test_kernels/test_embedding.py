@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close
+from support.tensors import assert_close
 from torch import Tensor
 from torch.nn import functional as F
 

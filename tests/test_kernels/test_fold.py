@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_close, assert_same_bits
+from support.tensors import assert_close, assert_same_bits
 from torch import Tensor
 
 from spiel_kernels import adapted_entries, apply_deltas, copy_fold

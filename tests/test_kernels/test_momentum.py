@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import OpRecorder, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tensors import OpRecorder, assert_close
 
 from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
 from spiel_kernels.momentum import top_outer_positions_dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import OpRecorder, assert_close
+from support.tensors import OpRecorder, assert_close
 
 from spiel_kernels import gather_dense, gather_outer, gather_outer_sets, topk_dense, topk_outer
 from spiel_kernels.outer_plan import plan_for, plan_outer

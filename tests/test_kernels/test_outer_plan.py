@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tensors import assert_close
 from torch import Tensor
 
 from spiel_kernels.gather import gather_planned

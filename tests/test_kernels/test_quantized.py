@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, assert_same_bits
+from support.tensors import assert_close, assert_same_bits
 from torch import Tensor
 
 from spiel_kernels import apply_deltas, quantized

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from support.tensors import assert_same_bits
 from torch import Tensor
 
 from spiel_kernels.quantized_layout import (

@@ -7,9 +7,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import OpRecorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tensors import OpRecorder
 
 from spiel_kernels import (
     StreamingTopK,

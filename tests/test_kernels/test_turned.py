@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
-from helpers import adapt, assert_same_bits, values_of
 from peft import get_peft_model
+from support.layers import adapt, values_of
+from support.tensors import assert_same_bits
 from torch import Tensor, nn
 
 from spiel_kernels import gather_outer

@@ -1,34 +1,27 @@
-"""A tiny language model, its tokenizer and data, and what has to be true of every training of it."""
+"""Trainings of the tiny language model, and checks that every one of them must pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
-from cycle.helpers import assert_sound, deltas_of, indices_of, log_of, moved, trainable
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support import trainer_runs
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.models import tiny_llama
+from support.runs import assert_sound, moved
+from support.text import sentences
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TrainingArguments
 
 from spiel_peft import SpIELConfig
 
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(37))]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 # What a run under a trainer has in common here; closes at 2, 6, 10, ...
 CYCLE: dict[str, Any] = {"regrow_every": 4, "accumulation_steps": 2}
-QUIET: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": [],
-    "disable_tqdm": True,
-    "save_strategy": "no",
-    "dataloader_pin_memory": False,
-}
 
 
 def config(**fields: Any) -> SpIELConfig:
@@ -40,76 +33,8 @@ def adapted(base: nn.Module | None = None, **fields: Any) -> PeftModel:
     return get_peft_model(tiny_llama() if base is None else base, config(**fields))
 
 
-def save_llama(folder: Path) -> None:
-    """A base of sizes that can be quantized."""
-    tiny_llama(hidden_size=32, intermediate_size=64).save_pretrained(folder)
-
-
-def quantized_llama(folder: Path, bits: int = 4) -> nn.Module:
-    """A 4-bit or 8-bit base, saved to `folder` and loaded as a user would."""
-    save_llama(folder / "base")
-    return load_quantized(folder / "base", bits)
-
-
-def load_quantized(folder: Path, bits: int = 4) -> nn.Module:
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    settings = BitsAndBytesConfig(**(nf4 if bits == 4 else {"load_in_8bit": True}))
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=settings, device_map={"": "cpu"}, dtype=torch.float32
-    )
-
-
-def arguments(folder: Path, **settings: Any) -> TrainingArguments:
-    """Twelve steps on the CPU, saving nothing."""
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": 12,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 0.02,
-        "logging_steps": 5,
-        **QUIET,
-    }
-    return TrainingArguments(**{**defaults, **settings})
-
-
-def sentences(count: int = 32) -> list[list[int]]:
-    """Counting in steps of one and two: easy to learn."""
-    return [[3 + (start + step * n) % 37 for n in range(8)] for start in range(count // 2) for step in (1, 2)]
-
-
-def rows() -> list[dict[str, list[int]]]:
-    return [{"input_ids": ids, "labels": ids} for ids in sentences()]
-
-
-def words(ids: list[int]) -> str:
-    return " ".join(WORDS[i] for i in ids)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, from nothing but code."""
-    vocabulary = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
-    vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
-    )
-
-
-def texts() -> Dataset:
-    return Dataset.from_list([{"text": words(ids)} for ids in sentences()])
-
-
-def preferences(count: int = 32) -> Dataset:
-    """Counting on is better than counting back."""
-    rows = []
-    for start in range(count):
-        ids = [3 + (start + n) % 37 for n in range(8)]
-        back = [3 + (start + 3 - n) % 37 for n in range(1, 5)]
-        rows.append({"prompt": words(ids[:4]), "chosen": " " + words(ids[4:]), "rejected": " " + words(back)})
-    return Dataset.from_list(rows)
-
-
-def prompts(count: int = 16) -> Dataset:
-    return Dataset.from_list([{"prompt": words(ids[:4])} for ids in sentences(count)])
+# Twelve steps at a learning rate at which the tiny language model learns.
+arguments = partial(trainer_runs.arguments, learning_rate=0.02)
 
 
 def batches(epochs: int = 3, size: int = 8) -> Iterator[Tensor]:
@@ -137,7 +62,7 @@ def evaluate(model: nn.Module) -> float:
 
 
 class Watch:
-    """What has to be true of every training: positions move, k stays, the loss falls, base weights do not change."""
+    """Checks a training: positions move, k stays, the loss falls, base weights do not change."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module], float] = evaluate) -> None:
         self.model, self.loss = model, loss

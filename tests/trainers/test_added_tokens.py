@@ -1,4 +1,4 @@
-"""SFT with a chat template that brings tokens of its own: TRL asks the config to train their embeddings."""
+"""SFT with a chat template that adds tokens: TRL asks the config to train their embeddings."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
 from datasets import Dataset
 from peft import PeftModel
+from support.models import tiny_llama
+from support.text import sentences, tokenizer, words
+from support.trainer_runs import QUIET
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
-from .helpers import QUIET, TARGETS, Watch, assert_reloads, config, sentences, tokenizer, words
+from .helpers import TARGETS, Watch, assert_reloads, config
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|> ' + message['content'] + ' <|end|> ' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Runs that cannot be as the user thinks: clear errors before anything changes, or a defined behaviour."""
+"""Wrong settings and inputs: clear errors before anything changes, or a defined behaviour."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from cycle.helpers import adamw, adapt, deltas_of, indices_of, log_of, train, trainable
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of, trainable
+from support.runs import adamw, adapt, train
+from support.text import rows, texts, tokenizer
+from support.trainer_runs import QUIET
 from torch import nn
 from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from spiel_peft import SM3, SpIELCallback, SpIELConfig, SpIELOptimizer
 
-from .helpers import QUIET, adapted, arguments, assert_reloads, outputs, rows, texts, tiny_llama, tokenizer
+from .helpers import adapted, arguments, assert_reloads, outputs, tiny_llama
 
 HOLDS_NONE = "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters"
 
@@ -75,7 +78,7 @@ def test_the_callback_refuses_an_optimizer_without_deltas(make: Any, tmp_path: P
 
 
 def test_the_callback_refuses_a_model_without_an_adapter(tmp_path: Path) -> None:
-    """Such as SFTTrainer without its peft_config."""
+    """The model has no adapter, as with SFTTrainer without peft_config."""
     args = SFTConfig(output_dir=str(tmp_path), max_steps=2, bf16=False, **QUIET)
     training = SFTTrainer(
         model=tiny_llama(), args=args, train_dataset=texts(), processing_class=tokenizer(), callbacks=[SpIELCallback()]
@@ -116,7 +119,7 @@ def test_an_adapter_saved_before_its_first_step_reloads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("total_steps", [0, -3, 2.0, True, "7"])
 def test_total_steps_must_be_a_positive_int(total_steps: Any) -> None:
-    """Wherever it can be said, and before the model or the optimizer is touched."""
+    """Every place that takes total_steps checks it before the model or the optimizer is changed."""
     model = adapt()
     before = state(model)
     for say in (
@@ -159,7 +162,7 @@ def test_lightning_with_zero_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("callback", [False, True])
 def test_a_run_shorter_than_its_first_window(callback: bool, tmp_path: Path) -> None:
-    """Said once, and trained all the same: the deltas learn where chance put them."""
+    """One warning is given; the deltas are trained at their random positions."""
     model = adapted(accumulation_steps=4)
     before = indices_of(model)
     callbacks = [SpIELCallback()] if callback else []
@@ -177,7 +180,7 @@ def test_a_run_shorter_than_its_first_window(callback: bool, tmp_path: Path) -> 
 @pytest.mark.parametrize("growth", ["accumulated_gradient", "momentum", "random"])
 @pytest.mark.parametrize("said_by", ["config", "wrapper"])
 def test_a_loop_shorter_than_its_first_window(said_by: str, growth: str) -> None:
-    """The same in a loop of one's own; no window is opened, which nobody would close."""
+    """In a custom loop, too; no window is opened, as it would never close."""
     settings = {"total_steps": 3} if said_by == "config" else {}
     model = adapt(accumulation_steps=4, growth=growth, **settings)
     optimizer: Any = adamw(model) if said_by == "config" else SpIELOptimizer(adamw(model), model, total_steps=3)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, first_delta, log_of, mlp
-from trainer_helpers import Regression, arguments, regression, total_deltas, trainer
+from support.adapters import deltas_of, first_delta, log_of
+from support.models import mlp
+from support.runs import adamw, adapt, assert_same_run
+from support.trainer_runs import Regression, arguments, regression, total_deltas, trainer
 from transformers import TrainerCallback
 
 from spiel_peft import SpIELCallback, SpIELOptimizer
@@ -20,7 +22,7 @@ def entries(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Recorder(TrainerCallback):
-    """Stands where the reporters (TensorBoard, W&B) stand: before the user's callbacks."""
+    """A callback in the place of reporters (TensorBoard, W&B): before the user's callbacks."""
 
     def __init__(self) -> None:
         self.logs: list[dict[str, Any]] = []
@@ -90,7 +92,7 @@ def test_the_trainers_own_log_is_not_disturbed(tmp_path: Path) -> None:
 
 
 def test_own_metrics_of_a_subclass_stay_with_its_own_entries(tmp_path: Path) -> None:
-    """TRL's trainers add what they have gathered to every entry, and forget it: not to ours."""
+    """TRL's trainers add their metrics to every log entry and clear them; entries of closes must not get them."""
     training = trainer(regression(), tmp_path, [SpIELCallback()])
 
     class Gathering(type(training)):  # type: ignore[misc]
@@ -104,7 +106,7 @@ def test_own_metrics_of_a_subclass_stay_with_its_own_entries(tmp_path: Path) -> 
 
 
 def test_a_second_train_is_a_second_run(tmp_path: Path) -> None:
-    """Steps count anew, the deltas are not fresh, closes are logged once; with and without the callback alike."""
+    """In a second run steps count anew, deltas are not fresh, and closes are logged once, with and without callback."""
     models = [regression(), regression()]
     for model, callbacks in zip(models, ([], [SpIELCallback()]), strict=True):
         training = trainer(model, tmp_path, callbacks)
@@ -143,7 +145,7 @@ def test_a_second_train_of_another_length(tmp_path: Path) -> None:
 
 
 def test_total_steps(tmp_path: Path) -> None:
-    """What the callback is told comes first, then the config, then the trainer."""
+    """The callback's total_steps comes first, then the config's, then the trainer's."""
     for told, config, expected in [(24, 48, 24), (None, 48, 48), (None, None, 12), (24, None, 24)]:
         model = regression(total_steps=config)
         trainer(model, tmp_path, [SpIELCallback(total_steps=told)]).train()
@@ -170,7 +172,7 @@ def test_an_optimizer_without_the_deltas_is_refused(tmp_path: Path) -> None:
 
 
 def test_outside_a_trainer_the_log_goes_to_the_state(tmp_path: Path) -> None:
-    """Somebody else's loop may call the events."""
+    """A custom loop may call the callback's events."""
     model = regression()
     training = trainer(model, tmp_path)
     training.train()

@@ -1,4 +1,4 @@
-"""docs/trainers.md is true: both sides of every block run, and they differ in nothing but the config."""
+"""docs/trainers.md is correct: both sides of every diff run, and differ in the config only."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from adapters.helpers import tiny_llama
-from cycle.helpers import log_of
 from peft import PeftModel
+from support.adapters import log_of
+from support.docs_blocks import code_blocks, page
+from support.models import tiny_llama
+from support.text import rows, sentences, texts, tokenizer
+from support.trainer_runs import QUIET
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, TrainingArguments
 from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
-from .helpers import QUIET, rows, sentences, texts, tokenizer
 from .trl_runs import preferences, prompts, share_of_wanted, tiny_scorer
 
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+PAGE = page("trainers.md")
 # Wide enough for r=16, and the first close is after five steps.
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 STEPS = 6
@@ -33,7 +34,7 @@ def blocks() -> dict[str, str]:
     parts = re.split(r"^#+ (.*)$", PAGE, flags=re.MULTILINE)[1:]
     found = {}
     for heading, text in zip(parts[::2], parts[1::2], strict=True):
-        diffs = re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL)
+        diffs = code_blocks(text, "diff")
         assert len(diffs) <= 1, heading
         if diffs:
             found[heading] = diffs[0]
@@ -153,6 +154,6 @@ def test_adapters_are_used_as_shown(sign: str) -> None:
 
 
 def test_the_readme_links_the_page() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = page("README.md")
     assert "(docs/trainers.md)" in readme
     assert "(../README.md#from-lora-to-spiel)" in PAGE and "## From LoRA to SpIEL" in readme

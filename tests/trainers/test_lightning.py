@@ -9,13 +9,15 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from cycle.helpers import assert_same_run, deltas_of, log_of
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.runs import assert_same_run
+from support.text import sentences
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .helpers import Watch, adapted, assert_reloads, batches, loss_of, optimizer_of, sentences
+from .helpers import Watch, adapted, assert_reloads, batches, loss_of, optimizer_of
 
 
 def decay_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -23,7 +25,7 @@ def decay_of(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
 
 
 class Module(lightning.LightningModule):
-    """What a Lightning user wraps around any model."""
+    """A LightningModule as users write it."""
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
@@ -38,7 +40,7 @@ class Module(lightning.LightningModule):
 
 
 class ByHand(Module):
-    """The same with manual optimization."""
+    """A LightningModule with manual optimization."""
 
     def __init__(self, model: PeftModel) -> None:
         super().__init__(model)
@@ -90,7 +92,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_lightning(length: str, tmp_path: Path) -> None:
-    """Its optimizers run forward and backward in a closure, inside the step; its trainer tells the length."""
+    """Lightning runs forward and backward passes in a closure inside the step; its trainer knows the run's length."""
     model = adapted()
     watch = Watch(model)
     fit(model, tmp_path, gradient_clip_val=1.0, **LENGTHS[length])
@@ -148,7 +150,7 @@ def test_where_its_estimate_is_none_of_steps(module: type[Module], settings: dic
 
 
 class DataByStep(Module):
-    """Lightning begins an epoch's data anew when it resumes inside it."""
+    """Selects data by step, as Lightning starts an epoch's data anew when it resumes."""
 
     def training_step(self, ids: Tensor, number: int) -> Tensor:
         return super().training_step(list(batches())[self.trainer.global_step], number)

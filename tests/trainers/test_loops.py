@@ -1,4 +1,4 @@
-"""Loops of one's own: plain PyTorch and Accelerate."""
+"""Custom loops: plain PyTorch and Accelerate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from adapters.helpers import tiny_llama
-from cycle.helpers import log_of
 from peft import get_peft_model
+from support.adapters import log_of
+from support.models import tiny_llama
+from support.text import sentences
 from torch.utils.data import DataLoader
 
-from .helpers import Watch, adapted, assert_reloads, batches, config, loss_of, optimizer_of, sentences
+from .helpers import Watch, adapted, assert_reloads, batches, config, loss_of, optimizer_of
 
 
 def test_plain_loop(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trainers on two ranks, with no callback: what they cast, add and wrap there is done on all ranks alike."""
+"""Trainers on two ranks without callback: casts, added adapters and wrappers are the same on all ranks."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from adapters.helpers import tiny_llama
-from cycle.helpers import deltas_of, log_of
-from distributed.ranks import launch, results_of, run_here
 from distributed.runs import assert_equal, snapshot
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.models import load_quantized, save_llama, tiny_llama
+from support.ranks import launch, results_of, run_here
+from support.text import sentences
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from trainers.helpers import adapted, config, load_quantized, save_llama, sentences
+from trainers.helpers import adapted, config
 from trainers.test_lightning import Module, lightning_trainer
 from trainers.trl_runs import KINDS
 
-# Starting the processes takes longer than what they do.
+# Starting the processes takes longer than the trainings.
 pytestmark = pytest.mark.slow
 RANKS, STEPS = 2, 7
 

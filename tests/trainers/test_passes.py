@@ -1,4 +1,4 @@
-"""What trainers do between two optimizer steps: run forward twice, accumulate, skip a step that overflowed."""
+"""Between two optimizer steps, trainers run forward twice, accumulate gradients, or skip a step that overflowed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, loss_of, train, trainable
+from support.adapters import deltas_of, trainable
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
+from support.text import rows
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from .helpers import adapted, arguments, rows
+from .helpers import adapted, arguments
 from .trl_runs import KINDS
 
 REENTRANT = [{"use_reentrant": True}, {"use_reentrant": False}]
 
 
 class Uses(TrainerCallback):
-    """Counts forward passes of an adapted layer, and how often its deltas were asked what they want."""
+    """Counts forward passes of an adapted layer, and how often its collector was asked for positions."""
 
     def __init__(self) -> None:
         self.forwards = self.backwards = 0

@@ -1,4 +1,4 @@
-"""Trainers that cast a model: deltas are float32 in every step, and no bit of them is lost on the way."""
+"""Trainers that cast a model: deltas are float32 in every step and lose no bit."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from cycle.helpers import assert_same_run, deltas_of, log_of
+from support.adapters import deltas_of, log_of
+from support.models import quantized_llama
+from support.runs import assert_same_run
 from transformers import TrainerCallback
 
-from .helpers import Watch, adapted, assert_reloads, config, quantized_llama, tiny_llama
+from .helpers import Watch, adapted, assert_reloads, config, tiny_llama
 from .trl_runs import KINDS, tiny_scorer
 
 CAUSAL = [name for name, kind in KINDS.items() if kind.task == "CAUSAL_LM"]

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters.helpers import train as train_a_little
-from cycle.helpers import assert_same_run, deltas_of, indices_of, log_of, moved
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of
+from support.adapters import train as train_a_little
+from support.models import quantized_llama
+from support.runs import assert_same_run, moved
 from torch import Tensor, nn
 
-from .helpers import Watch, adapted, assert_reloads, outputs, quantized_llama
+from .helpers import Watch, adapted, assert_reloads, outputs
 from .trl_runs import KINDS
 
 STAGES = ["DPO", "KTO", "GRPO", "RLOO"]

@@ -1,4 +1,4 @@
-"""Trainers and PEFT replace group dicts and Parameter objects of an optimizer: nothing holds on to them."""
+"""Trainers and PEFT replace an optimizer's group dicts and Parameter objects; the cycle keeps no old ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from cycle.helpers import adamw, adapt, assert_same_run, deltas_of, log_of, loss_of, train
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.runs import adamw, adapt, assert_same_run, loss_of, train
 from torch import nn
 
 from spiel_peft import SpIELOptimizer
@@ -75,7 +76,7 @@ def test_parameters_replaced_in_a_run(at: int) -> None:
 
 
 def test_parameters_replaced_between_backward_and_step() -> None:
-    """Their gradients move over with them; the base weights are what they were."""
+    """The gradients move to the new Parameter objects; the base weights are unchanged."""
     model = fresh()
     optimizer = adamw(model)
     base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -94,7 +95,7 @@ def test_parameters_replaced_between_backward_and_step() -> None:
 
 
 def test_loading_half_precision_deltas_in_a_run_keeps_the_objects(tmp_path: Path) -> None:
-    """Where PEFT would make new Parameter objects that the optimizer does not know."""
+    """PEFT alone would make new Parameter objects, which the optimizer does not have."""
     model = adapt(total_steps=20, delta_dtype="bfloat16")
     optimizer = adamw(model)
     train(model, optimizer, 3)

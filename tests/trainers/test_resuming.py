@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapters.helpers import tiny_llama
-from cycle.helpers import assert_same_run, deltas_of, indices_of, log_of, moved
 from peft import PeftModel
+from support.adapters import deltas_of, indices_of, log_of
+from support.models import tiny_llama
+from support.runs import assert_same_run, moved
 
 from spiel_peft import SpIELCallback
 
@@ -39,7 +40,7 @@ def test_resumed_equals_uninterrupted(checkpoints: tuple[Path, PeftModel], tmp_p
 
 
 def test_resuming_in_the_same_process_with_the_same_model(checkpoints: tuple[Path, PeftModel], tmp_path: Path) -> None:
-    """The state that was loaded counts, not what the model did before."""
+    """The loaded state counts, not the model's training before it."""
     folder, whole = checkpoints
     model = adapted()
     trainer(model, tmp_path, max_steps=7, seed=3).train()

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cycle.helpers import log_of
 from datasets import Dataset
 from peft import get_peft_model
+from support.adapters import log_of
+from support.text import rows, sentences
+from support.trainer_runs import QUIET
 from torch import Tensor, nn
 from transformers import (
     BartConfig,
@@ -21,7 +23,7 @@ from transformers import (
     Trainer,
 )
 
-from .helpers import QUIET, Watch, adapted, arguments, assert_reloads, config, rows, sentences
+from .helpers import Watch, adapted, arguments, assert_reloads, config
 
 
 def trainer(model: nn.Module, folder: Path, callbacks: Any = None, **settings: Any) -> Trainer:
@@ -30,7 +32,7 @@ def trainer(model: nn.Module, folder: Path, callbacks: Any = None, **settings: A
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}])
 def test_trainer_without_callback(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """The length of the run is found out: the rates follow the linear schedule over max_steps."""
+    """The length of the run is found without the callback: rates follow the linear schedule over max_steps."""
     model = adapted()
     watch = Watch(model)
     trainer(model, tmp_path, **settings).train()
@@ -70,7 +72,7 @@ def tiny_bart() -> nn.Module:
 
 
 def translations() -> Dataset:
-    """Whatever is said: four times the same word."""
+    """Pairs of a sentence and four times the same word."""
     return Dataset.from_list([{"input_ids": ids, "labels": [5] * 4} for ids in sentences()])
 
 
@@ -96,7 +98,7 @@ SEQ2SEQ = {
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_seq2seq_trainer(name: str, tmp_path: Path) -> None:
-    """It generates in its evaluation, in the middle of the run."""
+    """Seq2SeqTrainer generates in its evaluation, in the middle of the run."""
     base, targets = SEQ2SEQ[name]
     model = get_peft_model(base(), config(task_type="SEQ_2_SEQ_LM", target_modules=targets))
     watch = Watch(model, translation_loss)

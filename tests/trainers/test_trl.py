@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cycle.helpers import assert_same_run, log_of
+from support.adapters import log_of
+from support.runs import assert_same_run
 
 from .helpers import Watch, assert_reloads, config
 from .trl_runs import KINDS

@@ -12,22 +12,24 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from adapters.helpers import train as train_a_little
-from cycle.helpers import assert_same_run, deltas_of, log_of
 from peft import PeftModel
+from support.adapters import deltas_of, log_of
+from support.adapters import train as train_a_little
+from support.models import quantized_llama
+from support.runs import assert_same_run
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
-from .helpers import adapted, config, quantized_llama, tiny_llama
+from .helpers import adapted, config, tiny_llama
 from .trl_runs import KINDS
 
 SYNCS = 50
 
 
 def sent(model: PeftModel) -> dict[str, Tensor]:
-    """What one sync of TRL's sends, by the names that vLLM knows; the model is merged only meanwhile."""
+    """The weights that one sync of TRL sends, by vLLM's names; the model is merged only during the sync."""
     sender = SimpleNamespace(model=model, _dist=DistributedBackend(Accelerator(cpu=True)), mode="server")
     sender._fix_param_name_to_vllm = lambda *args, **kwargs: VLLMGeneration._fix_param_name_to_vllm(
         sender, *args, **kwargs
@@ -55,7 +57,7 @@ def test_many_syncs_change_no_bit(dtype: torch.dtype) -> None:
 
 
 def test_what_is_sent_is_the_merged_model_under_its_own_names() -> None:
-    """Every parameter of ours carries the prefix by which TRL leaves it out."""
+    """Every SpIEL parameter has the prefix by which TRL leaves it out."""
     model = adapted(target_modules="all-linear")
     train_a_little(model, 5)
     ours = [name for name, _ in model.named_parameters() if ".base_layer" not in name]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters.helpers import tiny_llama
 from datasets import Dataset
+from support.models import tiny_llama
+from support.text import WORDS, sentences, texts, tokenizer, words
+from support.trainer_runs import QUIET
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, Trainer
 from trl import (
@@ -27,7 +29,7 @@ from trl import (
     SFTTrainer,
 )
 
-from .helpers import QUIET, WORDS, evaluate, outputs, sentences, texts, tokenizer, words
+from .helpers import evaluate, outputs
 
 WANTED = WORDS[3:20]
 
@@ -105,7 +107,7 @@ def scores(model: nn.Module) -> Tensor:
 
 
 def tiny_scorer(**shape: int) -> nn.Module:
-    """The same Llama with a head that scores a whole text."""
+    """The tiny Llama with a head that scores a whole text."""
     torch.manual_seed(0)
     settings = tiny_llama(**shape).config
     settings.num_labels, settings.pad_token_id = 1, 0

@@ -127,7 +127,7 @@ def test_layers_of_bitsandbytes(name: str, counts: tuple[int, ...], device: str)
     """The function that layers call gives PEFT's dequantized weight plus the deltas."""
     pytest.importorskip("bitsandbytes")
     from peft.utils.quantization_utils import resolve_quantization_backend
-    from quantized import QUANTIZED
+    from support.quantized import QUANTIZED
 
     from spiel_peft.weights.quantized import adapted_in_workspace
 

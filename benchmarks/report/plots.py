@@ -1,4 +1,4 @@
-"""Pictures of the results, drawn from the JSON alone."""
+"""Plots of the results."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cost_model import SAMPLED, fits
-from .stepping import LORA
-from .tables import Results, medians, peaks, setting_name
-from .timing import median
+from ..ops.cost_models import SAMPLED, fits
+from ..stepping import LORA
+from ..tables import Results, medians, peaks, setting_name
+from ..timing import median
 
 _DPI = 90
 _COLOURS = ("0.6", "tab:blue", "tab:cyan", "tab:red", "tab:orange", "tab:purple", "tab:green", "tab:brown")
 
 
 def _bars(axes: Any, groups: dict[str, dict[str, float]], reference: str, label: str) -> None:
-    """Bars over a reference, one group per setting; the reference is a line at one."""
+    """Bars of values over a reference, one group per setting; a line at one is the reference."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values if name != reference))
     width = 0.8 / max(1, len(names))
     for place, name in enumerate(names):
@@ -50,7 +50,7 @@ def _draw_memory(axes: Sequence[Any], results: Results) -> None:
 
 
 def _gather_lines(entries: Sequence[dict[str, Any]], by: Callable[[dict[str, Any]], str]) -> dict[str, list[Any]]:
-    """Density and cost over dense of gathers, by line."""
+    """Points of each line: density, and time of the gather over the dense product."""
     lines: dict[str, list[Any]] = {}
     for entry in entries:
         if "failed" not in entry:
@@ -113,7 +113,7 @@ def _draw_scaling(axes: Sequence[Any], results: Results) -> None:
         panel.legend(fontsize=7)
 
 
-# Name -> title, number of panels, whether there is anything to draw, and how.
+# Name -> title, number of panels, function that returns the data (empty: no plot), function that draws.
 PLOTS: dict[str, tuple[str, int, Callable[[Results], Any], Callable[[Sequence[Any], Results], None]]] = {
     "steps": ("Training steps of SmolLM2-135M on the CPU", 1, _step_groups, _draw_steps),
     "memory": ("Peak memory of SmolLM2-135M on the CPU", 1, _memory_groups, _draw_memory),

@@ -1,13 +1,12 @@
-"""The GPU results as Markdown."""
+"""The results of the GPU benchmark as Markdown."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .gather_rates import describe_rates
-from .parts import FAILED, REASON, RUNNING, STATUS
-from .stepping import LORA
-from .tables import (
+from ..ops.cost_models import describe_rates
+from ..stepping import LORA
+from ..tables import (
     gather_table,
     layer_table,
     markdown,
@@ -17,6 +16,7 @@ from .tables import (
     ratio,
     share_table,
 )
+from .parts import FAILED, REASON, RUNNING, STATUS
 
 Part = dict[str, Any]
 
@@ -33,7 +33,7 @@ def _status(name: str, result: Part | None) -> list[str]:
 
 
 def _steps(results: dict[str, Part]) -> str:
-    """One row per slice and setting, one column per variant: median ms, and over LoRA's."""
+    """Table with a row per slice and setting and a column per variant: median ms, and its ratio to LoRA's."""
     entries = [(part, entry) for part, result in results.items() for entry in result.get("steps", [])]
     names = list(dict.fromkeys(name for _, entry in entries for name in (*entry["seconds"], *entry["failed"])))
     rows = []
@@ -53,7 +53,7 @@ def _steps(results: dict[str, Part]) -> str:
 
 
 def _layer_seconds(values: dict[int, float]) -> float | None:
-    """Seconds per decoder layer from slices of two depths."""
+    """Seconds per decoder layer, from the seconds of slices by number of layers; None for fewer than two slices."""
     if len(values) < 2:
         return None
     short, deep = min(values), max(values)
@@ -61,7 +61,10 @@ def _layer_seconds(values: dict[int, float]) -> float | None:
 
 
 def predicted_whole(steps: Part | None, name: str, layers: int) -> float | None:
-    """Seconds of a step at full depth, from slices of two depths in the first setting."""
+    """Predict the seconds of a step at full depth from slices of two depths in the first setting.
+
+    Returns None if the slices were not measured.
+    """
     entries = (steps or {}).get("steps", [])
     if not entries:
         return None
@@ -73,7 +76,7 @@ def predicted_whole(steps: Part | None, name: str, layers: int) -> float | None:
     return None if per_layer is None else values[max(values)] + (layers - max(values)) * per_layer
 
 
-# Which slice stands for which whole model: there, too, deltas lie where the profile puts them.
+# The slice variant that predicts each variant at full depth; in both, the profile gives the positions of the deltas.
 _SLICE_OF = {
     LORA: LORA,
     "SpIEL-AG": "SpIEL-AG, profile indices",
@@ -109,7 +112,7 @@ def _whole(part: str, results: dict[str, Part | None]) -> list[list[str]]:
 
 
 def gpu_table(results: dict[str, Part | None]) -> str:
-    """All parts, by name; what has not been measured is left out."""
+    """The tables of all parts, from their results by part name (None: not measured)."""
     present = {name: result for name, result in results.items() if result is not None}
     blocks = [markdown(["part", "status", "notes"], [_status(name, result) for name, result in results.items()])]
     steps = {name: result for name, result in present.items() if result.get("steps")}

@@ -1,4 +1,4 @@
-"""The benchmark that measures what candidates of several ranks have in common with the exact ones."""
+"""The benchmark `overlap`, which compares the candidates of several ranks with the exact ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RANKS, STEPS, SIZE, K = 3, 6, 2000, 100
 
 
 def gradients(noise: float) -> list[list[Tensor]]:
-    """By step and rank: a common part, and noise of the rank's own."""
+    """Gradients by step and rank: a common part, and noise that differs between ranks."""
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(SIZE, generator=generator)
     return [[common + noise * torch.randn(SIZE, generator=generator) for _ in range(RANKS)] for _ in range(STEPS)]

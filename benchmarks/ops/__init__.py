@@ -13,42 +13,35 @@ from typing import Any
 
 import torch
 
-from .cost_model import fits
-from .environment import add_output_argument, save
-from .floors import measure_floors
-from .gather_rates import describe_rates, fit_rates
-from .index_sets import INDEX_SETS
-from .op_cases import Bench, Case, measure_all
-from .op_registry import OPERATIONS
-from .timing import Clock
+from ..environment import add_output_argument, save, two_sizes
+from ..index_sets import INDEX_SETS
+from ..timing import Clock
+from .cost_models import describe_rates, fit_rates, fits
+from .measure import Bench, Case, measure_all, measure_floors
+from .registry import OPERATIONS
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096), (11008, 4096))
 DENSITIES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 TOKENS = (512, 2048)
 DTYPES = ("float32", "bfloat16")
 GATHERS = ("gather", "gather sampled", "gather dense")
-# Work that depends on the operands of the gradient; the others only on the index set.
+# Operations whose time depends on the number of tokens; that of the others depends on the index set only.
 _OF_TOKENS = (*GATHERS, "gather compact", "gather entries", "select")
 _LARGE = 1024 * 1024
 _FEW_DENSITIES = (0.005, 0.01, 0.05)
-# Selection sees the whole product, so that density matters little to it.
+# Selection computes the whole product, so density changes its time little.
 _ONE_DENSITY = (0.01,)
-
-
-def _shape(text: str) -> tuple[int, int]:
-    rows, cols = (int(part) for part in text.split("x"))
-    return rows, cols
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--ops", nargs="+", choices=list(OPERATIONS), help="by default all that a CPU can run")
-    add("--shapes", nargs="+", type=_shape, default=list(SHAPES), metavar="ROWSxCOLS")
+    add("--ops", nargs="+", choices=list(OPERATIONS), help="by default all that run on a CPU")
+    add("--shapes", nargs="+", type=two_sizes, default=list(SHAPES), metavar="ROWSxCOLS")
     add("--densities", nargs="+", type=float, default=list(DENSITIES))
     add("--tokens", nargs="+", type=int, default=list(TOKENS))
     add("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     add("--indices", nargs="+", choices=INDEX_SETS, default=["profile"])
-    add("--every", action="store_true", help="every combination; by default large or slow ones at fewer densities")
+    add("--every", action="store_true", help="every combination; by default, large or slow cases have fewer densities")
     add("--seconds", type=float, default=0.8, help="time spent on repetitions of one case")
     add("--budget-seconds", type=float, default=None, help="begin no further case after so many seconds")
     add("--device", default="cpu")
@@ -57,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    """What is to be measured; the combinations that say most come first."""
+    """The cases to be measured, the most informative first."""
     names = args.ops or [name for name in OPERATIONS if name not in ("gather compact", "gather entries")]
     for tokens, dtype, kind in itertools.product(args.tokens, args.dtypes, args.indices):
-        # All operations of one index set together: to draw it takes longer than most of them.
+        # Operations on one index set follow each other: drawing it takes longer than most of them.
         for (rows, cols), density, name in itertools.product(args.shapes, args.densities, names):
             if name not in _OF_TOKENS and tokens != args.tokens[0]:
                 continue

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from . import layer, windows
-from .alone import begin_device_peak, device_peak
-from .bases import LLAMA_2_7B, LLAMA_2_13B, TINY, BaseSpec, LlamaShape
-from .index_sets import ProfileSampler
+from .. import layer
+from ..bases import LLAMA_2_7B, LLAMA_2_13B, TINY, BaseSpec, LlamaShape
+from ..environment import failure
+from ..index_sets import ProfileSampler
+from ..stepping import (
+    LORA,
+    LOWER_BOUND,
+    Failures,
+    begin_device_peak,
+    device_peak,
+    free_memory,
+    measure_cycles,
+    print_times,
+    set_up,
+    step_seconds,
+    warm_up,
+)
+from ..timing import wall_seconds
+from ..variants import FIRST_CLOSE, Budget, TrainingRun, build, cycling_run, place_deltas
 from .parts import Context
-from .stepping import LORA, LOWER_BOUND, Failures, print_times, set_up, step_seconds, warm_up
-from .timing import wall_seconds
-from .variants import FIRST_CLOSE, Budget, TrainingRun, build, cycling_run, place_deltas
 
 AG, MA = "SpIEL-AG, profile indices", "SpIEL-MA, SM3, profile indices"
 UNIFORM = "SpIEL-AG, uniform indices"
@@ -29,7 +40,7 @@ _FULL_REPETITIONS = 5
 
 @dataclass(frozen=True)
 class StepSetting:
-    """How a step is taken: sequences x tokens, and whether decoder layers recompute their activations."""
+    """Size of the batch, and whether decoder layers recompute their activations in the backward pass."""
 
     batch_size: int
     tokens: int
@@ -52,18 +63,12 @@ def _settings(context: Context) -> Sequence[StepSetting]:
 
 
 def _depths(context: Context) -> tuple[int, int]:
-    """Decoder layers of a slice, and of a shorter one."""
+    """Numbers of decoder layers of the deep and the short slice."""
     return (2, 1) if context.tiny else (4, 2)
 
 
 def _base(context: Context, shape: LlamaShape, nf4: bool) -> BaseSpec:
     return BaseSpec(shape=TINY if context.tiny else shape, dtype="bfloat16", nf4=nf4, device=str(context.device))
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _slice(
@@ -75,12 +80,12 @@ def _slice(
     names: Sequence[str],
     entries: list[dict[str, Any]],
 ) -> None:
-    """Step times of a few decoder layers; one entry per setting, kept as soon as it is there."""
+    """Time steps of a model with few decoder layers; adds one entry per setting to `entries` and saves it at once."""
     base = spec.sliced(layers).build()
     failures: Failures = {}
     runs = set_up(lambda: copy.deepcopy(base), names, Budget.of_rank(r), failures)
     for number, setting in enumerate(settings):
-        # A setting that had no time is better left out than measured without its warm-up.
+        # Without time for its warm-up, a setting is left out.
         if number and context.clock.expired():
             break
         batches = spec.batches(setting.batch_size, setting.tokens)
@@ -92,7 +97,7 @@ def _slice(
         context.keep(steps=entries)
         print_times(f"{layers} layers, r={r}, {setting}", seconds, failures)
     runs.clear()
-    _free(context.device)
+    free_memory()
 
 
 def _slices(context: Context, shape: LlamaShape, nf4: bool, ranks: Sequence[int], names: Sequence[str]) -> None:
@@ -105,7 +110,7 @@ def _slices(context: Context, shape: LlamaShape, nf4: bool, ranks: Sequence[int]
             return
         _slice(context, spec, deep, r, _settings(context), names, entries)
         if number == 0:
-            # With a second depth, the time of one decoder layer follows, and from it that of the whole model.
+            # Two depths give the time of one decoder layer, and so a prediction for the whole model.
             first = _settings(context)[:1]
             _slice(context, spec, short, r, first, (LOWER_BOUND, LORA, AG, MA), entries)
 
@@ -126,7 +131,7 @@ def steps_13b_nf4(context: Context) -> None:
 
 
 def _whole(context: Context, nf4: bool) -> None:
-    """One model of full depth, adapted by one method after the other: peak memory and step times."""
+    """Measure peak memory and step times of one model of full depth, adapted by one method after the other."""
     spec = _base(context, LLAMA_2_7B, nf4)
     device, r, setting = context.device, 2 if context.tiny else 64, _settings(context)[0]
     base = spec.build()
@@ -144,26 +149,26 @@ def _whole(context: Context, nf4: bool) -> None:
             run.model.unload()
             del run
         except Exception as error:
-            entries[name] = {"failed": f"{type(error).__name__}: {error}"[:500]}
+            entries[name] = {"failed": failure(error)}
             context.keep(variants=entries)
-            # The base may still wear the adapter.
+            # The failed adapter may still be in the base model, so no other method can use it.
             return
         context.keep(variants=entries)
         print(f"{name}: {entries[name]}"[:200], flush=True)
-        _free(device)
+        free_memory()
 
 
 def _measure_whole(
     context: Context, run: TrainingRun, batches: list[torch.Tensor], setting: StepSetting
 ) -> dict[str, Any]:
     run.use_checkpointing(setting.checkpointing)
-    # Through SpIEL's first window and close, which LoRA goes through in as many steps.
+    # SpIEL's first window and close are among these steps; LoRA takes as many.
     for number in range(FIRST_CLOSE + 1):
         run.step(batches[number % len(batches)])
     peak = device_peak(context.device)
     begin_device_peak(context.device)
     if run.warmup_steps > FIRST_CLOSE:
-        # Random weights do not concentrate gradients: back to where a trained model's would be.
+        # Gradients of random weights are not concentrated: move the deltas to where a trained model's would be.
         place_deltas(run.model, ProfileSampler.measured())
     run.step(batches[0])
     repetitions = 2 if context.tiny else _FULL_REPETITIONS
@@ -187,7 +192,10 @@ def whole_7b_bf16(context: Context) -> None:
 
 
 def share(context: Context) -> None:
-    """Share of a run that moving deltas takes, on slices of LLaMA-2-7B (random weights: spread index sets)."""
+    """Share of a run that windows and closes take, on slices of LLaMA-2-7B.
+
+    The weights are random, so the index sets that regrowing chooses are spread evenly.
+    """
     growths: dict[str, Any] = {}
     for nf4 in (True, False):
         spec = _base(context, LLAMA_2_7B, nf4)
@@ -199,15 +207,15 @@ def share(context: Context) -> None:
                 return
             run = cycling_run(growth, copy.deepcopy(base), Budget.of_rank(2 if context.tiny else 64))
             run.use_checkpointing(setting.checkpointing)
-            measured = windows.measure(run, growth, batches, 1 if context.tiny else 2, context.clock)
+            measured = measure_cycles(run, growth, batches, 1 if context.tiny else 2, context.clock)
             growths[f"{growth}, {'nf4' if nf4 else 'bf16'}"] = measured
             context.keep(growth=growths)
             del run
-            _free(context.device)
+            free_memory()
 
 
 def one_layer(context: Context) -> None:
-    """One linear layer, forward and backward, over the frozen layer."""
+    """Forward and backward pass of one linear layer."""
     sizes = (64, 48, 0.05, 32) if context.tiny else (4096, 4096, 0.01, 2048)
     repetitions = 2 if context.tiny else 20
     context.keep(**layer.measure(*sizes, repetitions, str(context.device), torch.bfloat16, context.clock))

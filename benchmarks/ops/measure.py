@@ -1,19 +1,78 @@
-"""Measuring one operation of `spiel_kernels` on one problem; what fails is reported as failed, alone."""
+"""Measures one operation of `spiel_kernels` on one problem, beside its dense formula and the floor of the device.
+
+The floor is the time that no implementation can beat: the larger of the bytes it must move over the measured copy
+bandwidth, and its FLOPs over the measured rate of matrix products.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .floors import Floors
-from .index_sets import draw_index_set
-from .timing import Action, Clock, DeviceTimer, interleave, median, wall_seconds
+from ..environment import failure
+from ..index_sets import draw_index_set
+from ..timing import Action, Clock, DeviceTimer, interleave, median, wall_seconds
+
+_REPETITIONS = 7
+
+
+@dataclass(frozen=True)
+class Floors:
+    """Rates of a device, measured in the same process as the operations.
+
+    Attributes:
+        bytes_per_second: of a large copy, reads and writes together.
+        flops_per_second: of a large matrix product, by dtype name.
+    """
+
+    bytes_per_second: float
+    flops_per_second: dict[str, float]
+
+    def seconds(self, nbytes: float, flops: float, dtype: str) -> float:
+        """The floor in seconds: the larger of both times, as copying and computing can overlap."""
+        return max(nbytes / self.bytes_per_second, flops / self.flops_per_second[dtype] if flops else 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bytes_per_second": self.bytes_per_second, "flops_per_second": self.flops_per_second}
+
+
+def copy_rate(timer: DeviceTimer, nbytes: int) -> float:
+    """Measure a copy of `nbytes`; returns bytes read and written per second."""
+    source = torch.zeros(nbytes, dtype=torch.uint8, device=timer.device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = median([timer.seconds(lambda: target.copy_(source)) for _ in range(_REPETITIONS)])
+    return 2 * nbytes / seconds
+
+
+def product_rate(timer: DeviceTimer, size: int, dtype: torch.dtype) -> float:
+    """Measure the product of two random square matrices; returns FLOP/s."""
+    a, b = (torch.randn(size, size, device=timer.device).to(dtype) for _ in range(2))
+    out = a @ b
+    seconds = median([timer.seconds(lambda: torch.mm(a, b, out=out)) for _ in range(_REPETITIONS)])
+    return 2 * size**3 / seconds
+
+
+def measure_floors(device: torch.device, dtypes: Sequence[str], tiny: bool = False) -> Floors:
+    """Measure the rates of a device.
+
+    Args:
+        dtypes: names ("float32", "bfloat16") whose matrix product rate is wanted.
+        tiny: small operands, to try the benchmark itself.
+    """
+    timer = DeviceTimer(device)
+    on_gpu = device.type == "cuda"
+    nbytes = 2**20 if tiny else 2**30 if on_gpu else 2**28
+    size = 128 if tiny else 8192 if on_gpu else 1024
+    rates = {name: product_rate(timer, size, getattr(torch, name)) for name in dtypes}
+    return Floors(copy_rate(timer, nbytes), rates)
+
 
 _MAX_REPETITIONS = 30
 
@@ -23,7 +82,7 @@ class Case:
     """One operation on one problem.
 
     Attributes:
-        op: a key of `op_registry.OPERATIONS`.
+        op: a key of `registry.OPERATIONS`.
         rows, cols: of the weight.
         density: of the index set.
         tokens: rows of the operands of a weight gradient.
@@ -60,14 +119,14 @@ class Case:
 
 @dataclass
 class Prepared:
-    """An operation with its operands in place.
+    """An operation whose operands are allocated, ready to be timed.
 
     Attributes:
         run: the operation.
-        dense: the dense formula that gives the same.
-        nbytes, flops: the least that any implementation must move and compute.
-        error: how far the results of `run` and `dense` are apart (0 is equal), or None if they cannot be compared.
-        notes: what else is worth keeping, such as the method chosen.
+        dense: the dense formula with the same result.
+        nbytes, flops: the least that every implementation must move and compute.
+        error: distance between the results of `run` and `dense` (0: equal), or None if they cannot be compared.
+        notes: further entries of the result, such as the method chosen.
     """
 
     run: Action
@@ -79,7 +138,7 @@ class Prepared:
 
 
 class Bench:
-    """A device, its floors, and index sets that several cases share."""
+    """Measures cases on one device; consecutive cases on the same problem share its index set."""
 
     def __init__(self, device: torch.device, floors: Floors, seconds_per_case: float = 1.0) -> None:
         self.device = device
@@ -100,7 +159,7 @@ class Bench:
         return torch.randn(*shape, device=self.device, generator=generator).to(dtype)
 
     def _peak_bytes(self, name: str, action: Action) -> dict[str, int]:
-        """What an operation allocates for itself and its result, on a GPU."""
+        """Bytes that an operation allocates at its peak, with its result; empty on a CPU."""
         if self.device.type != "cuda":
             return {}
         before = torch.cuda.memory_allocated(self.device)
@@ -109,7 +168,7 @@ class Bench:
         return {name: torch.cuda.max_memory_allocated(self.device) - before}
 
     def measure(self, case: Case, prepare: Callable[[Bench, Case], Prepared]) -> dict[str, Any]:
-        """Times of an operation and its dense formula, interleaved; or what went wrong.
+        """Time an operation and its dense formula in turn; an exception becomes a failed result.
 
         Returns:
             The case, ``k``, ``seconds``, ``dense_seconds``, ``floor_seconds``, ``error`` and notes; or ``failed``.
@@ -119,7 +178,7 @@ class Bench:
             return entry | self._measure(case, prepare(self, case))
         except Exception as error:
             lines = traceback.format_exc().strip().splitlines()
-            return entry | {"failed": f"{type(error).__name__}: {error}"[:500], "traceback": lines[-12:]}
+            return entry | {"failed": failure(error), "traceback": lines[-12:]}
 
     def _measure(self, case: Case, prepared: Prepared) -> dict[str, Any]:
         actions = {"seconds": prepared.run}

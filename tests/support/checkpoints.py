@@ -9,11 +9,13 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from adapters.helpers import adapted, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from support.adapters import adapted
+from support.models import logits
 
 # Small enough that a tiny Llama takes several files.
 SHARD = "5KB"

@@ -1,7 +1,7 @@
-"""The operations of `spiel_kernels`, each with its dense formula and the least it must move and compute.
+"""The operations of `spiel_kernels`, each with its dense formula and the bytes and FLOPs that it needs at least.
 
-Every entry imports what it measures when it is set up, so that an operation that is missing, or that this machine
-cannot run, fails alone.
+Every entry imports its operation when it is set up. So an operation that is missing, or that this machine cannot run,
+does not stop the others.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .op_cases import Bench, Case, Prepared
-from .timing import wall_seconds
+from ..timing import wall_seconds
+from .measure import Bench, Case, Prepared
 
 _INDEX, _VALUE = 4, 4  # bytes
 _REGROWN = 0.2  # share of the deltas that a close replaces
@@ -31,18 +31,18 @@ def _operand_bytes(case: Case) -> int:
 
 
 def _largest_difference(ours: Tensor, dense: Tensor) -> float:
-    """Over the largest magnitude."""
+    """The largest difference of two tensors, over the largest magnitude in `dense`."""
     dense = dense.float()
     return float((ours.float() - dense).abs().max() / dense.abs().max().clamp_min(1e-30))
 
 
 def _share_missing(ours: Tensor, dense: Tensor) -> float:
-    """Share of the positions of one set that the other lacks."""
+    """Share of the positions in `dense` that `ours` lacks."""
     return 1.0 - float(torch.isin(dense, ours).float().mean())
 
 
 def _fold(bench: Bench, case: Case) -> Prepared:
-    """Into the weight and out again: what a transient fold adds to a product."""
+    """Write the deltas into the weight and take them out again: what a fold adds to a matrix product."""
     from spiel_peft.weights.folding import WeightFold
 
     indices, weight = bench.index_set(case), bench.randn(case.rows, case.cols, dtype=case.torch_dtype)
@@ -61,7 +61,7 @@ def _fold(bench: Bench, case: Case) -> Prepared:
 
 
 def _copy_fold(bench: Bench, case: Case) -> Prepared:
-    """A copy with the deltas in memory that is there: how a weight is adapted that is not written to."""
+    """Make a copy of the weight with the deltas, in memory that is allocated already."""
     from spiel_kernels import copy_fold
 
     indices, weight = bench.index_set(case), bench.randn(case.rows, case.cols, dtype=case.torch_dtype)
@@ -77,7 +77,7 @@ def _copy_fold(bench: Bench, case: Case) -> Prepared:
 
 
 def _gather(method: str) -> Callable[[Bench, Case], Prepared]:
-    """The sparse gradient by one method; on a GPU its plan is remembered after the first call, as over a cycle."""
+    """Gather the gradient by one method; on a GPU its plan is cached after the first call, as during a cycle."""
 
     def prepare(bench: Bench, case: Case) -> Prepared:
         from spiel_kernels import gather_outer
@@ -97,7 +97,7 @@ def _gather(method: str) -> Callable[[Bench, Case], Prepared]:
 
 
 def _plan_notes(bench: Bench, case: Case, indices: Tensor, method: str) -> dict[str, Any]:
-    """What the gather decides once per cycle, and what that costs; CPUs need no plan unless a method is forced."""
+    """The plan that the gather makes once per cycle, and its cost; empty on a CPU unless the method needs a plan."""
     from spiel_kernels.outer_plan import PLANNED_METHODS, plan_outer
 
     if method not in PLANNED_METHODS and bench.device.type == "cpu":
@@ -118,7 +118,7 @@ def _plan_notes(bench: Bench, case: Case, indices: Tensor, method: str) -> dict[
 
 
 def _select(bench: Bench, case: Case) -> Prepared:
-    """Candidates: the k largest entries of the weight gradient."""
+    """Choose candidates: the k largest entries of the weight gradient."""
     from spiel_kernels import topk_outer
 
     a, b, _ = _operands(bench, case)
@@ -127,12 +127,12 @@ def _select(bench: Bench, case: Case) -> Prepared:
         return torch.topk((a.T @ b).abs().flatten(), case.k, sorted=False).indices
 
     nbytes = _operand_bytes(case) + case.k * _INDEX
-    # Rounding of a half-precision product swaps entries near the threshold: a share, not a fault.
+    # Rounding of a half-precision product swaps entries near the threshold, so a small share may be missing.
     return Prepared(lambda: topk_outer(a, b, case.k), dense, nbytes, 2.0 * case.tokens * case.numel, _share_missing)
 
 
 def _momentum(bench: Bench, case: Case) -> Prepared:
-    """Momentum growth at a close: the best inactive positions of row x col."""
+    """Momentum growth at a close: choose the inactive positions with the largest row x col."""
     from spiel_kernels import top_outer_positions
 
     indices = bench.index_set(case)
@@ -149,7 +149,7 @@ def _momentum(bench: Bench, case: Case) -> Prepared:
 
 
 def _sm3(bench: Bench, case: Case) -> Prepared:
-    """SM3's accumulators in one step; the dense formula keeps a dense gradient."""
+    """Update SM3's accumulators; the dense formula has a dense gradient."""
     from spiel_kernels import sm3_accumulate_
 
     indices, gradient = bench.index_set(case), bench.randn(case.k)
@@ -167,7 +167,7 @@ def _sm3(bench: Bench, case: Case) -> Prepared:
 
 
 def _fold_nf4(bench: Bench, case: Case) -> Prepared:
-    """NF4 with double quantization: dequantize and add the deltas, into a workspace."""
+    """Dequantize NF4 with double quantization and add the deltas, into a workspace."""
     from spiel_kernels.quantized import dequantize_fold_4bit
     from spiel_kernels.quantized_layout import quantize_4bit
 
@@ -188,7 +188,7 @@ def _fold_nf4(bench: Bench, case: Case) -> Prepared:
 
 
 def _dequantizer(weight: Any) -> tuple[Callable[[], Tensor], dict[str, str]]:
-    """bitsandbytes' dequantization of our bytes where it is installed, else ours in plain PyTorch."""
+    """Dequantizes `weight` with bitsandbytes if it is installed, otherwise with plain PyTorch; with a note of which."""
     try:
         from bitsandbytes.functional import QuantState, dequantize_4bit
     except ImportError:
@@ -213,12 +213,12 @@ def _dequantizer(weight: Any) -> tuple[Callable[[], Tensor], dict[str, str]]:
 
 
 def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
-    """What a 4-bit layer does in each pass: on a CPU bitsandbytes dequantizes."""
+    """Make the adapted weight as a 4-bit layer does in each pass; on a CPU, bitsandbytes dequantizes."""
     import bitsandbytes as bnb
 
     from spiel_peft.weights.quantized import adapted_in_workspace
 
-    from .bases import nf4_linear
+    from ..bases import nf4_linear
 
     layer = nf4_linear(bench.randn(case.rows, case.cols, dtype=case.torch_dtype) * 0.02, case.torch_dtype)
     indices, values = bench.index_set(case), bench.randn(case.k) * 1e-3
@@ -232,18 +232,13 @@ def _fold_nf4_layer(bench: Bench, case: Case) -> Prepared:
 
     def run() -> Tensor:
         with adapted_in_workspace(layer, [(indices, values)], case.torch_dtype) as weight:
-            return weight  # read before the buffer is lent again
+            return weight  # compared before another operation writes into the workspace
 
-    return Prepared(
-        run,
-        dense,
-        nbytes,
-        error=_largest_difference,
-    )
+    return Prepared(run, dense, nbytes, error=_largest_difference)
 
 
 def _fold_int8(bench: Bench, case: Case) -> Prepared:
-    """8-bit rows: dequantize and add the deltas, into a workspace."""
+    """Dequantize 8-bit rows and add the deltas, into a workspace."""
     from spiel_kernels.quantized import dequantize_fold_8bit
     from spiel_kernels.quantized_layout import dequantize_8bit, quantize_8bit
 

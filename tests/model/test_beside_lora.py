@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_close, assert_same_bits, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from support.adapters import train
+from support.models import logits, tiny_llama
+from support.tensors import assert_close, assert_same_bits
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from spiel_peft import SparseDelta, SpIELConfig
-
-IDS = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def lora(*targets: str) -> LoraConfig:
@@ -24,19 +24,6 @@ def lora(*targets: str) -> LoraConfig:
 
 def spiel(*targets: str) -> SpIELConfig:
     return SpIELConfig(r=2, target_modules=list(targets), total_steps=8, regrow_every=3, accumulation_steps=2)
-
-
-def train(model: nn.Module) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(8):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model.eval()(IDS).logits
 
 
 def trained(model: nn.Module) -> dict[str, int]:
@@ -48,7 +35,7 @@ def trained(model: nn.Module) -> dict[str, int]:
 
 
 def both(targets: str) -> LlamaForCausalLM:
-    """SpIEL first, so that on a module of both LoRA is wrapped around it."""
+    """Add SpIEL first, so that LoRA wraps it on a module that has both."""
     model = tiny_llama()
     model.add_adapter(spiel(targets), "sparse")
     model.add_adapter(lora("q_proj"), "low_rank")
@@ -65,7 +52,7 @@ def test_both_train_and_are_saved_one_by_one(targets: str, tmp_path: Path) -> No
     deltas = [module for module in model.modules() if isinstance(module, SparseDelta)]
     start = [delta.indices.clone() for delta in deltas]
     before = logits(model)
-    train(model)
+    train(model, steps=8)
     assert not any(torch.equal(delta.indices, indices) for delta, indices in zip(deltas, start, strict=True))
     assert all(delta.values.any() for delta in deltas)
     out = logits(model)
@@ -87,7 +74,7 @@ def test_both_train_and_are_saved_one_by_one(targets: str, tmp_path: Path) -> No
     loaded.disable_adapters()
     assert_same_bits(logits(loaded), logits(base))
     loaded.enable_adapters()
-    # Innermost first: LoRA adds to what it finds.
+    # Merge the inner adapter first, as LoRA adds to the weight that it finds.
     for layer in reversed([module for module in loaded.modules() if isinstance(module, BaseTunerLayer)]):
         layer.merge()
     assert_close(logits(loaded), out, 1e-5)
@@ -106,7 +93,7 @@ def test_lora_that_was_merged_before() -> None:
     before = logits(merged)
     model = get_peft_model(merged, spiel("q_proj", "down_proj"))
     assert_same_bits(logits(model), before)
-    train(model.train())
+    train(model, steps=8)
     assert not torch.equal(logits(model), before)
 
 

@@ -1,8 +1,8 @@
-"""Tiny models with SpIEL adapters, and exact comparisons of models, files and outputs."""
+"""SpIEL adapters on tiny models: making, training and reading them, and their files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from spiel_peft import SpIELConfig
+from spiel_peft import CycleReport, SpIELConfig, SpIELLayer
 from spiel_peft.delta import SparseDelta
-from spiel_peft.layers import SpIELLayer
+from support.models import IDS, tiny_llama
+from support.tensors import same_bits
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-IDS = torch.tensor([[1, 5, 2, 9, 11], [7, 3, 30, 4, 9]])
-SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def tiny_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, **shape: int) -> nn.Module:
-    """A Llama with random weights of some size, so that deltas and rounding both show."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=40, tie_word_embeddings=tied, **{**SHAPE, **shape})
-    config.initializer_range = 0.2
-    return LlamaForCausalLM(config).to(dtype).eval()
 
 
 def spiel_config(**fields: Any) -> SpIELConfig:
@@ -47,12 +37,8 @@ def adapted(base: nn.Module | None = None, *, adapter: str = "default", seed: in
     return get_peft_model(base, spiel_config(**fields), adapter_name=adapter).eval()
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
 def layers_of(model: nn.Module) -> list[SpIELLayer]:
+    """All SpIEL layers of a model."""
     return [module for module in model.modules() if isinstance(module, SpIELLayer)]
 
 
@@ -62,9 +48,9 @@ def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, SparseDel
 
 
 def train(model: nn.Module, steps: int = 3, lr: float = 0.05) -> torch.optim.Optimizer:
-    """Fit the tiny batch for some AdamW steps, which runs the cycle too."""
+    """Train on `IDS` for some steps of AdamW, closes included; returns the optimizer."""
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW(trainable(model), lr=lr)
     for _ in range(steps):
         model(IDS, labels=IDS).loss.backward()
         optimizer.step()
@@ -74,15 +60,8 @@ def train(model: nn.Module, steps: int = 3, lr: float = 0.05) -> torch.optim.Opt
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of everything in the model's state dict."""
+    """A copy of the model's state dict."""
     return {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal in dtype, shape and every bit; NaNs too."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -93,6 +72,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def read_adapter(folder: Path | str) -> dict[str, Tensor]:
+    """The tensors of an adapter file."""
     return load_file(Path(folder) / FILE)
 
 
@@ -108,6 +88,21 @@ def key_of(module_name: str, name: str) -> str:
     return f"{PREFIX}{module_name}.spiel_delta.{name}"
 
 
-def texts(record: Iterable[Any]) -> str:
-    """All warnings of a `pytest.warns` block or `catch_warnings` list in one string."""
-    return "\n".join(str(warning.message) for warning in record)
+def first_delta(model: nn.Module, adapter: str = "default") -> SparseDelta:
+    """The delta of an adapter on the first adapted module."""
+    return next(iter(deltas_of(model, adapter).values()))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def log_of(model: nn.Module, adapter: str = "default") -> list[CycleReport]:
+    """The reports of an adapter's closes."""
+    return first_delta(model, adapter).run.log
+
+
+def indices_of(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
+    """Copies of an adapter's indices, by module name."""
+    return {name: delta.indices.clone() for name, delta in deltas_of(model, adapter).items()}

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in parts that can be resumed: single operations, training steps, memory.
 
-Every part writes its result at once; one whose result exists is skipped, one that failed is tried again. Parts run in a
-process of their own, in order of importance, each with a share of the time; the table comes last.
+Every part saves its result as it goes. A part whose result exists is skipped; a part that failed is tried again. Parts
+run in a process of their own, in order of importance, each with a share of the time. At the end a table is printed.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from collections.abc import Sequence
 
 import torch
 
-from . import gpu_operations, gpu_training
-from .environment import add_output_argument
-from .gpu_table import gpu_table
+from ..environment import add_output_argument
+from ..timing import Clock
+from . import operations, training
 from .parts import Part, Place, run_parts, supervise
-from .timing import Clock
+from .table import gpu_table
 
 PARTS = (
-    Part("machine", 2, gpu_operations.machine),
-    Part("dequantize", 5, gpu_operations.dequantize),
-    Part("whole_7b_nf4", 22, gpu_training.whole_7b_nf4),
-    Part("steps_7b_nf4", 18, gpu_training.steps_7b_nf4),
-    Part("steps_7b_bf16", 14, gpu_training.steps_7b_bf16),
-    Part("gather", 10, gpu_operations.gather),
-    Part("growth", 5, gpu_operations.growth),
-    Part("share", 7, gpu_training.share),
-    Part("steps_13b_nf4", 8, gpu_training.steps_13b_nf4),
-    Part("one_layer", 1, gpu_training.one_layer),
-    Part("single_precision", 2, gpu_operations.single_precision),
-    Part("whole_7b_bf16", 16, gpu_training.whole_7b_bf16),
+    Part("machine", 2, operations.machine),
+    Part("dequantize", 5, operations.dequantize),
+    Part("whole_7b_nf4", 22, training.whole_7b_nf4),
+    Part("steps_7b_nf4", 18, training.steps_7b_nf4),
+    Part("steps_7b_bf16", 14, training.steps_7b_bf16),
+    Part("gather", 10, operations.gather),
+    Part("growth", 5, operations.growth),
+    Part("share", 7, training.share),
+    Part("steps_13b_nf4", 8, training.steps_13b_nf4),
+    Part("one_layer", 1, training.one_layer),
+    Part("single_precision", 2, operations.single_precision),
+    Part("whole_7b_bf16", 16, training.whole_7b_bf16),
 )
 
 
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="measure parts again whose result exists")
     add("--device", default="cuda")
     add("--tiny", action="store_true", help="small sizes, to try the benchmark itself (also with --device cpu)")
-    add("--in-process", action="store_true", help="run the parts in this process, without a watch over them")
+    add("--in-process", action="store_true", help="run the parts in this process, without supervision")
     add_output_argument(parser)
 
 
 def _command(args: argparse.Namespace, parts: Sequence[Part], seconds: float) -> list[str]:
-    """The command line of a process that runs parts without a watch of its own."""
+    """The command line of the process that runs parts under the supervision of this one."""
     command = [sys.executable, "-m", "benchmarks", "gpu", "--in-process", "--force", "--device", args.device]
     command += ["--budget-seconds", f"{seconds:.1f}", "--output", str(args.output.resolve())]
     command += ["--tiny"] * args.tiny

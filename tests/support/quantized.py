@@ -1,4 +1,4 @@
-"""bitsandbytes layers for the tests, quantized on the CPU, and what they hold."""
+"""bitsandbytes layers that are quantized on the CPU, and comparisons of their packed weights."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-# A multiple of the block size of 64: on CPUs bitsandbytes misreads blocks that straddle rows.
+# COLS is a multiple of the block size 64, as bitsandbytes misreads blocks that straddle rows on a CPU.
 ROWS, COLS = 64, 128
 
 
 def linear_4bit(
     quant_type: str = "nf4", double: bool = True, compute: torch.dtype | None = torch.float32, rows: int = ROWS
 ) -> nn.Module:
+    """A 4-bit layer; `double` also quantizes its scales."""
     layer = bnb.nn.Linear4bit(COLS, rows, compute_dtype=compute, quant_type=quant_type, compress_statistics=double)
     return layer.to("cpu")
 
 
 def linear_8bit() -> nn.Module:
+    """An 8-bit layer with one scale per row."""
     return bnb.nn.Linear8bitLt(COLS, ROWS, has_fp16_weights=False).to("cpu")
 
 
@@ -36,7 +38,7 @@ QUANTIZED = {
 
 
 def dequantized(layer: nn.Module) -> Tensor:
-    """The weight that the packed bytes stand for, written down independently of PEFT."""
+    """The dequantized weight, computed without PEFT and without this project."""
     weight = layer.weight
     if isinstance(weight, bnb.nn.Params4bit):
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -53,7 +55,7 @@ def _held(value: Any) -> Any:
 
 
 def everything_held(layer: nn.Module) -> dict[str, Any]:
-    """Packed bytes, attributes of the parameter, quantization state."""
+    """A copy of packed bytes, attributes of the parameter, and quantization state."""
     state = getattr(layer, "state", None)
     return {
         "bytes": layer.weight.data.clone(),
@@ -64,6 +66,7 @@ def everything_held(layer: nn.Module) -> dict[str, Any]:
 
 
 def assert_holds_the_same(got: Any, expected: Any, path: str = "layer") -> None:
+    """Compare two results of `everything_held`, by value."""
     if isinstance(expected, dict):
         assert got.keys() == expected.keys(), path
         for name in expected:

@@ -1,4 +1,4 @@
-"""Parts of a long benchmark: each keeps what it has measured, and what goes wrong in one stays there."""
+"""Runs a long benchmark in parts: each part saves its result as it goes, and its failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from .environment import load, save
-from .timing import Clock
+from ..environment import failure, load, save
+from ..timing import Clock
 
-# What a part may exceed its share by before its process is taken to hang.
+# A part that exceeds its share by this much is taken to hang, and its process is ended.
 GRACE_SECONDS = 45.0
-# What all parts together may exceed the budget by.
+# All parts together may exceed the budget by this much.
 OVERRUN_SECONDS = 45.0
 _POLL_SECONDS = 0.2
 
@@ -31,9 +31,9 @@ class Part:
     """A part of a benchmark.
 
     Attributes:
-        name: of the part; its result is the file ``<prefix>_<name>``.
+        name: the part's result is the file ``<prefix>_<name>``.
         weight: its share of the time, relative to the other parts.
-        run: measures; keeps what it has in `Context.keep` as it goes.
+        run: does the measuring, and saves with `Context.keep` as it goes.
     """
 
     name: str
@@ -43,13 +43,14 @@ class Part:
 
 @dataclass
 class Context:
-    """What a part runs with.
+    """Passed to a part when it runs.
 
     Attributes:
         device: where to measure.
         tiny: small sizes, to try the benchmark itself.
-        clock: begin nothing new once it has run out.
-        result: what has been measured so far.
+        clock: a part begins no new measurement once it has run out.
+        save: writes the result file.
+        result: measured so far.
     """
 
     device: torch.device
@@ -59,14 +60,14 @@ class Context:
     result: dict[str, Any] = field(default_factory=dict)
 
     def keep(self, **entries: Any) -> None:
-        """Add to the result and write it down at once."""
+        """Add entries to the result and save it."""
         self.result.update(entries)
         self.save(self.result)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the results of a benchmark's parts lie, and on which device they are measured."""
+    """The result files of a benchmark's parts, and the device that they are measured on."""
 
     folder: Path
     prefix: str
@@ -83,12 +84,12 @@ class Place:
         save(self.file_name(part), {"tiny": self.tiny, **result}, self.folder, self.device)
 
     def is_done(self, part: str) -> bool:
-        """Whether the part was measured to its end, or as far as its time went; failed parts are tried again."""
+        """Whether the part has run to its end or until its time was up; failed parts are not done."""
         result = self.result(part)
         return result is not None and result[STATUS] == DONE
 
     def ended_since(self, part: str, moment: float) -> bool:
-        """Whether the part has ended, well or not, after a moment in seconds since the epoch."""
+        """Whether the part has ended, in success or failure, after `moment` (seconds since the epoch)."""
         path = self.folder / f"{self.file_name(part)}.json"
         if not path.is_file() or path.stat().st_mtime < moment:
             return False
@@ -96,7 +97,7 @@ class Place:
         return result is not None and result[STATUS] != RUNNING
 
     def add_failure(self, part: str, moment: float, reason: str) -> None:
-        """Note that the process of a part is gone, beside what the part had measured after a moment."""
+        """Mark a part as failed because its process has ended; keeps what the part has saved after `moment`."""
         path = self.folder / f"{self.file_name(part)}.json"
         fresh = path.is_file() and path.stat().st_mtime >= moment
         measured = (self.result(part) if fresh else None) or {}
@@ -104,7 +105,7 @@ class Place:
 
 
 def run_part(part: Part, place: Place, clock: Clock) -> dict[str, Any]:
-    """Run one part; whatever it raises is kept in its result."""
+    """Run one part and save its result; an exception becomes a failed result with its traceback."""
     context = Context(torch.device(place.device), place.tiny, clock)
     context.save = lambda result: place.save(part.name, {STATUS: RUNNING, **result})
     context.keep()
@@ -114,7 +115,7 @@ def run_part(part: Part, place: Place, clock: Clock) -> dict[str, Any]:
     except Exception as error:
         outcome = {
             STATUS: FAILED,
-            REASON: f"{type(error).__name__}: {error}"[:500],
+            REASON: failure(error),
             "traceback": traceback.format_exc().splitlines(),
         }
     outcome["took_seconds"] = clock.elapsed()
@@ -124,7 +125,7 @@ def run_part(part: Part, place: Place, clock: Clock) -> dict[str, Any]:
 
 
 def run_parts(parts: Sequence[Part], place: Place, clock: Clock) -> None:
-    """Run parts in order, here; each gets its share of the time left, and what one leaves over goes to the next."""
+    """Run parts in order in this process; each gets its share of the time that is left when it begins."""
     for number, part in enumerate(parts):
         if clock.expired():
             return
@@ -140,17 +141,17 @@ def run_parts(parts: Sequence[Part], place: Place, clock: Clock) -> None:
 def supervise(
     parts: Sequence[Part], place: Place, clock: Clock, command: Callable[[Sequence[Part], float], list[str]]
 ) -> None:
-    """Run parts in another process; one that hangs, or takes its process down, costs only itself.
+    """Run parts in a process of their own, and in a new one after a part that crashes or hangs.
 
-    A fault on a GPU spoils its process for everything after it, so that too begins a new one.
+    A process cannot use a GPU any more after an illegal memory access, so only a new process can run the other parts.
 
     Args:
-        command: makes the command line that runs parts in order within so many seconds.
+        command: makes the command line of a process that runs these parts in order within this number of seconds.
     """
     pending = list(parts)
     while pending and not clock.expired():
         began = time.time()
-        worker = subprocess.Popen(command(pending, clock.left()), cwd=Path(__file__).parent.parent, env=os.environ)
+        worker = subprocess.Popen(command(pending, clock.left()), cwd=Path(__file__).parents[2], env=os.environ)
         try:
             culprit, reason = _watch(worker, pending, place, clock, began)
         finally:
@@ -168,7 +169,7 @@ def supervise(
 def _watch(
     worker: subprocess.Popen[bytes], pending: Sequence[Part], place: Place, clock: Clock, began: float
 ) -> tuple[Part | None, str]:
-    """Wait for a worker; returns the part it could not end, and why, or None if there is nothing left to do."""
+    """Wait for the worker process; returns the part that it did not end and the reason, or None if all have ended."""
     current, since, planned = None, time.monotonic(), 0.0
     while True:
         status = worker.poll()

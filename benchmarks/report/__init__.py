@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from .environment import RESULTS, add_output_argument
-from .page import page
+from ..environment import RESULTS, add_output_argument
+from ..tables import Results, alone_table
+from .page import results_page
 from .plots import draw_all
-from .tables import Results, alone_table
 
-PAGE = Path(__file__).parent / "RESULTS.md"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parents[1] / "RESULTS.md"
+README = Path(__file__).parents[2] / "README.md"
 README_TABLES: dict[str, Callable[[Results], str]] = {"alone": alone_table}
 _MARKED = re.compile(r"(<!-- benchmarks: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def with_tables(text: str, results: Results) -> str:
-    """A text with the table of every marked place renewed.
+    """Replace the table at every marked place of a text.
 
     Raises:
-        ValueError: a marked place has a name that no table has.
+        ValueError: no table has the name at a marked place.
     """
 
     def renewed(match: re.Match[str]) -> str:
@@ -46,7 +46,7 @@ def with_tables(text: str, results: Results) -> str:
 
 def run(args: argparse.Namespace) -> None:
     results = Results(args.output)
-    args.page.write_text(page(results), encoding="utf-8")
+    args.page.write_text(results_page(results), encoding="utf-8")
     print(args.page)
     if args.readme.is_file():
         args.readme.write_text(with_tables(args.readme.read_text(encoding="utf-8"), results), encoding="utf-8")

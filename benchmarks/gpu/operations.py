@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from .floors import Floors, measure_floors
-from .gather_rates import fit_rates
-from .index_sets import INDEX_SETS
-from .op_cases import Bench, Case, measure_all
-from .op_registry import OPERATIONS
+from ..index_sets import INDEX_SETS
+from ..ops.cost_models import fit_rates
+from ..ops.measure import Bench, Case, Floors, measure_all, measure_floors
+from ..ops.registry import OPERATIONS
 from .parts import Context
 
 SQUARE, WIDE = (4096, 4096), (11008, 4096)
@@ -45,7 +44,7 @@ def _measure(context: Context, cases: list[Case]) -> None:
 
 
 def dequantize(context: Context) -> None:
-    """NF4 with double quantization: dequantize + scatter-add against the bytes it must move."""
+    """NF4 with double quantization and int8: dequantize and add deltas, compared with the time to move the bytes."""
     cases = [
         Case(op, *shape, density, dtype="bfloat16", indices=kind)
         for op, kind, density, shape in itertools.product(
@@ -56,7 +55,7 @@ def dequantize(context: Context) -> None:
 
 
 def gather(context: Context) -> None:
-    """Every method of the sparse gradient across densities, for index sets that concentrate and for spread ones."""
+    """Every method of the gather across densities, for concentrated and for uniform index sets."""
     cases = [
         Case(op, *shape, density, _tokens(context), "bfloat16", kind)
         for density, kind, shape, op in itertools.product(
@@ -67,7 +66,7 @@ def gather(context: Context) -> None:
 
 
 def growth(context: Context) -> None:
-    """Candidate selection, momentum growth, SM3's accumulators, folding."""
+    """Candidate selection, momentum growth, SM3's accumulators and folding."""
     names = ("select", "momentum growth", "sm3 step", "fold", "copy fold")
     cases = [
         Case(op, *shape, density, _tokens(context), "bfloat16")
@@ -86,7 +85,7 @@ def single_precision(context: Context) -> None:
 
 
 def machine(context: Context) -> None:
-    """What the device is, and its rates."""
+    """Name, memory and measured rates of the device."""
     context.keep(floors=measure_floors(context.device, _dtypes(), context.tiny).to_json())
     if context.device.type == "cuda":
         properties = torch.cuda.get_device_properties(context.device)

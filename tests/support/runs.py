@@ -1,4 +1,4 @@
-"""Small adapted models, loops that train them, and checks that every close must pass."""
+"""Short trainings of the small MLP with a SpIEL adapter, and comparisons of their results."""
 
 from __future__ import annotations
 
@@ -11,20 +11,14 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from spiel_kernels import check_index_set
-from spiel_peft import CycleReport, SpIELConfig, SpIELLayer, growth
+from spiel_peft import SpIELConfig, growth
 from spiel_peft.cycle.grown_seeds import GrownSeeds
 from spiel_peft.cycle.optimizer_buffers import reseeded_states
 from spiel_peft.delta import SparseDelta
+from support.adapters import deltas_of, indices_of, trainable
+from support.models import mlp
 
 Step = Callable[[int], Any]
-
-
-def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
-    """Three linear layers ("0", "2", "4") with smooth activations."""
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8), nn.GELU(approximate="tanh"), nn.Linear(8, 3)
-    ).to(dtype)
 
 
 def adapt(base: nn.Module | None = None, **fields: Any) -> PeftModel:
@@ -36,31 +30,6 @@ def adapt(base: nn.Module | None = None, **fields: Any) -> PeftModel:
     return model.train()
 
 
-def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, SparseDelta]:
-    """The deltas of an adapter by module name."""
-    return {
-        layer.module_name: layer.spiel_delta[adapter]
-        for layer in model.modules()
-        if isinstance(layer, SpIELLayer) and adapter in layer.spiel_delta
-    }
-
-
-def first_delta(model: nn.Module, adapter: str = "default") -> SparseDelta:
-    return next(iter(deltas_of(model, adapter).values()))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def log_of(model: nn.Module, adapter: str = "default") -> list[CycleReport]:
-    return first_delta(model, adapter).run.log
-
-
-def indices_of(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    return {name: delta.indices.clone() for name, delta in deltas_of(model, adapter).items()}
-
-
 def batch(number: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Inputs and targets of step `number`, the same in every run."""
     generator = torch.Generator().manual_seed(1000 + number)
@@ -70,6 +39,7 @@ def batch(number: int, size: int = 12, dtype: torch.dtype = torch.float32) -> tu
 
 
 def loss_of(model: nn.Module, number: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Mean squared error on the batch of step `number`."""
     x, y = batch(number, dtype=dtype)
     return (model(x) - y).square().mean()
 
@@ -77,7 +47,7 @@ def loss_of(model: nn.Module, number: int, dtype: torch.dtype = torch.float32) -
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 1, after: Step | None = None
 ) -> None:
-    """Plain training steps number `first` to ``first + steps - 1``; `after` is called with each step's number."""
+    """Take the training steps `first` to ``first + steps - 1``; calls `after` with the number of each step."""
     for number in range(first, first + steps):
         loss_of(model, number).backward()
         optimizer.step()
@@ -87,16 +57,17 @@ def train(
 
 
 def adamw(model: nn.Module, lr: float = 0.01, **settings: Any) -> torch.optim.AdamW:
+    """AdamW on the parameters that require a gradient."""
     return torch.optim.AdamW(trainable(model), lr=lr, **settings)
 
 
 def moved(before: Tensor, after: Tensor) -> int:
-    """Positions of `after` that are not in `before`."""
+    """Number of positions in `after` that are not in `before`."""
     return int((~torch.isin(after, before)).sum())
 
 
 def steps_with_moves(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[int]:
-    """Train and note the steps after which some index differs."""
+    """Train, and return the steps that changed indices."""
     found, before = [], indices_of(model)
 
     def note(number: int) -> None:
@@ -111,14 +82,14 @@ def steps_with_moves(model: nn.Module, optimizer: torch.optim.Optimizer, steps: 
 
 
 def assert_sound(delta: SparseDelta, k: int) -> None:
-    """The invariant of an index set, and finite values for it."""
+    """Check that a delta has k sorted, unique indices and k finite values."""
     assert delta.k == k == delta.values.numel()
     assert check_index_set(delta.indices, delta.numel) is None
     assert torch.isfinite(delta.values).all()
 
 
 def assert_same_run(a: nn.Module, b: nn.Module) -> None:
-    """Bit-identical indices and values."""
+    """Check that two models have the same indices and values, bit for bit."""
     left, right = deltas_of(a), deltas_of(b)
     assert left.keys() == right.keys()
     for name in left:
@@ -128,7 +99,7 @@ def assert_same_run(a: nn.Module, b: nn.Module) -> None:
 
 @contextmanager
 def registered_criteria() -> Iterator[None]:
-    """Take back the growth criteria that are registered inside."""
+    """Undo the registration of growth criteria inside the block."""
     growth.growth_criteria()
     before = dict(growth._CRITERIA)
     try:
@@ -142,3 +113,26 @@ def reseed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, source: Te
     """Move an optimizer's state for a delta's values as a close does."""
     for write in reseeded_states([optimizer], parameter, source, seeds):
         write()
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """A copy of indices, values, training state and optimizer state of all deltas."""
+    out = {}
+    for name, delta in deltas_of(model).items():
+        tensors = {"indices": delta.indices, "values": delta.values.detach(), **delta.training_tensors()}
+        state = optimizer.state[delta.values]
+        tensors |= {f"state.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+        tensors |= {f"state.{key}": torch.tensor(v) for key, v in state.items() if isinstance(v, (int, float))}
+        out |= {f"{name}.{key}": tensor.clone().contiguous() for key, tensor in tensors.items()}
+    return out
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Check that both have the same names, and the same bits for each."""
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    different = [
+        name
+        for name, tensor in left.items()
+        if tensor.dtype != right[name].dtype or not torch.equal(tensor, right[name])
+    ]
+    assert not different, different
