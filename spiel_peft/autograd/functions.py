@@ -151,6 +151,37 @@ def tensors_of(deltas: list[SparseDelta]) -> list[Tensor]:
     return [indices for indices, _ in called] + [values for _, values in called]
 
 
+def _save(ctx: Any, x: Tensor | None, flat: Sequence[Tensor]) -> None:
+    """Keep an activation, or None, and `tensors_of` the deltas for the backward pass.
+
+    The indices are not saved as autograd saves tensors: hooks for these, such as those that offload activations, would
+    carry them to the CPU and hand out copies, for which nothing that is remembered per index set is known.
+    """
+    half = len(flat) // 2
+    ctx.indices = flat[:half]
+    ctx.versions = [_version(indices) for indices in ctx.indices]
+    ctx.save_for_backward(x, *flat[half:])
+
+
+def _saved(ctx: Any) -> tuple[Tensor | None, Pairs]:
+    """What `_save` has kept.
+
+    Raises:
+        RuntimeError: indices were changed since the forward pass, as autograd raises for the tensors that it saves.
+    """
+    x, *values = ctx.saved_tensors
+    if any(_version(indices) != version for indices, version in zip(ctx.indices, ctx.versions, strict=True)):
+        raise RuntimeError(
+            "the indices of a delta have been changed between a forward pass and its backward pass: run the backward "
+            "pass before the optimizer step that closes a cycle, and before loading an adapter"
+        )
+    return x, list(zip(ctx.indices, values, strict=True))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors have no version
+
+
 def _flat_gradients(ctx: Any, gradient: WeightGradient | None, pairs: Pairs) -> list[Tensor | None]:
     """What a backward pass returns for its last inputs, `tensors_of` the deltas: indices have no gradient."""
     needed = ctx.needs_input_grad[-len(pairs) :]
@@ -180,14 +211,14 @@ class _Adapted(torch.autograd.Function):
         out = layer_output(op, source, state, pairs, x, bias)
         # After the product, which has brought x into the caches.
         k = sum(indices.numel() for indices, _ in pairs)
-        ctx.save_for_backward(op.activation(x, out, k) if trains else None, *flat)
+        _save(ctx, op.activation(x, out, k) if trains else None, flat)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, *flat = ctx.saved_tensors
-        pairs, op, needs = pairs_of(flat), ctx.op, ctx.needs_input_grad
+        x, pairs = _saved(ctx)
+        op, needs = ctx.op, ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs[4]:
             grad_x = input_gradient(op, ctx.source, ctx.state, pairs, grad_out, ctx.x_shape, ctx.compute_dtype)
@@ -208,13 +239,13 @@ class _FoldedWeight(torch.autograd.Function):
         ctx: Any, source: WeightSource, state: WeightState, deltas: list[SparseDelta], weight: Tensor, *flat: Tensor
     ) -> Tensor:
         ctx.deltas = deltas
-        ctx.save_for_backward(*flat)
+        _save(ctx, None, flat)
         return source.adapted(state, pairs_of(flat))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _flat_gradients(ctx, DenseGradient(grad_out), pairs_of(ctx.saved_tensors))
+        grads = _flat_gradients(ctx, DenseGradient(grad_out), _saved(ctx)[1])
         return (None, None, None, grad_out if ctx.needs_input_grad[3] else None, *grads)
 
 
