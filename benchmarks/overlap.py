@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiel_peft.cycle.window import best_slots, shortlist, unite
+from spiel_kernels import stable_topk
+from spiel_peft.cycle.window import shortlist, unite
 
 from .bases import load_task, packed_batches
 from .environment import add_output_argument, save
@@ -78,8 +79,8 @@ def compare(steps: list[list[Tensor]], k: int) -> dict[str, dict[str, float]]:
     union, _ = proposals_of(before, k)
     first_union, first_sums = proposals_of(opening, k)
     chosen = {
-        "together": union[best_slots(exact_sum[union].abs(), k)],
-        "first_window": first_union[best_slots(first_sums.abs(), k)],
+        "together": union[stable_topk(exact_sum[union].abs(), k)],
+        "first_window": first_union[stable_topk(first_sums.abs(), k)],
         "alone": top(opening[0], k),
         "exact": top(exact_sum, k),
     }

@@ -1,4 +1,4 @@
-"""`SparseDelta`: the indices and values that one adapter adds to one weight."""
+"""`SparseDelta`: the indices and values with which one adapter changes one weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .state import STATE_KEYS, RunSettings, TrainingState
 if TYPE_CHECKING:
     from .config import SpIELConfig
 
-# Every delta alive in the process; optimizer hooks look here for the owners of the parameters they step.
+# Every live delta of the process. Optimizer hooks look here for the deltas of the parameters that they step.
 LIVE_DELTAS: weakref.WeakSet[SparseDelta] = weakref.WeakSet()
 
 

@@ -1,4 +1,4 @@
-"""Agreement of the ranks that train a delta together: what they compare at every step and at every close."""
+"""Keeps ranks that train together in agreement: compares their place in the run at steps, their deltas at closes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..growth import GrowthCriterion
 from .close import Exchange, decide_exchange, propose, prune_scores
 from .ranks import Ranks
 
-# Checksums of tensors, to compare across processes without sending the tensors.
+# Checksums compare tensors across processes without sending them.
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -41,10 +41,8 @@ def checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-# What the ranks that train together must agree on, and what happens if they do not.
-#
 # Ranks exchange a few numbers at every step and checksums at every close. Every rank compares the same table, so that
-# all ranks go on or all raise; none is left waiting.
+# all ranks go on or all raise, and none is left waiting.
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +51,7 @@ logger = logging.getLogger(__name__)
 SKIPPED, TOOK_PLACE, WITHOUT_GRADIENT = 0, 1, 2
 
 _SAME_RUN = "build the model with the same SpIELConfig and load the same checkpoint on every rank"
-# What is compared at every step besides the outcome, and what to do about a difference.
+# The fields that are compared at every step besides the outcome, each with the remedy for a difference.
 _STEP_FIELDS = {
     "optimizer steps so far": "step the optimizer equally often, and load the same checkpoint, on every rank",
     "closed cycles": _SAME_RUN,
@@ -67,7 +65,7 @@ _FRESH_CODES = {None: -1, False: 0, True: 1}
 
 
 def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> int:
-    """Compare where all ranks are in the run, and what they think of the step that has just been taken.
+    """Compare the ranks' places in the run, and agree whether the step that has just been taken counts.
 
     Args:
         ranks: those that have taken the step.
@@ -83,7 +81,7 @@ def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> i
     device = deltas[0].values.device
     row = torch.tensor([0, *_place_in_run(deltas)], device=device)
     row[0] = outcome
-    # The one wait for the device that a step has anyway.
+    # A step waits for the device here anyway.
     table = ranks.gather(row).tolist()
     for column, (field, remedy) in enumerate(_STEP_FIELDS.items(), start=1):
         said = [of_rank[column] for of_rank in table]
@@ -116,7 +114,7 @@ def _place_in_run(deltas: list[SparseDelta]) -> list[int]:
 
 
 def _fingerprint(deltas: list[SparseDelta]) -> int:
-    """A number for everything that decides how the run goes on; computed where a run begins or resumes."""
+    """A hash of the settings and the training state that decide how the run goes on."""
     c = deltas[0].run.config
     parts: list[object] = [c.growth, c.regrow_every, c.accumulation_steps, c.initial_regrow_rate]
     parts += [c.regrow_schedule, c.stop_regrowing_at, c.seed]
@@ -148,13 +146,13 @@ def decide(
 ) -> list[Exchange]:
     """The exchanges of a close, one decision for all ranks.
 
-    All compute them from the same sums; where a growth criterion proposes something else on some rank, all follow the
-    first one.
+    All ranks compute them from the same sums. If a growth criterion proposes other positions on some rank, all follow
+    the first rank.
 
     Args:
-        ranks: those that close; None: this process alone.
-        criterion: the adapter's.
-        deltas: whose cycle closes, ordered by name.
+        ranks: the ranks that close together; None: this process alone.
+        criterion: the adapter's growth criterion.
+        deltas: the deltas whose cycle closes, ordered by name.
         counts: how many each of them is to replace at most.
 
     Raises:
@@ -178,7 +176,7 @@ def _decide_together(
         try:
             of_delta = prune_scores(criterion, delta, count)
             proposed = propose(criterion, delta, count)
-        except Exception as failure:  # the others have to be told, whatever it is
+        except Exception as failure:  # of any kind: the other ranks have to be told
             of_delta, proposed = delta.values.detach().abs(), delta.indices[:0].to(torch.int64)
             error = error or failure
         scores.append(of_delta)
@@ -205,7 +203,7 @@ def _decide_together(
 
 def _exchange(delta: SparseDelta, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
     exchange = decide_exchange(delta.indices, scores, proposed, count)
-    # Held for all matrices at once, so no wider than need be.
+    # The exchanges of all matrices are held at once, so in the narrow index dtype.
     return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
 
 
@@ -229,7 +227,7 @@ def _raise_failure(ranks: Ranks, criterion: GrowthCriterion, error: Exception | 
 
 
 def _compare(ranks: Ranks, deltas: list[SparseDelta], table: Tensor) -> None:
-    """Raise a RuntimeError if rows of the table ``[ranks, deltas, fields]`` differ, naming what, where and on whom."""
+    """Raise a RuntimeError that names field, module and ranks if rows of ``[ranks, deltas, fields]`` differ."""
     unequal = table != table[:1]
     if not bool(unequal.any()):
         return

@@ -16,10 +16,8 @@ from ..checks import listed
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion, GrowthRequest, PruneRequest
 
-# When a cycle closes and what share of the deltas it replaces. Pure functions of step counts.
-#
-# Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the closes are
-# at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, counted in optimizer steps instead of micro-batches).
+# Schedule. Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the
+# closes are at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, where micro-batches are counted).
 
 
 def closes_at(step: int, regrow_every: int, accumulation_steps: int) -> bool:
@@ -61,16 +59,16 @@ def regrow_rate(schedule: str, initial: float, step: int, total_steps: int) -> f
 
 
 def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
-    """The rate when the length of the run is not known: it falls as the learning rate does."""
+    """The rate where the length of the run is not known: proportional to the learning rate."""
     return initial * lr / max_lr if max_lr > 0 else initial
 
 
-# The decision of a close: which active positions leave and which come. A pure function of tensors.
+# Decision
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What a close does to one index set.
+    """The positions that a close prunes from one index set and those that it grows.
 
     Attributes:
         drop: bool ``[k]``, True for the slots that leave.
@@ -132,14 +130,14 @@ def _largest_fillable(proposed_rank: Tensor, count: int) -> int:
     return int(fits.sum())
 
 
-# Asks a growth criterion what to grow and what to prune in one matrix, and checks the answers.
+# Questions to a growth criterion, with checks of its answers
 
 
 def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
-    """What the criterion proposes for the close of this delta's cycle; int64, distinct, in range, best first.
+    """The positions that the criterion proposes to grow: int64, distinct, in range, best first.
 
     Raises:
-        ValueError: a criterion may be anybody's, and this one proposed something else.
+        ValueError: the criterion, which a user may have registered, proposes something else.
     """
     if criterion.propose is None or count == 0:
         return delta.indices[:0].to(torch.int64)
@@ -154,7 +152,7 @@ def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tenso
 
 
 def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
-    """What the criterion says each delta ``[k]`` is worth; the lowest scores are pruned first.
+    """The criterion's prune scores ``[k]``; the deltas with the lowest scores are pruned first.
 
     Raises:
         ValueError: the criterion's own score is no floating tensor of that shape, or has NaN.
@@ -237,7 +235,7 @@ def _problem_with(proposed: Any, numel: int) -> str | None:
     return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None
 
 
-# What a close did, for logs.
+# Report
 
 
 @dataclass(frozen=True)

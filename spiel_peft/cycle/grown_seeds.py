@@ -1,11 +1,11 @@
-"""What a grown entry starts with in each buffer that an optimizer keeps. Pure functions of window statistics.
+"""Seeds: the values with which a grown delta's entries in the optimizer's buffers start.
 
-One idea makes the rules: a grown entry gets what it would have by now, had its gradient been the window's mean since
-the optimizer's first step. For Adam that is the mean times ``1 - beta1**step``, so that the corrected estimate is
-unbiased although `step` is kept per tensor. A sum builds up as a sum: SGD's momentum to ``g (1 - mu**t) / (1 - mu)``,
-Adagrad's to ``t g**2``. The exception are second moments that the optimizer uses as they are, without correction: they
-get the mean square in full. Both choices err to the same side: a grown delta never starts with longer steps than one
-that had the same gradient all along.
+One idea makes the rules: a grown entry gets the value that it would have by now if its gradient had been the mean of
+the window since the optimizer's first step. For Adam that is the mean times ``1 - beta1**step``, so that the
+corrected estimate is unbiased although `step` is kept per tensor. A sum builds up as a sum: SGD's momentum to ``g (1
+- mu**t) / (1 - mu)``, Adagrad's to ``t g**2``. Second moments that the optimizer uses without correction are the
+exception: they get the mean square in full. Both choices err to the same side: a grown delta never starts with longer
+steps than one that had the same gradient all along.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class GrownSeeds:
 
 @dataclass(frozen=True)
 class Past:
-    """What an optimizer has done so far to a parameter.
+    """The past of a parameter under an optimizer: its group and the steps that were taken.
 
     Attributes:
         group: the parameter's group.
@@ -62,7 +62,7 @@ class Past:
 
     @property
     def sign(self) -> float:
-        """-1 for optimizers that maximize: they turn gradients round before anything else."""
+        """-1 for optimizers that maximize, as they negate gradients first; else 1."""
         return -1.0 if self.group.get("maximize") else 1.0
 
 
@@ -71,12 +71,12 @@ Measure = Callable[[GrownSeeds, Past], Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a grown entry of one buffer starts with.
+    """How the grown entries of one buffer are seeded.
 
     Attributes:
-        measured: the seeds ``[m]`` by what the window tells; None if it tells nothing of this buffer.
-        otherwise: without a measure: "zero"; "kept": the mean over the matrix's kept entries; "lr": the learning rate.
-            What is not "zero" scales or divides updates, and is never zero.
+        measured: computes the seeds ``[m]`` from the window; None if the window says nothing about this buffer.
+        otherwise: the seed where nothing was measured: "zero"; "kept": the mean over the matrix's kept entries; "lr":
+            the learning rate. Buffers with "kept" or "lr" scale or divide updates, so their seeds are never zero.
     """
 
     measured: Measure | None
@@ -111,7 +111,7 @@ def _momentum(seeds: GrownSeeds, past: Past) -> Tensor:
 
 
 def _momentum_in_betas(seeds: GrownSeeds, past: Past) -> Tensor:
-    """The same of bitsandbytes, which dampens nothing."""
+    """Momentum of bitsandbytes' optimizers, which have no dampening."""
     return seeds.mean * _geometric_sum(past.beta(0), past.steps, 0.0)
 
 
@@ -136,7 +136,7 @@ _KEPT = Rule(None, "kept")
 _LEARNING_RATE = Rule(None, "lr")
 _SQUARE = Rule(lambda seeds, past: seeds.mean_square, "kept")
 _CORRECTED_SQUARE = Rule(_corrected_square, "kept")
-# A norm, in the gradient's unit.
+# Absolute values, in the unit of the gradient.
 _NORM = Rule(lambda seeds, past: seeds.mean_square.sqrt(), "kept")
 _SUM_OF_SQUARES = Rule(_sum_of_squares, "kept")
 
@@ -153,14 +153,15 @@ _BY_NAME = {
     "exp_inf": _NORM,
     "sum": _SUM_OF_SQUARES,
     "step_size": _LEARNING_RATE,
-    # What stands for the past of an entry that has none: Rprop's last gradient, RMSprop's mean (zero makes its
-    # variance the mean square), averages and iterates of the deltas themselves.
+    # Zero is right for a new entry: Rprop's last gradient, RMSprop's mean (its variance is the mean square then),
+    # averages and iterates of the deltas themselves.
     "prev": _ZERO,
     "grad_avg": _ZERO,
     "ax": _ZERO,
     "z": _ZERO,
 }
-# Settings without which a buffer of that name is in a unit of its own: preconditioned or scaled by a learning rate.
+# Settings that an optimizer must have for the rule of that name. Without them the buffer has another unit: it is
+# preconditioned, or scaled by a learning rate.
 _NEEDS = {
     "exp_avg": ("betas",),
     "exp_avg_fast": ("betas",),
@@ -169,12 +170,12 @@ _NEEDS = {
     "sum": ("initial_accumulator_value",),
     "step_size": ("step_sizes",),
 }
-# By what bitsandbytes calls the update: the rules of `state1`, row by row, and of `state2`.
+# By bitsandbytes' name of the update: the rules of `state1`, one per row, and of `state2`.
 _BITSANDBYTES: dict[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = {
     "adam": ((_average(0),), (_CORRECTED_SQUARE,)),
     "lamb": ((_average(0),), (_CORRECTED_SQUARE,)),
     "ademamix": ((_average(0), Rule(_slow_average, "zero")), (_CORRECTED_SQUARE,)),
-    # Steps by the sign of a mix with betas[0]; its average decays by the other one.
+    # Lion steps by the sign of a mix with betas[0]; its average decays by betas[1].
     "lion": ((_average(1),), ()),
     "momentum": ((Rule(_momentum_in_betas, "zero"),), ()),
     "lars": ((Rule(_momentum_in_betas, "zero"),), ()),
@@ -215,14 +216,14 @@ def _rule_by_name(optimizer: torch.optim.Optimizer, group: dict[str, Any], name:
 def _general_rule(row: Tensor) -> Rule:
     """The rule for a buffer of an unknown optimizer.
 
-    What is never negative (a sum of squares, a step size) divides or scales, and must not be zero; anything else adds
-    up.
+    A buffer that is never negative (a sum of squares, a step size) divides or scales updates and must not be zero. Any
+    other buffer adds up gradients, so zero is neutral.
     """
     return _KEPT if bool((row >= 0).all()) and bool((row > 0).any()) else _ZERO
 
 
 def seeds_for(rule: Rule, row: Tensor, source: Tensor, past: Past, seeds: GrownSeeds | None) -> Tensor:
-    """What the grown entries of one row of a buffer start with, ``[m]``.
+    """The seeds ``[m]`` of the grown entries in one row of a buffer.
 
     Args:
         rule: see `rules_of`.
@@ -236,7 +237,7 @@ def seeds_for(rule: Rule, row: Tensor, source: Tensor, past: Past, seeds: GrownS
     out = torch.full((int((source < 0).sum()),), otherwise, dtype=dtype, device=row.device)
     if rule.measured is not None and seeds is not None:
         measured = rule.measured(seeds, past).to(out)
-        # Of what was not in the window, or had no gradient in it, nothing is measured.
+        # Positions that were not in the window, or had no gradient in it, have no measure.
         out = torch.where(measured > 0 if rule.positive else measured.isfinite(), measured, out)
     if rule.positive and row.is_floating_point():
         out = out.clamp(min=torch.finfo(row.dtype).tiny)
@@ -251,7 +252,7 @@ def _otherwise(rule: Rule, row: Tensor, source: Tensor, past: Past) -> float:
 
 
 def _mean_of_kept(row: Tensor, source: Tensor) -> float:
-    # If all entries are new, or the kept ones never had a gradient, those that leave tell the scale.
+    # If all entries are new, or the kept ones never had a gradient, the pruned entries give the scale.
     for entries in (row[source[source >= 0]], row):
         if entries.numel():
             mean = float(entries.to(torch.promote_types(entries.dtype, torch.float32)).mean())

@@ -1,4 +1,4 @@
-"""What optimizers keep per delta: how it is found, refused where it cannot follow the indices, and moved with them."""
+"""Optimizer state of the deltas: finds its buffers, refuses those that cannot follow the indices, moves the others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from ..growth import get_growth_criterion
 from .grown_seeds import GrownSeeds, Past, rules_of, seeds_for
 from .steps import inner_optimizers
 
-# How optimizers store what they keep per entry of a parameter: plainly, in rows, or quantized in blocks.
-#
-# A buffer is read as rows ``[rows, k]`` and written back as such. State that fits none of the layouts cannot follow a
-# change of indices; it is refused by name.
+# A buffer holds numbers for each entry of a parameter: plainly, in rows, or quantized in blocks. It is read and written
+# as rows ``[rows, k]``. State in any other layout cannot follow a change of indices and is refused by name.
 
 
 _PLAIN_DTYPES = (
@@ -33,7 +31,7 @@ _PLAIN_DTYPES = (
     torch.int16,
     torch.bool,
 )
-# Of the update as a whole, whatever their size.
+# Norms of the whole update, whatever their size.
 _BITSANDBYTES_NORMS = ("gnorm_vec", "unorm_vec")
 _BITSANDBYTES_BLOCK = 256
 
@@ -225,10 +223,8 @@ def _unmappable(optimizer: torch.optim.Optimizer, name: str, tensor: Tensor, par
     )
 
 
-# Optimizer state across a close: permuted with the indices, seeded for what was grown.
-#
-# A grown delta starts at zero with state that is neither stale nor zero where zero is harmful: a second moment of zero
-# would make its first update arbitrarily large.
+# At a close the state is permuted with the indices, and the entries of grown deltas are seeded (`grown_seeds`): stale
+# state would push them anywhere, and a second moment of zero would make their first update arbitrarily large.
 
 
 def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
@@ -287,10 +283,8 @@ def _reseeded_state(
     return writes
 
 
-# Refuses optimizers whose state cannot follow the indices.
-#
-# Optimizers make their state in their first step, so most of it can be looked at only after that: at the first close,
-# before the close changes anything.
+# Optimizers create their state in their first step. So most of it is checked at the first close, before the close
+# changes anything.
 
 
 _CHECKED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -326,10 +320,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta])
 
 
 def check_state(optimizers: list[torch.optim.Optimizer], parameter: Tensor) -> None:
-    """Refuse what the optimizers that took part in a step keep for `parameter`, if it cannot follow the indices.
+    """Refuse optimizers whose state for `parameter` cannot follow a change of indices.
+
+    Args:
+        optimizers: those that took part in a step.
+        parameter: values of a delta that they hold.
 
     Raises:
-        TypeError: see above.
+        TypeError: names the optimizer and the state.
     """
     kept = [buffers_of(optimizer, parameter) for optimizer in optimizers]
     for optimizer in optimizers:
@@ -340,7 +338,7 @@ def check_state(optimizers: list[torch.optim.Optimizer], parameter: Tensor) -> N
 
 
 def _check_for_hidden_state(optimizer: torch.optim.Optimizer, took_part: list[torch.optim.Optimizer]) -> None:
-    """An optimizer that keeps nothing here may keep it in others, for copies of the parameters."""
+    """Refuse an optimizer that keeps its state in other optimizers, for copies of the parameters."""
     inside = inner_optimizers(optimizer)
     if inside and not any(inner is other for _, inner in inside for other in took_part):
         name, inner = inside[0]
@@ -351,7 +349,7 @@ def _check_for_hidden_state(optimizer: torch.optim.Optimizer, took_part: list[to
 
 
 def _check_for_entries_elsewhere(optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
-    """State is by parameter; some keep more of it under names, such as a dict of tensors by parameter."""
+    """Refuse state under a name, such as a dict of tensors by parameter, beside the usual state by parameter."""
     for name, entry in optimizer.state.items():
         if isinstance(name, Tensor) or not isinstance(entry, dict):
             continue

@@ -1,8 +1,7 @@
-"""Training on several ranks: which ranks train a delta together, whose gradients are averaged here, what is refused."""
+"""Finds the ranks that train a delta together, averages gradients under FSDP2, and refuses DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
-import gc
 import sys
 import weakref
 from collections.abc import Iterable
@@ -15,27 +14,29 @@ from torch.autograd import Variable
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ..call_stack import live_objects
 from ..delta import AdapterRun, SparseDelta
 from ..sharding import is_plain, refuse_fsdp1, sharding_group
 from .agreement import check_same
 from .ranks import Ranks
 
-# Which ranks train a delta together: those whose DistributedDataParallel wrapper its gradients went through.
+# The ranks that train a delta together are those of the DistributedDataParallel wrapper that its gradients went
+# through.
 #
-# A process group alone says nothing: every rank may train a model of its own, or one of them alone. So wrappers are
-# noticed as they are built, by PyTorch's public hook on the registration of submodules, and their forward passes are
-# counted: a step without one, as after unwrapping the model, concerns this process alone. A model whose weights FSDP2
-# has spread over ranks cannot be run by one of them alone.
+# A process group alone says nothing: every rank may train a model of its own, or only one rank may train. So wrappers
+# are noticed as they are built, by PyTorch's public hook on the registration of submodules, and their forward passes
+# are counted. A step without a forward pass of the wrapper, as after unwrapping the model, concerns this process
+# alone. A model whose weights FSDP2 has spread over ranks is always run by all of them.
 
 
 _handles: list[Any] = []
 
 
 class _Wrapped:
-    """What is known of one wrapper.
+    """Forward passes of one wrapper, and how many there were when each delta was last stepped.
 
     Attributes:
-        deltas: those whose gradients it averages.
+        deltas: the deltas whose gradients the wrapper averages.
         forwards: its forward passes with gradients so far.
         stepped: how many there were when a delta was last stepped.
     """
@@ -53,7 +54,7 @@ _WRAPPED: weakref.WeakKeyDictionary[DistributedDataParallel, _Wrapped] = weakref
 
 
 def install() -> None:
-    """Watch out for wrappers; once per process however often it is called."""
+    """Notice wrappers as they are built; registers its hook once per process."""
     if not _handles:
         _handles.append(register_module_module_registration_hook(_on_registration))
 
@@ -83,7 +84,7 @@ def is_chosen(delta: SparseDelta) -> bool:
 
 
 def note_step(deltas: Iterable[SparseDelta]) -> None:
-    """The forward passes so far belong to steps that are over."""
+    """Note that the forward passes so far belong to finished steps of these deltas."""
     for delta in deltas:
         for state in _WRAPPED.values():
             if delta in state.deltas:
@@ -91,7 +92,7 @@ def note_step(deltas: Iterable[SparseDelta]) -> None:
 
 
 def set_data_parallel_group(model: nn.Module, group: Any | Literal["auto"]) -> None:
-    """Say which ranks train the deltas of a model together. Needed only where neither DDP nor FSDP2 is at work.
+    """Set the ranks that train the deltas of a model together; only needed without DistributedDataParallel and FSDP2.
 
     Args:
         model: any module that contains SpIEL layers.
@@ -161,15 +162,14 @@ def _count_forward(wrapper: nn.Module, args: Any) -> None:
         _WRAPPED[wrapper].forwards += 1
 
 
-# Gradients of deltas that are whole on every rank while FSDP2 spreads the base weights: averaged over the ranks.
-#
-# `DistributedDataParallel` does that for the parameters it wraps, FSDP2 for those it shards; for these it is done here,
-# at the end of every backward pass, so that clipping sees the averages. There is no `no_sync` to heed: the average of
-# what is averaged already is itself, so micro-batches may be averaged one by one.
+# Under FSDP2 the base weights are spread over ranks and the deltas are whole on each. DistributedDataParallel
+# averages the gradients of the parameters that it wraps, FSDP2 those that it shards; the gradients of deltas are
+# averaged here, at the end of every backward pass, so that clipping sees the averages. `no_sync` needs no support:
+# averaging an average again changes nothing, so micro-batches may be averaged one by one.
 
 
 def queue_average(delta: SparseDelta) -> None:
-    """Called in a backward pass that reaches the delta: have the gradients of its run averaged when the pass is over.
+    """Have the gradients of the delta's run averaged at the end of the backward pass in which this is called.
 
     Does nothing unless FSDP2 shards the base weight and `set_data_parallel_group` has not been called.
     """
@@ -245,10 +245,9 @@ def _check_plain(delta: SparseDelta) -> None:
         )
 
 
-# DeepSpeed: what its engines make of a model, told apart without importing it.
-#
-# ZeRO's optimizers step flat buffers of their own, pieces of many parameters together, in which no position of a delta
-# can be found, let alone moved. A cycle would not run at all, or every rank would run its own.
+# DeepSpeed's engines are recognized without importing DeepSpeed. ZeRO's optimizers step flat buffers of their own,
+# which hold pieces of many parameters together, so the entries of a delta cannot be moved in them. A cycle would not
+# run at all, or every rank would run its own.
 
 
 _ENGINES = "deepspeed.runtime.engine"
@@ -259,12 +258,12 @@ _INSTEAD = (
 
 
 def refuse_deepspeed(delta: SparseDelta, averaged_by_user: bool) -> None:
-    """Called in every backward pass before gradients are noted; looks once per run.
+    """Refuse a DeepSpeed engine that keeps the deltas in flat buffers; looks once per run, in a backward pass.
 
     Args:
-        delta: about to get its gradient.
-        averaged_by_user: the user has named the processes that train together, so an engine that leaves the optimizer
-            as it is (stage 0 in float32) will do.
+        delta: its values are about to get their gradient.
+        averaged_by_user: whether the user has named the ranks that train together. An engine that leaves the optimizer
+            as it is (stage 0 in float32) is allowed then.
 
     Raises:
         RuntimeError: a DeepSpeed engine trains the delta; nothing was changed then.
@@ -294,8 +293,9 @@ def _engine_of(delta: SparseDelta) -> Any | None:
     engine_class = getattr(sys.modules[_ENGINES], "DeepSpeedEngine", None)
     if engine_class is None:
         return None
-    engines = [found for found in gc.get_objects() if issubclass(type(found), engine_class)]
-    return next((engine for engine in engines if any(module is delta for module in engine.modules())), None)
+    return next(
+        (engine for engine in live_objects(engine_class) if any(module is delta for module in engine.modules())), None
+    )
 
 
 def _keeps_parameters(engine: Any, delta: SparseDelta) -> bool:

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Elements that one collective sends at most, unless a single tensor has more: small ones share a latency, large ones
-# are not copied.
+# Elements per collective, unless a single tensor has more: small tensors are sent together to save latency, large ones
+# alone to save copies.
 BUCKET = 1 << 20
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Two processes or more that train together. Every method is a collective: all of them have to call it.
+    """Two or more processes that train together. Every method that communicates must be called by all of them.
 
     Attributes:
         group: the process group.
@@ -67,7 +67,7 @@ class Ranks:
 
 
 def in_buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, up to `limit` elements together; a larger one alone."""
+    """Lists of neighbouring tensors of one dtype and device, with up to `limit` elements or of one tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         like = bucket and bucket[0].dtype == tensor.dtype and bucket[0].device == tensor.device

@@ -1,9 +1,9 @@
-"""Training state in the state dicts of optimizers, so that whatever saves model and optimizer can resume exactly.
+"""Keeps training state in the state dicts of optimizers, so that saving model and optimizer is enough to resume.
 
 `model.state_dict()` has the same keys for a trained and a loaded adapter, so it cannot hold a window. An optimizer's
-can: extra keys of a parameter group are saved and loaded with it. What an optimizer was loaded with stays in its
-groups until the deltas take it up: in the first backward pass, which needs to know the window's candidates, or else at
-the first step.
+can: extra keys of a parameter group are saved and loaded with it. Loaded state stays in the optimizer's groups until
+the deltas take it over: in the first backward pass, which needs the candidates of an open window, or else at the
+first step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_format import check_training_state
+from ..call_stack import live_objects
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..growth import get_growth_criterion
 from ..sharding import is_sharded
@@ -27,17 +28,17 @@ from .agreement import checksum
 from .close import in_window
 from .steps import inner_optimizers
 
-# The entry of a parameter group: one dict per delta that has been stepped.
+# The key in a parameter group; its value is a list with one dict for each delta that has been stepped.
 GROUP_KEY = "spiel_training_state"
-# What is small is kept as lists: groups without tensors can be compared, printed and exported.
+# Small tensors are kept as lists, so that groups can be compared, printed and exported.
 _LISTS = {PROGRESS: torch.int64, MAX_LR: torch.float64, SETTINGS: torch.int64, GROWTH: torch.uint8}
 _CARRIERS: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def carry(optimizer: torch.optim.Optimizer) -> None:
-    """From now on `optimizer.state_dict()` holds the training state of the deltas that the optimizer steps.
+    """Make `optimizer.state_dict()` hold the training state of the deltas that the optimizer steps, from now on.
 
-    Optimizers around others often have a `state_dict` of their own, with the inner one's in it: so that is told, too.
+    The same is done for optimizers inside it, as those around others often save the state dict of the inner one.
     """
     if optimizer in _CARRIERS:
         return
@@ -52,7 +53,7 @@ def _add_entries(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     live = _live_by_parameter()
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         if GROUP_KEY in group:
-            continue  # loaded and not yet taken up: it is in the packed group already
+            continue  # loaded state that no delta has taken over yet is in the packed group already
         held = [(position, live.get(id(parameter))) for position, parameter in enumerate(group["params"])]
         entries = [_entry(position, delta) for position, delta in held if delta is not None and delta.state.step]
         if any(delta is not None and is_sharded(delta) for _, delta in held):
@@ -62,7 +63,7 @@ def _add_entries(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
 
 
 def _entry(position: int, delta: SparseDelta) -> dict[str, Any]:
-    """Plain numbers, strings and tensors, as `torch.load(weights_only=True)` demands."""
+    """The training state of a delta in numbers, strings and tensors, as `torch.load(weights_only=True)` demands."""
     tensors = delta.training_tensors()
     return {
         "position": position,  # in the group's params
@@ -73,17 +74,17 @@ def _entry(position: int, delta: SparseDelta) -> dict[str, Any]:
 
 
 def _as_bytes(entries: list[dict[str, Any]]) -> bytes:
-    """What checkpoints of sharded models need: they load into an optimizer that has the same entries, as large."""
+    """Entries as bytes: checkpoints of sharded models load only into a state dict with the same keys and sizes."""
     buffer = io.BytesIO()
     torch.save(entries, buffer)
     return buffer.getvalue()
 
 
 def seek(delta: SparseDelta) -> None:
-    """Give the deltas of a run what optimizers were loaded with for them. Called in the first backward pass.
+    """Give the deltas of a run the training state with which optimizers were loaded; called in the first backward pass.
 
-    The optimizer that will step a delta is not known before its step, and PyTorch keeps no list of optimizers; so all
-    objects are looked through, once per run that may be a resumed one (about 0.2 s).
+    The optimizer that will step a delta is unknown before its step, and PyTorch keeps no list of optimizers. So all
+    objects of the garbage collector are searched, once for each run that may be a resumed one (about 0.2 s).
 
     Raises:
         ValueError: see `take_up`.
@@ -97,11 +98,11 @@ def seek(delta: SparseDelta) -> None:
     loaded = _loaded_optimizers(values)
     if _contested(loaded, values):
         loaded.clear()
-        gc.collect()  # optimizers that are out of use may still wait for the collector
+        gc.collect()  # frees optimizers that are no longer in use
         loaded = _loaded_optimizers(values)
     contested = _contested(loaded, values)
     for optimizer in loaded:
-        # If several optimizers hold a delta, the one that steps it is right.
+        # If several loaded optimizers hold a delta, the one that steps it decides.
         if not contested & _parameters(optimizer):
             take_up(optimizer)
 
@@ -116,17 +117,16 @@ def _contested(optimizers: list[torch.optim.Optimizer], values: set[int]) -> set
 def _may_be_resumed(delta: SparseDelta) -> bool:
     if not delta.untouched:
         return True
-    # Not everybody loads values through the module, but then they are no longer zero. Of a sharded tensor a rank looks
-    # at its own part: no communication in a backward pass.
+    # Values may be loaded past the module, but then they are no longer zero. A rank looks only at its own part of a
+    # sharded tensor, as a backward pass must not communicate.
     values = delta.values.detach()
     return bool((values.to_local() if hasattr(values, "to_local") else values).any())
 
 
 def _loaded_optimizers(values: set[int]) -> list[torch.optim.Optimizer]:
     """Optimizers that were loaded with state for one of these parameters, by id."""
-    optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
-    # After gc.freeze() the collector no longer lists what it knew before.
-    distinct = {id(optimizer): optimizer for optimizer in (*_CARRIERS, *optimizers)}
+    # The carriers are known even after gc.freeze().
+    distinct = {id(optimizer): optimizer for optimizer in (*_CARRIERS, *live_objects(torch.optim.Optimizer))}
     return [optimizer for optimizer in distinct.values() if _parameters(optimizer) & values]
 
 
@@ -140,14 +140,14 @@ def _loaded_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def take_up(optimizer: torch.optim.Optimizer, at_step: bool = False) -> None:
-    """Give deltas the training state that came with the optimizer's own; nothing to do if none did.
+    """Give deltas the training state that was loaded with the optimizer, if any.
 
     Args:
-        optimizer: just loaded.
-        at_step: its step is about to begin, so a backward pass has taken place already.
+        optimizer: any optimizer.
+        at_step: whether its step is about to begin, so that a backward pass has taken place already.
 
     Raises:
-        ValueError: it is of another run than the model's, or damaged; nothing was changed then.
+        ValueError: the state belongs to another run than the model's, or is damaged; nothing was changed then.
     """
     groups = [group for group in optimizer.param_groups if GROUP_KEY in group]
     if not groups:
@@ -199,7 +199,7 @@ def _delta_at(parameters: list[Tensor], entry: dict[str, Any], live: dict[int, S
 
 
 def _problem_with(entry: dict[str, Any], delta: SparseDelta) -> str | None:
-    """Why this entry cannot be the state of `delta`, None if it can."""
+    """Why this entry cannot be the state of `delta`; None if it can."""
     if entry.get("module") != delta.module_name:
         return (
             f"meets module {delta.module_name!r} at its place in the optimizer; resume on the model and with the "
@@ -225,7 +225,7 @@ def _problem_with(entry: dict[str, Any], delta: SparseDelta) -> str | None:
 
 
 def _tensors_of(entry: dict[str, Any]) -> dict[str, Tensor]:
-    """Training state as named tensors, as in an adapter file; whatever else is found under its names is an error."""
+    """Training state as named tensors, as in an adapter file; a TypeError if other objects have these names."""
     out = {}
     for name in STATE_KEYS:
         if name in entry:
@@ -242,7 +242,7 @@ def _give(delta: SparseDelta, entry: dict[str, Any]) -> None:
 
 
 def _misses_this_step(delta: SparseDelta, entry: dict[str, Any]) -> bool:
-    """Whether a backward pass was over before the window that it belongs to was known."""
+    """Whether a backward pass of an open window took place before the window was loaded."""
     config = delta.run.config
     if delta.state.current.graph_task == -1 or not get_growth_criterion(config.growth).gathers:
         return False

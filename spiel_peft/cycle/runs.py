@@ -1,4 +1,4 @@
-"""When a training run of an adapter begins: whose optimizer it is, whether it is fresh, how long it will be."""
+"""Decides at a step whether a training run begins, goes on or is resumed, and finds out how long it will be."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def owned_by_another(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> bo
 
 
 def begin_run(delta: SparseDelta) -> None:
-    """Start counting steps anew; accumulators of the optimizer's second moments stay."""
+    """Give a delta the state of a new run. Its SM3 accumulators stay."""
     old = delta.state
-    # Only a run that has stepped is over: what was gathered for the first step of this one stays.
+    # A state without steps is that of the new run already, with the gradients of its first backward passes.
     if not old.step:
         return
     delta.state = TrainingState(row=old.row, col=old.col, sought=True)
@@ -38,7 +38,9 @@ def begin_run(delta: SparseDelta) -> None:
 
 
 def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
-    """Called before every step with the deltas that `optimizer` is about to step; acts where a run begins or resumes.
+    """Begin or resume the runs of the deltas that `optimizer` is about to step, where that is due.
+
+    Called before every step.
 
     Raises:
         ValueError: the length of the run is needed and unknown, or the optimizer was loaded with the state of another
@@ -78,17 +80,17 @@ def join(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> None:
 
 
 def _trains_again(run: AdapterRun) -> bool:
-    """Whether the trainer that the run is of has been told to train once more."""
+    """Whether the Hugging Face trainer of the run trains once more: its `train()` has made a new TrainerState."""
     record = run.record
     trainer = record.trainer() if record.trainer is not None else None
     return trainer is not None and trainer.state is not record.trainer_state()
 
 
 def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: Any, restarted: bool) -> bool:
-    """Whether this step is the first of a new run, not the next one of the run that the delta's state is of."""
+    """Whether this step is the first one of a new run, not the next one of the run in the delta's state."""
     trainer_starts = trainer is not None and trainer.global_step == 0
     if delta.state.owner is None:
-        # Loaded with its training state: to be resumed. Unless that run was over and no greater length was set.
+        # The state was loaded, so the run is resumed, unless it was over and no greater length was set.
         return trainer_starts or (delta.state.finished and trainer is None and not delta.state.with_optimizer)
     return owned_by_another(delta, optimizer) or (trainer_starts and (restarted or delta.state.finished))
 
@@ -114,10 +116,10 @@ def _warn_of_another_cycle(delta: SparseDelta) -> None:
 
 
 def _drop_misplaced_window(delta: SparseDelta) -> None:
-    """Drop a window that the schedule does not have at this step.
+    """Drop an open window if the schedule has none at this step.
 
-    Such as one of another schedule, or one opened by a backward pass after the end of a run, which takes itself for
-    the first one of the next run.
+    Such a window comes from another schedule, or from a backward pass after the end of a run, which takes the next step
+    for the first one of a new run.
     """
     state, config = delta.state, delta.run.config
     if state.window is not None and not in_window(state.step, config.regrow_every, config.accumulation_steps):
@@ -125,7 +127,7 @@ def _drop_misplaced_window(delta: SparseDelta) -> None:
 
 
 def _drop_moments_of_other_indices(delta: SparseDelta, optimizer: torch.optim.Optimizer) -> None:
-    """Other indices were loaded than those for which this optimizer has moments, and no moments with them."""
+    """Drop the optimizer's state for a delta whose indices were loaded without the state that belongs to them."""
     if delta.reindexed and optimizer in _STEPPED and not delta.state.with_optimizer:
         optimizer.state.pop(delta.values, None)
     delta.reindexed = False
@@ -149,7 +151,7 @@ def _learn_total_steps(run: AdapterRun, trainer: Any) -> None:
             run.total_steps = int(state.max_steps)
             record.length_from_trainer = True
     if run.total_steps is None:
-        # A resumed run is as long as it was.
+        # A resumed run keeps its length.
         run.total_steps = max(delta.state.total_steps for delta in run.deltas()) or None
     if run.total_steps is None and run.config.stop_regrowing_at < 1.0:
         raise ValueError(
@@ -179,6 +181,6 @@ def check_total_steps(total_steps: int | None) -> None:
 
 
 def set_total_steps(run: AdapterRun, total_steps: int | None) -> None:
-    """Set the length of a run in optimizer steps; None: not known yet."""
+    """Set the length of a run in optimizer steps; None if it is not known yet."""
     run.total_steps = total_steps
     run.record.length_from_trainer = False

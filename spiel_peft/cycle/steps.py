@@ -1,4 +1,4 @@
-"""Optimizer steps: several optimizers that take part in one step, and what can be read off a step's gradients."""
+"""Finds out which optimizers take part in a step, which gradients it is given, and whether it counts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from ..delta import SparseDelta
 from ..growth import get_growth_criterion
 from .close import accumulators
 
-# Optimizers that step other optimizers: one training step, however many of them take part in it.
-#
-# Sharpness-aware minimization, Lookahead and PyTorch's ZeroRedundancyOptimizer are optimizers around an optimizer, both
-# with hooks. The outermost step is the one that counts; the state of all that took part follows the indices.
+# Optimizers that step other optimizers (sharpness-aware minimization, Lookahead, ZeroRedundancyOptimizer) fire the step
+# hooks of both. Only the outermost step counts as a training step; the state of all optimizers follows the indices.
 
 
 _Reference = weakref.ref[torch.optim.Optimizer]
@@ -30,9 +28,13 @@ _Reference = weakref.ref[torch.optim.Optimizer]
 
 @dataclass(eq=False)
 class _OpenStep:
-    """A step in progress: the outermost optimizer, ids of what it holds, and the optimizers it has stepped.
+    """A step in progress.
 
-    A subclass whose step calls its base class's is stepped by itself; `depth` counts these.
+    Attributes:
+        optimizer: the outermost optimizer.
+        parameters: ids of the deltas' values that it holds.
+        depth: running `step` methods of this optimizer; a subclass may call the one of its base class.
+        parts: the optimizers that it has stepped.
     """
 
     optimizer: _Reference
@@ -50,7 +52,7 @@ _OPEN = _OpenSteps()
 
 
 def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
-    """Note that a step begins; whether it is one of its own, not part of another one.
+    """Note that a step begins, and return whether it is a step of its own, not part of another one.
 
     Args:
         optimizer: about to step.
@@ -76,9 +78,9 @@ def begin(optimizer: torch.optim.Optimizer, parameters: set[int]) -> bool:
 
 
 def end(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Note that a step has ended: the optimizers that took part, outer ones first.
+    """Note that a step has ended, and return the optimizers that took part in it, the outer ones first.
 
-    None if the step was part of another one, or if no delta was held when it began.
+    The list is empty if the step was part of another one, or if the optimizer held no delta when it began.
     """
     for step in _OPEN.stack:
         if step.optimizer() is optimizer:
@@ -103,21 +105,19 @@ def inner_optimizers(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.
     return found
 
 
-# The gradient that a step is given, noted before the step: some optimizers write into it.
-#
-# SGD with Nesterov momentum does in its foreach version, the default on a GPU, and so does Schedule-Free; what they
-# leave behind in ``p.grad`` is no gradient any more.
+# Gradients are noted before the step, because some optimizers write into them: SGD with Nesterov momentum in its
+# foreach version, which is the default on a GPU, and Schedule-Free.
 
 
 def when_known(note: Callable[[bool], None], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """Call `note` when a step's gradient is known: now, or after a closure that the step evaluates.
+    """Call `note` when the gradient of a step is known: now, or whenever the step has evaluated its closure.
 
     Args:
-        note: told whether it is called for the first time in this step; a closure may be evaluated several times.
+        note: gets True in its first call of this step; a closure may be evaluated several times.
         args, kwargs: of the optimizer's `step`, itself included.
 
     Returns:
-        What `step` is to be called with instead; None if with the same.
+        The arguments that `step` has to be called with instead, None if they stay the same.
     """
     closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
     if not callable(closure):
@@ -139,15 +139,16 @@ def when_known(note: Callable[[bool], None], args: Any, kwargs: Any) -> tuple[An
 
 
 def note_gradients(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta], first: bool) -> None:
-    """Keep what is needed of the deltas' gradients before an optimizer can write to them; waits for no device.
+    """Keep the parts of the deltas' gradients that the cycle needs, before an optimizer writes to them.
 
-    An optimizer that unscales in its own kernel finds the gradient unscaled, and leaves what it made of it: there, it
-    is looked at after the step. So it is for the accumulators, if another optimizer is inside.
+    Fused optimizers get the scaled gradient and unscale it in place, so theirs is read after the step. SM3
+    accumulators are also updated after the step if the optimizer steps others. Waits for no device.
 
     Args:
         optimizer: about to step the deltas.
         deltas: of any adapters.
-        first: whether these are the step's first gradients; only those are of the weights as they are, and accumulated.
+        first: whether these are the first gradients of the step. A closure that is evaluated again has moved the
+            weights, so only the first gradients are accumulated.
     """
     unscales = getattr(optimizer, "grad_scale", None) is not None
     accumulates = not (unscales or optimizer_accumulates(optimizer) or inner_optimizers(optimizer))
@@ -175,7 +176,7 @@ def _accumulate(optimizer: torch.optim.Optimizer, deltas: list[SparseDelta]) -> 
 
 
 def accumulate_after_step(optimizers: list[torch.optim.Optimizer], delta: SparseDelta) -> None:
-    """Bring the SM3 accumulators up to date, unless that was done before the step or is the optimizer's affair."""
+    """Update the SM3 accumulators, unless that was done before the step or the optimizer does it."""
     grad = delta.values.grad
     if grad is None or delta.state.current.accumulated or any(map(optimizer_accumulates, optimizers)):
         return
@@ -190,11 +191,14 @@ def optimizer_accumulates(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def will_take_place(optimizers: list[torch.optim.Optimizer], grads: list[Tensor]) -> Tensor:
-    """Whether a step with these gradients counts, as a bool on their device: they are finite, and so are all others."""
+    """Whether a step with these gradients counts, as a bool on their device.
+
+    It counts if they are finite and no gradient scaler has found others that are not.
+    """
     sums = [grad.detach().sum(dtype=torch.float64) for grad in grads]
     finite = torch.isfinite(torch.stack([total.to(sums[0].device) for total in sums])).all()
     for optimizer in optimizers:
-        # A fused optimizer fires its hooks on overflow steps too, wherever the overflow was.
+        # A fused optimizer fires its hooks also in a step that it skips for an overflow in any parameter.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             finite = finite & (torch.as_tensor(found_inf).to(finite.device) == 0).all()
@@ -202,7 +206,7 @@ def will_take_place(optimizers: list[torch.optim.Optimizer], grads: list[Tensor]
 
 
 def gradient_at_probes(delta: SparseDelta) -> Tensor | None:
-    """What the step was given at the slots `probe` ``[p]``; None if nothing was gathered for it."""
+    """The gradient that the step was given at the slots `probe`, ``[p]``; None if nothing was gathered for the step."""
     current, grad = delta.state.current, delta.values.grad
     if grad is None or current.probe is None or current.probe_sums is None:
         return None

@@ -1,4 +1,4 @@
-"""Windows: candidates are chosen, alone or by several ranks together, and their gradients summed until the close."""
+"""Accumulation windows: choose the candidates, alone or with other ranks, and sum their gradients until the close."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from spiel_kernels import sorted_order
+from spiel_kernels import stable_topk
 from spiel_kernels.fold import accumulation_dtype
 
 from ..delta import SparseDelta, WeightGradient
@@ -22,14 +22,12 @@ from .ranks import Ranks, in_buckets
 from .resume import seek
 from .steps import gradient_at_probes
 
-# Candidates that several ranks choose together. Pure functions of tensors.
-#
-# Every rank proposes the positions of its own largest gradients; a position's score is the sum of what ranks said of
-# it.
+# Candidates that several ranks choose together: every rank proposes the positions of its own largest gradients, and the
+# score of a position is the sum of the gradients that were proposed with it.
 
 
 NO_POSITION = -1
-# Candidates of a shortlist, as a multiple of k: all that two ranks can propose.
+# Length of a shortlist as a multiple of k: two ranks can propose no more.
 SHORTLIST = 2
 
 
@@ -59,32 +57,25 @@ def unite(positions: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shortlist(union: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """What is left of a union and its sums if there is more than ranks shall gather: the best by absolute sum."""
+    """The best positions of a union by absolute sum, with their sums: at most `SHORTLIST` times k."""
     if union.numel() <= SHORTLIST * k:
         return union, sums
-    best = best_slots(sums.abs(), SHORTLIST * k)
+    best = stable_topk(sums.abs(), SHORTLIST * k)
     return union[best], sums[best]
 
 
-def best_slots(scores: Tensor, count: int) -> Tensor:
-    """Ascending slots of the `count` highest scores (all if there are fewer); ties go to the lowest slot."""
-    best = sorted_order(scores, descending=True)[:count]
-    return torch.sort(best).values
-
-
-# Accumulation windows at an optimizer step: what the step's backward passes gathered is scaled and added up.
+# Windows at an optimizer step: the gradients that its backward passes gathered are scaled and added up.
 #
-# One process opens a window in its first backward pass (`spiel_peft.cycle.window`). Several ranks cannot: a collective
-# inside a backward pass hangs as soon as two ranks run theirs in another order. They agree at the end of a step
-# instead:
+# A single process opens a window in its first backward pass. Several ranks cannot, because a collective inside a
+# backward pass hangs as soon as two ranks run theirs in different orders. They agree at the end of a step instead:
 #
 # - In the step before a window every rank notes the positions of its k largest gradients, found in the step's first
 #   backward pass. At its end the ranks exchange them. The union is the shortlist: its best 2k where it has more.
 # - In the window's first step every rank gathers its gradient at the whole shortlist. Summed over ranks, these are the
 #   gradients of one process with all the data; the k largest sums stay candidates.
 #
-# Where there is no step before (at the start of a run, or with windows one after the other) the first step of the
-# window is also the one of the proposals, and counts with what the ranks proposed.
+# Where no step is left before the window (at the start of a run, or with windows one after the other), the ranks
+# propose in its first step, and that step counts with the proposed gradients.
 
 
 def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
@@ -92,7 +83,7 @@ def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
 
     Args:
         deltas: of one adapter, before the step is counted.
-        ranks: with whom the step was taken; the contributions of all of them are added up.
+        ranks: the ranks that took the step, whose contributions are added up; None: this process alone.
     """
     opened: list[SparseDelta] = []
     if ranks is not None:
@@ -123,19 +114,19 @@ def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
 
 
 def narrow(delta: SparseDelta) -> None:
-    """Reduce a shortlist to as many candidates as there are deltas, those with the largest sums."""
+    """Reduce a shortlist to the k candidates with the largest absolute sums."""
     window = delta.state.window
     if window is None or window.positions.numel() <= delta.k:
         return
-    best = best_slots(window.sums.abs(), delta.k)
+    best = stable_topk(window.sums.abs(), delta.k)
     window.positions, window.sums, window.squares = window.positions[best], window.sums[best], window.squares[best]
 
 
 def _finite(gathered: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> dict[SparseDelta, bool]:
     if not gathered:
         return {}
-    # Candidates can overflow where no active delta does; the trainer then sees no reason to skip the step. One wait
-    # for the device tells for all of them.
+    # The gradients of candidates can overflow where no active delta's does, and then the trainer does not skip the
+    # step. One wait for the device answers for all matrices.
     device = gathered[0].values.device
     sums = torch.stack([_step_gradient(d, factors[d]).sum(dtype=torch.float64).to(device) for d in gathered])
     return dict(zip(gathered, torch.isfinite(sums).tolist(), strict=True))
@@ -147,11 +138,11 @@ def _step_gradient(delta: SparseDelta, factor: Tensor) -> Tensor:
 
 
 def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Tensor]:
-    """What unscaling, averaging and clipping made of each gathering delta's raw gradients: ``grad`` over the probes.
+    """The factor by which unscaling, averaging and clipping changed each delta's raw gradients.
 
-    Optimizers that unscale inside their kernel write the result back, so this holds for them too. A matrix whose
-    probes are all zero (an embedding whose active rows did not occur) takes the factor of the others; `default` if
-    there is none.
+    It is ``values.grad`` at the probes over the raw gradient there. Optimizers that unscale inside their kernel write
+    the result back, so it holds for them too. A matrix whose probes are all zero (an embedding whose active rows did
+    not occur) takes the factor of the others, or `default` if there are none.
     """
     products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
     for delta in deltas:
@@ -168,11 +159,8 @@ def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Te
     return {delta: torch.where(raw > 0, seen / raw, overall.to(raw.device)) for delta, (seen, raw) in products.items()}
 
 
-# Several ranks
-
-
 def ready_probes(deltas: list[SparseDelta]) -> None:
-    """Called before a step: have probes even where this rank's data did not reach a layer; others' may have."""
+    """Before a step, make probes for layers that this rank's data did not reach, as other ranks' may have."""
     for delta in deltas:
         current, step = delta.state.current, delta.state.step
         gathers = delta.state.window is not None or proposes_at(delta, step)
@@ -184,9 +172,9 @@ def ready_probes(deltas: list[SparseDelta]) -> None:
 
 
 def _add_up(deltas: list[SparseDelta], ranks: Ranks) -> None:
-    """Turn this rank's raw gradients at the common candidates, and at the probes, into the sums over all ranks.
+    """Replace this rank's raw gradients at the common candidates and at the probes by their sums over all ranks.
 
-    `values.grad` is averaged already, so only probes that are sums as well tell the factor.
+    `values.grad` is an average over the ranks already, so the probes have to be sums over them too.
     """
     tensors: list[Tensor] = []
     for delta in deltas:
@@ -202,7 +190,7 @@ def _add_up(deltas: list[SparseDelta], ranks: Ranks) -> None:
 
 
 def _open_windows(deltas: list[SparseDelta], ranks: Ranks) -> list[SparseDelta]:
-    """Exchange proposals and open the windows of those deltas that got any; their `pending` becomes what was said."""
+    """Exchange proposals and open a window for each delta that got any; sets `pending` to its gradients."""
     opened, rest = [], iter(deltas)
     for bucket in in_buckets([delta.indices for delta in deltas]):
         together = list(islice(rest, len(bucket)))
@@ -232,13 +220,10 @@ def _proposal(delta: SparseDelta) -> tuple[Tensor, Tensor]:
 
 def _open_window(delta: SparseDelta, union: Tensor, sums: Tensor) -> None:
     union, sums = shortlist(union, sums, delta.k)
-    # Takes no memory until a step has counted.
+    # An expanded zero takes no memory until a step has counted.
     zeros = torch.zeros((), dtype=sums.dtype, device=sums.device).expand(union.numel())
     delta.state.window = CandidateWindow(union.to(delta.indices.dtype), zeros, zeros, shared=True)
     delta.state.current.pending = sums
-
-
-# What a backward pass contributes to a cycle: candidates of the open window and their gradients.
 
 
 _PROBES = 16
@@ -352,7 +337,7 @@ def proposes_at(delta: SparseDelta, done: int) -> bool:
 
 
 def _note_accumulation(delta: SparseDelta) -> None:
-    """Notice when gradients were thrown away without a step: what was collected for that step goes with them."""
+    """Drop what was collected for a step whose gradients were cleared without an optimizer step."""
     state = delta.state
     task = torch._C._current_graph_task_id()
     if task != state.current.graph_task and _gradient_is_clear(delta):
@@ -374,7 +359,7 @@ def _gradient_is_clear(delta: SparseDelta) -> bool:
 
 
 def drop_step(delta: SparseDelta) -> None:
-    """Forget the step in progress. A window that it would have opened chooses its candidates anew."""
+    """Forget the step in progress; a window that it has opened is closed, so that the next step chooses candidates."""
     delta.state.current = StepGradient()
     window = delta.state.window
     if window is not None and window.steps == 0 and not window.shared:

@@ -15,7 +15,8 @@ from support.runs import adapt, batch
 from torch import Tensor, nn
 
 from distributed.runs import FIELDS, Training, impose, mean_square, snapshot
-from spiel_peft.cycle.window import NO_POSITION, best_slots, padded, unite
+from spiel_kernels import stable_topk
+from spiel_peft.cycle.window import NO_POSITION, padded, unite
 
 RANKS, STEPS = 2, 15
 DOUBLE = torch.float64
@@ -34,15 +35,15 @@ def test_the_union_of_proposals_and_its_sums() -> None:
     assert sums.tolist() == [4.0, 1.0, -3.0, 6.0]
 
 
-def test_nobody_proposes_anything() -> None:
+def test_a_union_of_no_proposals_is_empty() -> None:
     union, sums = unite(torch.full((3, 4), NO_POSITION), torch.zeros(3, 4))
     assert union.numel() == sums.numel() == 0
 
 
-def test_best_slots_settles_ties_by_place() -> None:
+def test_stable_topk_settles_ties_by_place() -> None:
     scores = torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0])
-    assert best_slots(scores, 4).tolist() == [1, 2, 3, 4]
-    assert best_slots(scores, 9).tolist() == [0, 1, 2, 3, 4, 5]
+    assert stable_topk(scores, 4).tolist() == [1, 2, 3, 4]
+    assert stable_topk(scores, 9).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_padding() -> None:
