@@ -19,11 +19,13 @@ from support.models import quantized_llama
 from support.runs import assert_same_run
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl.distributed import DistributedBackend
-from trl.generation.vllm_generation import VLLMGeneration
 
 from .helpers import adapted, config, tiny_llama
 from .trl_runs import KINDS
+
+# Older versions of TRL synchronize in other ways.
+DistributedBackend = pytest.importorskip("trl.distributed").DistributedBackend
+VLLMGeneration = pytest.importorskip("trl.generation.vllm_generation").VLLMGeneration
 
 SYNCS = 50
 
