@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import quantization_utils
+from support.models import quantized_llama
+from support.runs import assert_same_run
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -93,6 +96,23 @@ def train(model: nn.Module, steps: int) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_bitsandbytes_base_that_peft_has_prepared(bits: int, checkpointing: bool, tmp_path: Path) -> None:
+    """The run on a base after `prepare_model_for_kbit_training` equals the run on a float32 base without it."""
+    models = []
+    for prepare in (True, False):
+        base = quantized_llama(tmp_path / str(prepare), bits)
+        if prepare:
+            base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
+        config = SpIELConfig(target_modules=["q_proj"], r=2, regrow_every=4, accumulation_steps=2)
+        model = get_peft_model(base, config)
+        train(model, 7)
+        assert [report.step for report in model.base_model.cycle_log()] == [2, 6]
+        models.append(model)
+    assert_same_run(*models)
 
 
 class Packed(nn.Module):
