@@ -13,6 +13,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from . import checks as check
+from .checks import LORA_ONLY_FIELDS
 from .growth import get_growth_criterion
 from .registration import spiel_type
 
@@ -41,9 +42,9 @@ class RefusesLoraFields:
         own = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         errors = [
             f"`{name}` is a field of LoraConfig that {cls.__name__} must not be given, got {check.short(value)}. "
-            f"{check.LORA_ONLY_FIELDS[name]}"
+            f"{LORA_ONLY_FIELDS[name]}"
             for name, value in kwargs.items()
-            if name in check.LORA_ONLY_FIELDS and name not in own
+            if name in LORA_ONLY_FIELDS and name not in own
         ]
         if errors:
             raise ValueError("\n".join(errors))
