@@ -1,4 +1,4 @@
-"""The targets of an adapter in a model: modules and bare parameters; restores a model after a failed injection."""
+"""The targets of an adapter in a model: modules and bare parameters."""
 
 from __future__ import annotations
 
