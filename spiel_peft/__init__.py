@@ -24,6 +24,7 @@ from .cycle.close import CycleReport
 from .cycle.parallel import set_data_parallel_group
 from .delta import SparseDelta
 from .files.extract import Extraction, extract_delta
+from .files.loading import guard_loaders as _guard_loaders
 from .files.merge import merge_adapter_into_checkpoint
 from .growth import GrowthCriterion, GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 from .inspection import AdapterFacts, Finding, adapter_facts, validate_adapter
@@ -95,5 +96,6 @@ def register() -> None:
 
 
 register()
+_guard_loaders()
 _engine.install()
 _card.install()

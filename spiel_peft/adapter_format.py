@@ -70,6 +70,24 @@ def check_values(values: Tensor, indices: Tensor) -> Problem | None:
     return None
 
 
+def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite entries of a floating tensor become infinite in another floating dtype."""
+    if not (tensor.is_floating_point() and dtype.is_floating_point) or tensor.is_meta:
+        return False
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return False
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool((torch.isfinite(local) & ~torch.isfinite(local.to(dtype))).any())
+
+
+def check_cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Problem | None:
+    """Say what is wrong with the values of a delta once they have the dtype that they are loaded as."""
+    values = tensors.get("values")
+    if values is not None and overflows(values, dtype):
+        return "values", f"has values that are too large for {dtype}, the dtype that the model's deltas have"
+    return None
+
+
 def check_training_state(tensors: Mapping[str, Tensor], own: RunSettings) -> Problem | None:
     """Say what is wrong with the training state saved for a delta, or None; the state as a whole is optional.
 

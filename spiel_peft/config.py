@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import os
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from . import checks as check
+from .checks import LORA_ONLY_FIELDS
 from .growth import get_growth_criterion
 from .registration import spiel_type
 
@@ -27,10 +31,11 @@ _REGEX_REMEDY = "Escape special characters, or pass a list of module names."
 
 
 class RefusesLoraFields:
-    """Mixin of configs that refuses keyword arguments of LoraConfig with a ValueError that says what to use instead.
+    """Mixin of configs that refuses unknown keyword arguments, and says what to use instead.
 
-    The check is in `__new__` so that the generated `__init__` stays as it is: PEFT reads the fields from its signature,
-    and its TypeError for an unknown name becomes PEFT's warning about a file of a later version.
+    Those of LoraConfig are a ValueError. Others are a TypeError as by the generated `__init__`: it becomes PEFT's
+    warning about a file of a later version. The check is in `__new__` so that `__init__` stays as it is: PEFT reads the
+    fields from its signature.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +48,30 @@ class RefusesLoraFields:
         ]
         if errors:
             raise ValueError("\n".join(errors))
+        unknown = [name for name in kwargs if name not in own]
+        similar = {name: check.nearest(name, own) for name in unknown}
+        if unknown and _is_of_file(kwargs.get("peft_type"), kwargs.get("peft_version")):
+            for name in filter(similar.get, unknown):
+                warnings.warn(
+                    f"adapter_config.json has the unknown field `{check.short(name)}`, which is ignored."
+                    f"{similar[name]}",
+                    stacklevel=2,
+                )
+        if unknown:
+            raise TypeError(
+                f"{cls.__name__}.__init__() got an unexpected keyword argument {check.short(unknown[0])}."
+                f"{similar[unknown[0]]}"
+            )
         return super().__new__(cls)
+
+
+def _is_of_file(peft_type: Any, peft_version: Any) -> bool:
+    """Whether a config with these fields was read from a file.
+
+    `PeftConfig.from_pretrained` passes the contents of a file to the constructor without saying so. Only a file has
+    both keys, and only in a file is the type a plain string.
+    """
+    return type(peft_type) is str and peft_version is not None
 
 
 @dataclass
@@ -211,10 +239,9 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     _from_checkpoint = False
 
     def __post_init__(self) -> None:
-        # `PeftConfig.from_pretrained` passes the contents of a file to the constructor without saying so. Only a file
-        # has both keys, and only in a file is the type a plain string.
-        if type(self.peft_type) is str and self.peft_version is not None:
+        if _is_of_file(self.peft_type, self.peft_version):
             self._from_checkpoint = True
+        self._check_common()
         super().__post_init__()
         self.peft_type = spiel_type()
         # PEFT's tuners store the names of tied modules in these two. They are no fields, and are not saved.
@@ -236,6 +263,38 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         config._from_checkpoint = True
         return config
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """PEFT's `from_json_file`; a file that is too large, too deep or damaged is a ValueError that names it."""
+        check.json_object(Path(path_json_file))
+        return super().from_json_file(path_json_file, **kwargs)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise a ValueError that names the field if its regular expressions take for ever on these module names."""
+        patterns = [(name, getattr(self, name)) for name in ("target_modules", "exclude_modules")]
+        patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
+        patterns += [("rank_pattern", rf"(.*\.)?({key})$") for key in self.rank_pattern]
+        patterns += [("density_pattern", rf"(.*\.)?({key})$") for key in self.density_pattern]
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        patterns += [("layers_pattern", rf"(?:^|.*?\.){key}\.(\d+)\.") for key in layers if _has_choice(key)]
+        saved = self.modules_to_save or []
+        patterns += [("modules_to_save", rf"(^|.*\.){key}($|\..*)") for key in saved if _has_choice(key)]
+        check.patterns_in_time(patterns, names)
+
+    def _check_common(self) -> None:
+        """Check the fields of every PEFT config, which PEFT takes as they are."""
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif value is not None and not isinstance(value, str):
+                check.refuse(name, "must be a string or None", value, "Leave it out.")
+        check.boolean("inference_mode", self.inference_mode, "Pass a plain bool.")
+        if not isinstance(self.task_type, (str, type(None))):
+            check.refuse("task_type", "must be a string or None", self.task_type, "CAUSAL_LM is one.")
+        if self.auto_mapping is not None:
+            check.mapping("auto_mapping", self.auto_mapping, "Leave it out.")
+
     def _check_budget(self) -> None:
         given = [name for name in _BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
@@ -251,7 +310,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         if self.density is not None:
             self.density = check.density("density", self.density, _DENSITY_REMEDY)
         if isinstance(self.num_deltas, dict):
-            self.num_deltas = _counts(self.num_deltas)
+            self.num_deltas = check.counts("num_deltas", self.num_deltas, _COUNT_REMEDY)
         elif self.num_deltas is not None:
             self.num_deltas = check.integer("num_deltas", self.num_deltas, 1, _COUNT_REMEDY)
 
@@ -312,7 +371,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         if isinstance(self.num_deltas, dict):
             modules = {name: k for name, k in self.num_deltas.items() if not self.names_parameter(name)}
             # A set although the annotation says list: as in LoraConfig, and as PEFT expects it.
-            self.target_modules = _targets_of_counts(modules, self.target_modules)  # type: ignore
+            self.target_modules = check.targets_of_counts(modules, self.target_modules)  # type: ignore
 
     def names_parameter(self, name: str) -> bool:
         """Whether an entry of `target_parameters` names the parameter with this full name."""
@@ -327,6 +386,8 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         remedy = "Pass the name of the model's list of layers, such as 'layers' or 'h'."
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = check.names("layers_pattern", self.layers_pattern, remedy)
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            check.regex("layers_pattern", pattern, remedy)
         for name in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             if value is None:
@@ -345,8 +406,11 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         if self.modules_to_save is not None:
             remedy = "Pass a list such as ['classifier'], or None."
             self.modules_to_save = check.names("modules_to_save", self.modules_to_save, remedy)
+            for name in self.modules_to_save:
+                check.regex("modules_to_save", name, "PEFT takes each as a regex: escape special characters.")
         if self.trainable_token_indices is not None:
-            self.trainable_token_indices = _token_indices(self.trainable_token_indices)
+            rows = check.token_indices("trainable_token_indices", self.trainable_token_indices)
+            self.trainable_token_indices = rows
         remedy = 'Use "spiel_only" for the biases of adapted modules.'
         check.choice("bias", self.bias, _BIASES, remedy)
         remedy = "Pass the name as a string, or None for PEFT's rule."
@@ -355,90 +419,9 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
             check.boolean(name, getattr(self, name), "Pass a plain bool.")
 
 
-def _counts(num_deltas: dict[str, int]) -> dict[str, int]:
-    """Check a `num_deltas` dict; returns it with plain ints."""
-    if not num_deltas:
-        check.refuse("num_deltas", "must name at least one module when it is a dict", num_deltas, _COUNT_REMEDY)
-    counts = check.mapping("num_deltas", num_deltas, _COUNT_REMEDY)
-    return {name: check.integer(f"num_deltas[{name!r}]", count, 1, _COUNT_REMEDY) for name, count in counts.items()}
-
-
-def _targets_of_counts(counts: dict[str, int], targets: Collection[str] | None) -> set[str]:
-    """The module names in `counts`. Refuses `targets` that name other modules or leave some out.
-
-    Args:
-        counts: full module names and their numbers of deltas.
-        targets: `target_modules`. Suffixes are accepted too, because PEFT replaces 20 names or more by suffixes that
-            tell them from other modules, and saves those.
-    """
-    remedy = "Leave `target_modules` out: the dict selects the targets."
-    if targets is None:
-        return set(counts)
-    if isinstance(targets, str):
-        check.refuse("target_modules", "must name the keys of `num_deltas` when that is a dict", targets, remedy)
-    suffixes = {name: _suffixes(name) for name in counts}
-    used: set[str] = set().union(*suffixes.values())
-    foreign = set(targets) - used
-    missing = [name for name in counts if suffixes[name].isdisjoint(targets)]
-    if foreign or missing:
-        differences = [
-            f"{check.listed(names)} only in {where}"
-            for names, where in ((foreign, "`target_modules`"), (missing, "`num_deltas`"))
-            if names
-        ]
-        rule = f"must name the keys of `num_deltas` when that is a dict ({'; '.join(differences)})"
-        check.refuse("target_modules", rule, sorted(targets), remedy)
-    return set(counts)
-
-
-def _suffixes(name: str) -> set[str]:
-    """All suffixes of a module's name, the full name included: {"a.b", "b"} for "a.b"."""
-    parts = name.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}
-
-
-def _token_indices(value: Any) -> list[int] | dict[str, list[int]]:
-    """Check `trainable_token_indices`; returns plain ints."""
-    remedy = "Pass token ids, such as [0, 1], or a dict such as {'embed_tokens': [0, 1]}."
-    if not isinstance(value, dict):
-        return check.integers("trainable_token_indices", value, remedy)
-    named = check.mapping("trainable_token_indices", value, remedy)
-    return {
-        name: check.integers(f"trainable_token_indices[{name!r}]", indices, remedy) for name, indices in named.items()
-    }
-
-
-_NO_SCALING = "SpIEL's deltas are added to the weight as they are: drop it, and tune the learning rate instead."
-_NO_FACTORS = "It configures a variant of LoRA's two factors, which SpIEL does not have: drop it."
-_INIT = "Drop it. Deltas start at zero; `init_weights=False` starts them at random values, for tests."
-_MEGATRON = "SpIEL does not adapt Megatron's parallel layers: drop it."
-
-# Fields of PEFT's LoraConfig that SpIEL does not have, and what to do instead of passing them.
-LORA_ONLY_FIELDS: dict[str, str] = {
-    "lora_alpha": _NO_SCALING,
-    "alpha_pattern": _NO_SCALING,
-    "use_rslora": _NO_SCALING,
-    "lora_dropout": "SpIEL has no adapter branch: drop it. Use the model's own dropout, or weight decay.",
-    "lora_bias": 'Drop it. To train biases, use `bias="all"` or `bias="spiel_only"`.',
-    "init_lora_weights": _INIT,
-    "loftq_config": _INIT,
-    "eva_config": _INIT,
-    "corda_config": _INIT,
-    "lora_ga_config": _INIT,
-    "use_dora": _NO_FACTORS,
-    "use_qalora": _NO_FACTORS,
-    "qalora_group_size": _NO_FACTORS,
-    "use_bdlora": _NO_FACTORS,
-    "velora_config": _NO_FACTORS,
-    "kasa_config": _NO_FACTORS,
-    "monteclora_config": _NO_FACTORS,
-    "arrow_config": _NO_FACTORS,
-    "alora_invocation_tokens": "SpIEL changes the weights for every token: drop it.",
-    "layer_replication": "SpIEL adapts the layers the model has: drop it.",
-    "runtime_config": "SpIEL moves nothing between devices at run time: drop it.",
-    "megatron_config": _MEGATRON,
-    "megatron_core": _MEGATRON,
-}
+def _has_choice(pattern: str) -> bool:
+    """Whether a name that PEFT takes as a regular expression is more than a name."""
+    return any(sign in pattern for sign in "*+?{|")
 
 
 def names_module(target: str, key: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spiel_kernels import check_index_set, index_dtype, sample_positions
 from spiel_kernels.index_set import seeded_generator
 
-from .adapter_format import check_indices_and_values, check_training_state, check_values
+from .adapter_format import check_cast, check_indices_and_values, check_training_state, check_values
 from .call_stack import prepares_sharding
 from .state import STATE_KEYS, RunSettings, TrainingState
 
@@ -293,8 +293,8 @@ class SparseDelta(nn.Module):
             problem = ("indices", "is missing, or of another length than its values")
         if problem is not None:
             self.run.refused = (
-                f"Adapter {self.run.adapter_name!r} is refused: tensor '{self.module_name}.spiel_delta.{problem[0]}' "
-                f"of its file {problem[1]}. Delete the adapter."
+                f"The file of adapter {self.run.adapter_name!r} is refused: tensor "
+                f"'{self.module_name}.spiel_delta.{problem[0]}' {problem[1]}"
             )
             raise ValueError(self.run.refused)
         self.untouched = False
@@ -355,7 +355,11 @@ class SparseDelta(nn.Module):
         ]
         if wrong_sizes:
             return wrong_sizes
-        problem = check_indices_and_values(incoming, self.numel) or check_training_state(incoming, self.settings)
+        problem = (
+            check_indices_and_values(incoming, self.numel)
+            or check_cast(incoming, self.values.dtype)
+            or check_training_state(incoming, self.settings)
+        )
         if problem is not None:
             return [f"{prefix}{problem[0]} {problem[1]}"]
         self.note_checked(incoming)

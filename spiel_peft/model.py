@@ -22,13 +22,13 @@ from .compose.rules import Combination
 from .config import SpIELConfig, names_module
 from .cycle.window import WindowCollector
 from .delta import AdapterRun
+from .files.loading import ModelStructure, refuse_more_than_file
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
 from .layers.merging import report_merge_loss
 from .saving import AdapterLoading, check_live_state_dict, saved_entries
 from .targets import (
     BYPASSED,
     BareParameter,
-    ModelStructure,
     bypassed_by,
     check_unmerged,
     find_target_parameters,
@@ -42,8 +42,6 @@ from .targets import (
 from .weights.base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
 
 _LAYER_CLASSES = {EMBEDDING: SpIELEmbedding, CONV: SpIELConv}
-
-
 # Stands for the config of an adapter for which PEFT checks a target by name.
 _LORA = SimpleNamespace(peft_type="LORA")
 
@@ -99,6 +97,8 @@ class SpIELModel(BaseTuner):
         """
         check_unmerged(model, adapter_name, "added")
         config = self.peft_config[adapter_name]
+        if config._from_checkpoint:
+            config.check_patterns(name for name, _ in model.named_modules())
         name_listed_parameters(config, model)
         self._injection = _Injection(AdapterRun(config, adapter_name), *modules_of(state_dict))
         before = ModelStructure(model)
@@ -110,7 +110,7 @@ class SpIELModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
-        except BaseException:  # Ctrl-C too
+        except BaseException:
             before.restore()
             # PEFT has already replaced the config of an adapter with the same name.
             replaced = [run.config for run in before.runs if run.adapter_name == adapter_name]
@@ -231,6 +231,7 @@ class SpIELModel(BaseTuner):
         injection.shared = shared_weights(self.model, set(injection.infos))
         counts = allocate_deltas(config, targets)
         counts.update({name: k for name, k in injection.file_counts.items() if name in counts})
+        refuse_more_than_file(config, counts.values())
         injection.counts = counts
         if config.fan_in_fan_out and all(info.kind != "transposed" for info in targets.values()):
             warnings.warn(

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
+from .adapter_format import (
+    MARKER,
+    check_cast,
+    check_indices_and_values,
+    check_training_state,
+    overflows,
+    split_file_key,
+)
 from .checks import first_of, listed
 from .config import SpIELConfig
 from .delta import SparseDelta
 from .files.adapter_file import PREFIX
-from .layers import SpIELLayer, SpIELParameter
+from .files.loading import REFUSED, clean_name, full_modules, refuse_unannounced, whole_or_not
+from .layers import SpIELLayer
 from .state import STATE_KEYS
-from .targets import check_unmerged, put_module, remove_empty_hosts
+from .targets import check_unmerged
 
 # PyTorch's wrapper for activation checkpoints adds this to the names of modules, but not to the keys of state dicts.
 CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -76,8 +85,8 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
 
     Args:
         tensors: the tensors of the file: ``<module>.spiel_delta.values``, ``.indices`` and optional training state.
-        deltas: the model's deltas by module name. Modules of the file that the model lacks are checked as far as that
-            is possible without a weight; a file with training state must not have any.
+        deltas: the model's deltas by module name. The file must not have other modules. Modules that it lacks are left
+            to PEFT, which reports missing keys.
 
     Raises:
         ValueError: names the first bad tensor and what is wrong with it.
@@ -89,14 +98,18 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
             modules.setdefault(parts[0], {})[parts[1]] = tensor
         elif MARKER in key:
             # PEFT would load such a tensor into the adapter that its key names.
-            raise ValueError(f"The adapter file is refused, nothing was loaded: tensor '{key}' names an adapter")
+            raise ValueError(f"{REFUSED}: tensor '{key}' names an adapter")
     for module, entries in modules.items():
         problem = _check_module(entries, deltas.get(module))
         if problem is not None:
             name, what = problem
-            raise ValueError(f"The adapter file is refused, nothing was loaded: tensor '{module}{MARKER}{name}' {what}")
-    if any(name in entries for entries in modules.values() for name in STATE_KEYS):
-        _refuse_more_modules(sorted(set(modules) - set(deltas)))
+            raise ValueError(f"{REFUSED}: tensor '{module}{MARKER}{name}' {what}")
+    others = sorted(set(modules) - set(deltas))
+    if others:
+        raise ValueError(
+            f"{REFUSED}: it is of a run that trained modules which this adapter lacks ({first_of(others)}); load it "
+            "into the model and with the target_modules that it was made with"
+        )
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
@@ -104,25 +117,18 @@ def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tupl
     # PEFT's "size mismatch" (see `size_mismatches`) reports a file of another budget, which is not damaged.
     indices = entries.get("indices")
     fits = delta is not None and indices is not None and delta.k == indices.numel()
+    for name, tensor in entries.items():
+        # Of a sparse or expanded tensor that does not fit, a check would need more memory than the file has bytes.
+        if not fits and (tensor.layout != torch.strided or (tensor.numel() > 1 and 0 in tensor.stride())):
+            return name, f"is not stored in full: {tuple(tensor.shape)}, strides or layout that repeat entries"
     problem = check_indices_and_values(entries, delta.numel if fits else None)
+    if problem is None and fits:
+        problem = check_cast(entries, delta.values.dtype)
     if problem is None and fits:
         problem = check_training_state(entries, delta.settings)
         if problem is None:
             delta.note_checked(entries)
     return problem
-
-
-def _refuse_more_modules(names: list[str]) -> None:
-    """Raise a ValueError if a file with training state has modules that the adapter lacks.
-
-    PEFT reports modules that the file lacks as missing keys, and resuming refuses them.
-    """
-    if names:
-        raise ValueError(
-            "The adapter file is refused, nothing was loaded: it is of a run that trained modules which this adapter "
-            f"lacks ({first_of(names)}); resume on the model and with the target_modules that the checkpoint was made "
-            "with"
-        )
 
 
 def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
@@ -144,47 +150,76 @@ def check_live_state_dict(model: nn.Module, state_dict: Mapping[str, Any], prefi
     deltas = {name: module for name, module in model.named_modules() if isinstance(module, SparseDelta)}
     for name, delta in deltas.items():
         problems += delta.problems_with(state_dict, f"{prefix}{name}.")
+    for name, module in model.named_modules():
+        for key, tensor in module.named_parameters() if isinstance(module, AuxiliaryTrainingWrapper) else ():
+            found = state_dict.get(f"{prefix}{name}.{key}")
+            if "original_module" in key or ".base_layer." in key or found is None:
+                continue
+            size = _size_mismatch(f"{prefix}{name}.{key}", found, tensor)
+            what = None if size is not None else _not_finite(found, tensor, is_parameter=True)
+            problems += [size] if size is not None else [f"{prefix}{name}.{key} {what}"] if what is not None else []
     if problems:
         for delta in deltas.values():
             delta.note_checked({})
         raise RuntimeError("Error(s) in loading SpIEL deltas, nothing was loaded:\n\t" + "\n\t".join(problems))
 
 
-class SizeCheck:
-    """A hook for one call that raises PEFT's "size mismatch" before `load_state_dict` copies its first tensor.
+def check_next_load(model: nn.Module, on_refusal: Callable[[], None]) -> None:
+    """Make the next `load_state_dict` of a model, which loads an adapter file, load all of it or nothing.
 
-    PyTorch copies the tensors that fit and reports the others at the end. This hook changes nothing unless all tensors
-    fit. It runs after PEFT's `ignore_mismatched_sizes` has taken out the tensors that are not to be loaded.
+    PyTorch copies the tensors that fit and reports the others at the end. The check runs after PEFT's
+    `ignore_mismatched_sizes` has taken out the tensors that are not to be loaded.
 
     Args:
         model: the model whose next `load_state_dict` is checked.
-        on_mismatch: called before the error is raised.
+        on_refusal: called before an error is raised.
     """
+    original = model.load_state_dict
 
-    def __init__(self, model: nn.Module, on_mismatch: Callable[[], None]) -> None:
-        self.on_mismatch = on_mismatch
-        self.handle = model.register_load_state_dict_pre_hook(self)
+    def load_state_dict(state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        vars(model).pop("load_state_dict", None)
+        live = model.state_dict()
+        pairs = {key: (state_dict[key], live[key]) for key in live if key in state_dict}
+        try:
+            problems = [found for key, pair in pairs.items() if (found := _size_mismatch(key, *pair)) is not None]
+            if problems:
+                problems.insert(0, "Error(s) in loading a SpIEL adapter, nothing was loaded:")
+                raise RuntimeError("\n\t".join(problems))
+            parameters = {name for name, _ in model.named_parameters()}
+            for key, pair in pairs.items():
+                what = None if MARKER in key else _not_finite(*pair, key in parameters)
+                if what is not None:
+                    raise ValueError(f"{REFUSED}: tensor {key!r} {what}")
+            with whole_or_not(model) as loading:
+                loading.keep(tensor for _, tensor in pairs.values())
+                return original(state_dict, *args, **kwargs)
+        except BaseException:
+            on_refusal()
+            raise
 
-    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        self.handle.remove()
-        problems = size_mismatches(module, state_dict, prefix)
-        if problems:
-            self.on_mismatch()
-            raise RuntimeError("Error(s) in loading a SpIEL adapter, nothing was loaded:\n\t" + "\n\t".join(problems))
+    vars(model)["load_state_dict"] = load_state_dict
 
 
-def size_mismatches(module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str = "") -> list[str]:
-    """A sentence for every tensor of `state_dict` whose shape differs from that in the module."""
-    problems = []
-    for name, tensor in module.state_dict().items():
-        found = state_dict.get(prefix + name)
-        if isinstance(found, Tensor) and isinstance(tensor, Tensor) and found.shape != tensor.shape:
-            problems.append(
-                f"size mismatch for {prefix}{name}: the checkpoint has shape {tuple(found.shape)}, the model "
-                f"{tuple(tensor.shape)}{_ANOTHER_BUDGET if MARKER in name else ''}; load it with the config it was "
-                "saved with"
-            )
-    return problems
+def _size_mismatch(key: str, found: Any, own: Any) -> str | None:
+    """PEFT's sentence about a tensor of a file whose shape differs from that in the model, else None."""
+    if not (isinstance(found, Tensor) and isinstance(own, Tensor)) or found.shape == own.shape:
+        return None
+    return (
+        f"size mismatch for {key}: the checkpoint has shape {tuple(found.shape)}, the model {tuple(own.shape)}"
+        f"{_ANOTHER_BUDGET if MARKER in key else ''}; load it with the config it was saved with"
+    )
+
+
+def _not_finite(found: Any, own: Any, is_parameter: bool) -> str | None:
+    """A phrase if a tensor is not finite in the dtype that it is loaded as, else None. Buffers may hold infinities."""
+    if not (isinstance(found, Tensor) and isinstance(own, Tensor)) or found.is_meta:
+        return None
+    if overflows(found, own.dtype):
+        return f"has values that are too large for {own.dtype}, the dtype that the model has there"
+    local = found.to_local() if hasattr(found, "to_local") else found
+    if is_parameter and found.is_floating_point() and not bool(torch.isfinite(local).all()):
+        return "has values that are not finite"
+    return None
 
 
 def saved_entries(
@@ -248,7 +283,7 @@ class AdapterLoading:
         state_dict: the tensors of the file.
 
     Raises:
-        ValueError: the file is damaged or of another run. The new adapter is removed from the model.
+        ValueError: the file is damaged or of another run.
     """
 
     def __init__(
@@ -257,9 +292,7 @@ class AdapterLoading:
         check_unmerged(model, adapter_name, "loaded")
         self.model, self.adapter_name = model, adapter_name
         deltas = {
-            name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removeprefix(PREFIX): layer.spiel_delta[
-                adapter_name
-            ]
+            clean_name(name).removeprefix(PREFIX): layer.spiel_delta[adapter_name]
             for name, layer in model.named_modules()
             if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
         }
@@ -267,22 +300,21 @@ class AdapterLoading:
         if config.inference_mode:
             tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in STATE_KEYS}
         self.tensors = tensors
-        self._discard_unloaded = partial(_discard_unloaded, model, config, adapter_name, list(deltas.values()))
         self._deltas = list(deltas.values())
         try:
             check_adapter_tensors({k.removeprefix(PREFIX): v for k, v in tensors.items()}, deltas)
+            refuse_unannounced(model, config, adapter_name, tensors, full_modules(model, adapter_name))
         except ValueError:
-            self._discard()
+            self._forget_checks()
             raise
 
-    def _discard(self) -> None:
+    def _forget_checks(self) -> None:
         for delta in self._deltas:
             delta.note_checked({})
-        self._discard_unloaded()
 
     def named(self, remapped: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the training state to the tensors that PEFT has renamed for this model, and have their sizes checked."""
-        SizeCheck(self.model, self._discard)
+        check_next_load(self.model, self._forget_checks)
         return _name_training_state(self.model, self.adapter_name, remapped)
 
 
@@ -298,25 +330,3 @@ def _name_training_state(model: nn.Module, adapter_name: str, state_dict: dict[s
             key = f"{module}{MARKER}{adapter_name}.{name}"
         out[key] = tensor
     return out
-
-
-def _discard_unloaded(model: nn.Module, config: SpIELConfig, adapter_name: str, deltas: list[SparseDelta]) -> None:
-    """Remove the adapter that PEFT has added for a file that was then refused.
-
-    The adapter is kept if it is the only one of the model, was not made for a file, or has been trained or loaded.
-
-    Args:
-        model: the adapted model.
-        config: config of the adapter.
-        adapter_name: name of the adapter.
-        deltas: deltas of the adapter.
-    """
-    others = [name for name in getattr(model, "peft_config", {}) if name != adapter_name]
-    fresh = all(delta.untouched for delta in deltas)
-    if not (config._from_checkpoint and fresh and others and hasattr(model, "delete_adapter")):
-        return
-    model.delete_adapter(adapter_name)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SpIELLayer) and not isinstance(layer, SpIELParameter) and not layer.spiel_delta:
-            put_module(model, name, layer.base_layer)
-    remove_empty_hosts(model)

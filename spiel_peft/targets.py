@@ -1,4 +1,4 @@
-"""The targets of an adapter in a model: modules and bare parameters; restores a model after a failed injection."""
+"""The targets of an adapter in a model: modules and bare parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from .adapter_format import split_file_key
 from .checks import first_of
 from .config import SpIELConfig, names_module
-from .delta import SparseDelta
 from .layers import SpIELLayer, SpIELParameter, SpIELParameters
 from .weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 
@@ -313,38 +311,6 @@ def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the module with this full name in a model."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-# The attributes that adding an adapter changes in existing layers and in PEFT's wrappers of whole modules.
-_ATTRIBUTES = ("_active_adapter", "_adapters", "shared_with", "tied_to")
-
-
-class ModelStructure:
-    """A copy of everything that an injection changes in a model's modules, to restore the model if it fails.
-
-    Args:
-        model: the model before the injection.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.children = [(module, dict(module._modules)) for module in model.modules()]
-        self.attributes = [
-            (module, {name: copy(vars(module)[name]) for name in _ATTRIBUTES if name in vars(module)})
-            for module in model.modules()
-            if isinstance(module, (SpIELLayer, AuxiliaryTrainingWrapper))
-        ]
-        self.requires_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self.runs = [delta.run for delta in model.modules() if isinstance(delta, SparseDelta)]
-
-    def restore(self) -> None:
-        """Put children, attributes and `requires_grad` back to what they were."""
-        for module, children in self.children:
-            module._modules.clear()
-            module._modules.update(children)
-        for module, attributes in self.attributes:
-            vars(module).update(attributes)
-        for parameter, requires_grad in self.requires_grad:
-            parameter.requires_grad = requires_grad
 
 
 def check_unmerged(model: nn.Module, adapter_name: str, what: str) -> None:

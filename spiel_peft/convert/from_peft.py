@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import json_object
 from ..files.adapter_file import PREFIX, StoredDelta, read_tensors
 from ..files.checkpoint import Base, Checkpoint, open_base
-from ..files.folder import read_json
 from .result import Conversion, Progress, finish, make_delta, tracked
 
 _COMMON_FIELDS = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -115,7 +115,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
-    return read_json(path)
+    return json_object(path)
 
 
 def read_peft_source(folder: str | os.PathLike[str], peft_type: str) -> PeftSource:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,9 +23,11 @@ from torch import Tensor
 from ..adapter_format import MARKER, check_indices_and_values, split_file_key
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
+from ..checks import json_object
 from ..config import SpIELConfig, names_module
 from ..state import STATE_KEYS
 from .folder import whole_folder
+from .tensors import load_pickled
 
 PREFIX = "base_model.model."
 # Ends the key of the rows of an embedding that PEFT trains token by token.
@@ -142,6 +145,7 @@ def read_config(folder: Path) -> PeftConfig:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
+    json_object(path)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
@@ -150,17 +154,86 @@ def read_config(folder: Path) -> PeftConfig:
 
 def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The path of an adapter's tensors' file and all tensors in it, on the CPU, by their keys in the file."""
-    path = folder / SAFETENSORS_WEIGHTS_NAME
+    path = tensors_file(folder)
+    if path is None:
+        raise FileNotFoundError(f"{folder / SAFETENSORS_WEIGHTS_NAME} is missing")
     try:
-        if path.is_file():
+        if path.name == SAFETENSORS_WEIGHTS_NAME:
             return path, load_file(path)
-        old = folder / WEIGHTS_NAME
-        if old.is_file():
-            path = old
-            return path, torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    raise FileNotFoundError(f"{path} is missing")
+        return path, {name: tensor.clone() for name, tensor in load_adapter_pickle(path).items()}
+    except (SafetensorError, RuntimeError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
+        said = str(error)
+        raise ValueError(said if str(path) in said else f"{path} cannot be read: {said}") from error
+
+
+def tensors_file(folder: Path) -> Path | None:
+    """The file of an adapter folder that holds its tensors; None if there is none."""
+    return next((folder / n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / n).is_file()), None)
+
+
+def load_adapter_pickle(path: Path) -> dict[str, Tensor]:
+    """`load_pickled` of an ``adapter_model.bin``: mapped into memory, unless it is of a PyTorch before 1.6."""
+    return load_pickled(path, mmap=zipfile.is_zipfile(path))
+
+
+def unannounced(
+    keys: Iterable[str], config: SpIELConfig, embeddings: Collection[Collection[str]] | None = None
+) -> list[str]:
+    """The keys of an adapter file that its config does not announce, in alphabetical order.
+
+    This is the list of what an adapter file may hold: deltas with their training state; modules of `modules_to_save`;
+    trained tokens; the biases that `bias` names; and embeddings where PEFT saves them (`save_embedding_layers`): the
+    base layer of one that is adapted, or else the input and the output embedding of the model, both of them.
+
+    Args:
+        keys: without PEFT's prefix.
+        config: config of the adapter.
+        embeddings: names of the model's embeddings, those of one weight together. None if the model is not known: all
+            that PEFT knows by name are accepted, also one of them alone.
+    """
+    keys = list(keys)
+    adapted = {parts[0] for parts in map(split_file_key, keys) if parts is not None}
+    held = {parent for key in keys for parent in parents(key)}
+    known = set(EMBEDDING_LAYER_NAMES) if embeddings is None else {name for names in embeddings for name in names}
+    groups = [{name} for name in known] if embeddings is None else map(set, embeddings)
+    whole = known if all(any(names_module(name, p) for p in held for name in names) for names in groups) else set()
+    # Without the model, a lone embedding may be all that there is, or be tied to the other one.
+    single = known - whole if embeddings is None else set()
+    of_adapted = {name for name in adapted if any(names_module(embedding, name) for embedding in known)}
+    return sorted(
+        key
+        for key in keys
+        if split_file_key(key) is None
+        and not _is_full_module(key, config)
+        and not _is_bias(key, config, adapted)
+        and not (key.endswith(_TOKENS) and config.trainable_token_indices)
+        and not any(names_module(name, parent) for parent in parents(key) for name in whole)
+        and not any(names_module(name, key.rpartition(".")[0]) for name in single)
+        and not any(key.startswith(f"{name}.base_layer.") for name in of_adapted)
+    )
+
+
+def _is_full_module(key: str, config: SpIELConfig) -> bool:
+    """Whether a key is of a module that the config saves in full; PEFT leaves its wrapper's names out of the key."""
+    return any(
+        names_module(owner, parent)
+        and not {"modules_to_save", "original_module"} & set(key.removeprefix(f"{parent}.").split("."))
+        for owner in config.modules_to_save or ()
+        for parent in parents(key)
+    )
+
+
+def _is_bias(key: str, config: SpIELConfig, adapted: set[str]) -> bool:
+    if config.bias == "none" or not f".{key}".endswith(".bias"):
+        return False
+    module = key.rpartition(".")[0]
+    return config.bias == "all" or module in adapted or module.endswith(".base_layer")
+
+
+def parents(name: str) -> list[str]:
+    """The names of all modules that hold a parameter, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def split_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[dict[str, StoredDelta], dict[str, Tensor]]:

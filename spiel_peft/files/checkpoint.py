@@ -16,8 +16,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ..checks import json_object
 from ..weights.base_weight import BaseInfo
-from .folder import read_json
 from .model_names import ModelNames, names_of_folder, parameters_of_keys
 from .tensors import MemoryTensor, StoredTensor, read_pickled, read_safetensors
 
@@ -315,6 +315,9 @@ def _open_folder(folder: Path) -> Checkpoint:
         missing = sorted(set(expected or ()) - set(held))
         if missing:
             raise ValueError(f"{folder / name} lacks the tensor {missing[0]!r} that the index says is in it")
+        for key in tensors.keys() & held.keys():
+            if not same_contents(tensors[key], held[key]):
+                raise ValueError(f"{folder}: {tensors[key].where} and {name} hold different tensors {key!r}; drop one")
         files[name] = list(held)
         tensors.update(held)
     checkpoint = Checkpoint(str(folder), tensors, files)
@@ -328,19 +331,37 @@ def _weight_files(folder: Path) -> dict[str, list[str] | None]:
         index = folder / (single + INDEX_SUFFIX)
         if index.is_file():
             shards: dict[str, list[str] | None] = {}
-            weight_map = read_json(index).get("weight_map")
+            weight_map = json_object(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map")
             for tensor, name in weight_map.items():
-                if Path(name).name != name:
+                if not isinstance(name, str) or Path(name).name != name:
                     raise ValueError(f"{index}: tensor {tensor!r} is in {name!r}, which is not a file of this folder")
                 shards.setdefault(name, []).append(tensor)  # type: ignore[union-attr]
+            _refuse_one_name(shards, index)
             return {name: shards[name] for name in sorted(shards)}
         if (folder / single).is_file():
             return {single: None}
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} holds an adapter, not a model's weights: no model.safetensors in it")
     raise FileNotFoundError(f"{folder / SINGLE_FILES[0]} is missing, and so is an index of shards")
+
+
+def safetensors_name(file: str) -> str:
+    """The name of the safetensors file that the tensors of a checkpoint's file are written to."""
+    return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
+
+
+def _refuse_one_name(shards: Iterable[str], index: Path) -> None:
+    """Raise a ValueError if two shards would be written to one file; some file systems take no notice of case."""
+    written: dict[str, str] = {}
+    for name in sorted(shards):
+        other = written.setdefault(safetensors_name(name).casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"{index} names the shards {other!r} and {name!r}, which would both be written to "
+                f"{safetensors_name(name)!r}; rename one of the two, in the index too"
+            )
 
 
 def _read_file(path: Path) -> Mapping[str, StoredTensor]:
@@ -351,7 +372,7 @@ def _read_file(path: Path) -> Mapping[str, StoredTensor]:
 
 def refuse_quantized(folder: Path) -> None:
     """Raise a ValueError if the weights of a folder are stored quantized."""
-    quantized = read_json(folder / "config.json").get("quantization_config")
+    quantized = json_object(folder / "config.json").get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
         raise ValueError(

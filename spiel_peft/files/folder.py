@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..checks import json_object
+
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"),
     ".index.json",
@@ -24,17 +26,6 @@ _TOKENIZER = (
 _FOLDERS = ("additional_chat_templates",)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises ValueError, naming the file, if it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} cannot be read: it is not a JSON object")
-    return value
-
-
 def copy_other_files(base: Path, adapter: Path, out: Path) -> None:
     """Copy tokenizer, generation config, code and the like, but neither weights nor the files of a training run.
 
@@ -44,19 +35,44 @@ def copy_other_files(base: Path, adapter: Path, out: Path) -> None:
         base: the model's folder.
         adapter: the adapter's folder.
         out: the folder to copy to.
+
+    A symbolic link is copied as the file that it leads to, if that lies in the same folder, or in the ``blobs`` of the
+    same repository of Hugging Face's cache, where ``snapshots/<revision>/<file>`` is a link to ``../../blobs/<hash>``.
+    Any other link could bring a private file of this machine into a folder that is then published.
+
+    Raises:
+        ValueError: a file is a link that leads elsewhere; the message names it.
     """
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     for path in sorted(base.iterdir()):
         if path.is_file() and _is_copied(path.name) and not (own_tokenizer and path.name in _TOKENIZER):
-            shutil.copyfile(path, out / path.name)
+            _copy_file(path, out / path.name, base)
     tokenizer = adapter if own_tokenizer else base
     if own_tokenizer:
         for name in _TOKENIZER:
             if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, out / name)
+                _copy_file(adapter / name, out / name, adapter)
     for name in _FOLDERS:
         if (tokenizer / name).is_dir():
-            shutil.copytree(tokenizer / name, out / name)
+            shutil.copytree(
+                tokenizer / name,
+                out / name,
+                copy_function=lambda source, target: _copy_file(Path(source), Path(target), tokenizer),
+            )
+
+
+def _copy_file(source: Path, target: Path, folder: Path) -> None:
+    """Copy a file of a folder; see `copy_other_files` for what links may lead to."""
+    inside, found = folder.resolve(), source.resolve()
+    allowed = [inside]
+    if inside.parent.name == "snapshots":
+        allowed.append(inside.parent.parent / "blobs")
+    if not any(found.is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"{source} is a link to {found}, outside of {folder}: put a copy of the file there if it is to be in the "
+            "result, or remove the link"
+        )
+    shutil.copyfile(found, target)
 
 
 def _is_copied(name: str) -> bool:
@@ -76,7 +92,7 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     path = folder / "config.json"
     if not path.is_file():
         return
-    config = read_json(path)
+    config = json_object(path)
     parts = [config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))]
     for name, value in changes.items():
         holders = [part for part in parts if name in part]

@@ -18,11 +18,12 @@ from spiel_kernels import write_entries
 from spiel_kernels.quantized_layout import NestedScales, Packed4bit, dequantize_4bit, dequantize_8bit
 
 from ..budget import allocate_deltas
+from ..checks import json_object
 from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, count_lost, log_loss
 from .adapter_file import AdapterFile, parameter_of_key, read_adapter
-from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
+from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint, safetensors_name
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
-from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
+from .folder import copy_other_files, edit_config, refuse_existing, whole_folder
 from .model_names import names_with_head
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, Progress, SafetensorsWriter, StoredTensor, TensorSpec
 
@@ -240,8 +241,7 @@ class _Merge:
         done, nbytes = 0, 0
         weight_map: dict[str, str] = {}
         for file, outputs in self.files.items():
-            name = file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
-            name += ".safetensors"
+            name = safetensors_name(file)
             with SafetensorsWriter(folder / name, {out.key: out.spec for out in outputs}) as writer:
                 for out in outputs:
                     self._write_tensor(writer, out)
@@ -257,7 +257,7 @@ class _Merge:
         metadata: dict[str, Any] = {"total_size": nbytes}
         for single in SINGLE_FILES:
             old = Path(self.base.where) / (single + INDEX_SUFFIX)
-            if old.is_file() and "total_parameters" in (read_json(old).get("metadata") or {}):
+            if old.is_file() and "total_parameters" in (json_object(old).get("metadata") or {}):
                 metadata["total_parameters"] = total
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         (folder / (SINGLE_FILES[0] + INDEX_SUFFIX)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

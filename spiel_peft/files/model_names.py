@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import nn
 
+from ..checks import json_object
 from ..weights.base_weight import BaseInfo, inspect_base
-from .folder import read_json
 
 # The model classes of PEFT's tasks that put a head on a base model.
 _HEADS = {
@@ -83,7 +83,7 @@ def names_of_folder(folder: Path) -> ModelNames | None:
     path = folder / "config.json"
     if not path.is_file():
         return None
-    settings = read_json(path)
+    settings = json_object(path)
     if "model_type" not in settings:
         return None
     try:

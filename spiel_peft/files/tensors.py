@@ -155,15 +155,39 @@ def read_pickled(path: Path) -> dict[str, MemoryTensor]:
     Raises:
         ValueError: the file is damaged, or holds other objects than tensors; the message names it.
     """
+    return {name: MemoryTensor(tensor, str(path)) for name, tensor in load_pickled(path, mmap=True).items()}
+
+
+def load_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
+    """The tensors of a ``.bin`` file of `torch.save`, on the CPU; no code in the file is run.
+
+    Args:
+        path: the file.
+        mmap: map the tensors into memory; files of PyTorch before 1.6 cannot be.
+
+    Raises:
+        ValueError: as `read_pickled`; or a tensor has more entries than the file, which tensors of stride 0 can have.
+    """
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
-            f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]} Save the model as safetensors."
+            f"{path} cannot be read as plain tensors: {(str(error).splitlines() or [type(error).__name__])[0]} Save "
+            "the model as safetensors."
         ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dict of tensors. Save the model as safetensors.")
-    return {name: MemoryTensor(tensor, str(path)) for name, tensor in tensors.items()}
+    size = path.stat().st_size
+    for name, tensor in tensors.items():
+        problem = None
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            problem = "is not a plain dense tensor"
+        elif tensor.numel() * tensor.element_size() > size:
+            problem = f"has {tensor.numel()} entries, more than the file of {size} bytes can hold"
+        if problem is not None:
+            raise ValueError(f"{path}: tensor {name!r} {problem}. Save the model as safetensors.")
+    return dict(tensors)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor
 
@@ -20,14 +20,13 @@ from spiel_kernels import index_dtype
 from ..adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
 from ..budget import allocate_deltas
 from ..config import SpIELConfig, names_module
-from ..files.adapter_file import PREFIX, read_config, read_tensors
+from ..files.adapter_file import PREFIX, parents, read_config, read_tensors, tensors_file, unannounced
 from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import STATE_KEYS, RunSettings
 from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
 
 _DELTA = ("indices", "values")
-_TOKENS = "token_adapter."
 Entries = Mapping[str, Tensor]
 
 
@@ -71,8 +70,7 @@ def validate_adapter(folder: str | os.PathLike[str], base: Base | None = None) -
     config_file = str(folder / "adapter_config.json")
     findings: list[Finding] = []
     config, tensors = None, None
-    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    path = next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+    path = tensors_file(folder) or folder / SAFETENSORS_WEIGHTS_NAME
     try:
         config = read_config(folder)
     except (ValueError, FileNotFoundError) as error:
@@ -91,8 +89,12 @@ def validate_adapter(folder: str | os.PathLike[str], base: Base | None = None) -
     for module, entries in modules.items():
         problems = _delta_problems(module, entries, config, opened)
         findings += [Finding(str(path), f"{module}{MARKER}{name}", problem) for name, problem in problems]
-    findings += [Finding(str(path), key, problem) for key, problem in _other_problems(others, config)]
+    findings += [Finding(str(path), key, problem) for key, problem in _other_problems(others, config, modules, opened)]
     if config is not None:
+        try:
+            config.check_patterns(modules)
+        except ValueError as error:
+            return [*findings, _of_error(config_file, error)]
         counts = {module: entries["indices"].numel() for module, entries in modules.items() if "indices" in entries}
         problems = [*_config_problems(config, counts, others), *_budget_problems(config, counts, opened)]
         findings += [Finding(config_file, name, problem) for name, problem in problems]
@@ -175,28 +177,26 @@ def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, st
             yield problem
 
 
-def _other_problems(others: Entries, config: SpIELConfig | None) -> Iterator[tuple[str, str]]:
+def _other_problems(
+    others: Entries, config: SpIELConfig | None, adapted: Iterable[str], base: Checkpoint | None
+) -> Iterator[tuple[str, str]]:
     """Problems of the tensors that are saved in full."""
+    deltas = [f"{module}{MARKER}values" for module in adapted]
+    odd = set(unannounced([*others, *deltas], config, _embeddings(base))) if config is not None else set()
     for key, tensor in others.items():
         if tensor.dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
             yield key, "has values that are not finite"
-        if config is not None and not _is_expected(key, config):
+        if key in odd:
             yield key, "is in the file, but not in the config (modules_to_save, bias, trainable_token_indices)"
 
 
-def _is_expected(key: str, config: SpIELConfig) -> bool:
-    if _TOKENS in key:
-        return bool(config.trainable_token_indices)
-    if key.endswith(".bias") and config.bias != "none":
-        return True
-    # PEFT itself saves embeddings whose vocabulary was resized.
-    owners = {*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES}
-    return any(names_module(owner, name) for owner in owners for name in _parents(key))
-
-
-def _parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+def _embeddings(base: Checkpoint | None) -> list[set[str]] | None:
+    """Names of the base's embeddings that PEFT knows, those of one weight together; None if there are none."""
+    if base is None:
+        return None
+    known = [n for n in base.shapes if any(names_module(f"{owner}.weight", n) for owner in EMBEDDING_LAYER_NAMES)]
+    groups = {frozenset(base.tie_group(name)) for name in known}
+    return [{name.removesuffix(".weight") for name in group} for group in groups] or None
 
 
 def _config_problems(config: SpIELConfig, counts: Mapping[str, int], others: Entries) -> Iterator[tuple[str, str]]:
@@ -204,7 +204,7 @@ def _config_problems(config: SpIELConfig, counts: Mapping[str, int], others: Ent
     if not counts:
         yield "target_modules", "selects modules, but the file holds no deltas"
     for owner in config.modules_to_save or ():
-        if not any(names_module(owner, name) for key in others for name in _parents(key)):
+        if not any(names_module(owner, name) for key in others for name in parents(key)):
             yield "modules_to_save", f"has {owner!r}, but the file does not"
     # Tied modules share a delta. Files hold it under the names of both modules, configs under one.
     if not config.ensure_weight_tying:
