@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,9 +12,18 @@ import typer
 
 from . import file_commands, inspect_commands, train_command  # noqa: F401  registers commands
 from .commands import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_INSTALLED, NOT_WRITTEN, OK, USAGE, NotWrittenError, app
-from .output import Output
+from .output import Output, visible
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST}
+_UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.EPIPE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # wrong usage, in whichever version of click
             return _usage(output, error)
         if output.debug:
-            traceback.print_exc()
+            print(visible(traceback.format_exc(), keep="\n"), file=sys.stderr, end="")
         code = _code(error)
         return _report(output, _message(error, code), type(error).__name__, code)
 
@@ -72,6 +82,9 @@ def _report(output: Output, message: str, kind: str, code: int) -> int:
 
 def run() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of characters that the terminal's encoding lacks
     sys.exit(main())
 
 

@@ -22,7 +22,7 @@ from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, cou
 from .adapter_file import AdapterFile, parameter_of_key, read_adapter
 from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
-from .folder import copy_other_files, edit_config, read_json, refuse_existing, whole_folder
+from .folder import copy_other_files, edit_config, read_json, refuse_existing, refuse_inputs, whole_folder
 from .model_names import names_with_head
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, Progress, SafetensorsWriter, StoredTensor, TensorSpec
 
@@ -131,10 +131,8 @@ def _check_folders(base: Path, adapters: Sequence[Path], out: Path, overwrite: b
         raise ValueError("adapter_dir names no adapter")
     if not base.is_dir():
         raise FileNotFoundError(f"base_dir: {base} is not a folder; huggingface_hub's snapshot_download makes one")
+    refuse_inputs(out, {"base_dir": base, "adapter_dir": adapters})
     refuse_existing(out, overwrite)
-    for folder in (base, *adapters):
-        if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
-            raise ValueError(f"out_dir: {out} would replace {folder}, which is read; choose another folder")
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:
