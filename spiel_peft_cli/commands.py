@@ -122,7 +122,7 @@ def _option(parameter: inspect.Parameter) -> tuple[str, bool]:
     """The name of an option or argument on the command line, and whether it is a flag without a value."""
     annotation = parameter.annotation
     info = annotation.__metadata__[0]
-    declared = getattr(info, "param_decls", None) or ()
+    declared = [name for name in (getattr(info, "default", None), *(info.param_decls or ())) if isinstance(name, str)]
     longest = max(declared, key=len, default=info.metavar or parameter.name)
     return longest, annotation.__origin__ is bool
 

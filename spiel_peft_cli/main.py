@@ -61,9 +61,17 @@ def _code(error: Exception) -> int:
         return NOT_WRITTEN
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return NOT_WRITTEN
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, OverflowError)) or _is_about_a_file(error):
         return BAD_INPUT
     return INTERNAL
+
+
+def _is_about_a_file(error: Exception) -> bool:
+    """Whether an error that is no ValueError says that a file is damaged."""
+    if isinstance(error, RecursionError):
+        return "JSON" in str(error)  # it is nested too deeply
+    name = type(error).__name__
+    return name in ("SafetensorError", "UnpicklingError", "BadZipFile") or name.startswith("StrictDataclass")
 
 
 def _message(error: Exception, code: int) -> str:

@@ -62,6 +62,8 @@ _ARGUMENTS = {
     "check_base": "--any-base",
     "combination_type": "--type",
     "exclude_modules": "--exclude-module",
+    "kind": "--from",
+    "majority_sign_method": "--majority-sign",
     "out_dir": "--out",
     "others": "--drop-others",
     "quantization_config": "--trained-on",
@@ -86,13 +88,15 @@ def name_options(text: str, options: Mapping[str, bool]) -> str:
     arguments |= {argument: option for argument, option in _ARGUMENTS.items() if option in options}
     for argument, option in arguments.items():
         anywhere = "_" in argument or argument == "density"
-        word = rf"(?<![\w./'`-]){argument}(?![\w./'-])" if anywhere else rf"^{argument}(?= )"
-        about_us = re.sub(rf"`{argument}`", option, about_us)
+        word = rf"(?<![\w./'`-]){argument}(?![\w/'-]|\.\w)" if anywhere else rf"^{argument}(?=[ :])"
+        about_us = re.sub(rf"`{argument}`|\['{argument}'\]", option, about_us)
         flag = options[option]
         pattern = rf"(?<![\w./'-]){argument}({_VALUE})"
         about_us = re.sub(pattern, lambda found, option=option, flag=flag: _given(option, flag, found[1]), about_us)
         about_us = re.sub(word, option, about_us)
-    about_us = about_us.replace("allow overwriting", "give --overwrite") if "--overwrite" in options else about_us
+    about_us = about_us.replace("pass no --", "leave out --")
+    if "--overwrite" in options:
+        about_us = about_us.replace("allow overwriting", "give --overwrite")
     return about_us + json_file + about_a_file
 
 

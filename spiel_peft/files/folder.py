@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object. Raises ValueError, naming the file, if it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} cannot be read: it is not a JSON object")
@@ -199,7 +199,7 @@ def work_folder(parent: Path, name: str) -> Iterator[Path]:
         parent: an existing folder.
         name: what is written, a part of the temporary folder's name.
     """
-    box = Path(tempfile.mkdtemp(prefix=f".{name}{_INFIX}", dir=parent))
+    box = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
     try:
         with open(box / _MARKER, "w", encoding="utf-8") as marker:
             _lock(marker)
@@ -218,7 +218,7 @@ def clear_leftovers(parent: Path, name: str) -> None:
     if not parent.is_dir():
         return
     for box in sorted(parent.iterdir()):
-        if not box.name.startswith(f".{name}{_INFIX}") or box.is_symlink() or not (box / _MARKER).is_file():
+        if not box.name.startswith(_prefix(name)) or box.is_symlink() or not (box / _MARKER).is_file():
             continue
         with suppress(OSError), open(box / _MARKER, "r+", encoding="utf-8") as marker:
             if not _lock(marker) or not _is_ours(marker.read(), name):
@@ -226,6 +226,11 @@ def clear_leftovers(parent: Path, name: str) -> None:
             back = _empty(box)
             put_back = f"; {', '.join(back)} was put back" if back else ""
             _LOG.warning("%s, left by a run that was killed, was removed%s", box, put_back)
+
+
+def _prefix(name: str) -> str:
+    # Shortened, as file systems limit names to 255 bytes. The marker has the whole name.
+    return f".{os.fsencode(name)[:200].decode('utf-8', 'ignore')}{_INFIX}"
 
 
 def _is_ours(text: str, name: str) -> bool:

@@ -344,7 +344,7 @@ def read_losses(log: str | os.PathLike[str]) -> Losses:
     entries = _history(_load(path))
     try:
         found = [{int(e["step"]): float(e[key]) for e in entries if key in e} for key in ("loss", "eval_loss")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} logs a loss without a step or a number: {error}") from error
     if not found[0]:
         raise ValueError(f"{path} logs no training loss; set logging_steps of the Trainer to have it logged")
@@ -369,7 +369,7 @@ def _path(log: str | os.PathLike[str]) -> Path:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -383,7 +383,7 @@ def _closes(content: Any) -> list[Close]:
     rows = [{key.removeprefix("spiel/"): value for key, value in entry.items()} for entry in entries]
     try:
         closes = [Close(int(row["step"]), *(_number(row, name) for name in _CLOSE_FIELDS)) for row in rows]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return sorted(closes, key=lambda close: close.step)
 
