@@ -83,6 +83,8 @@ def name_options(text: str, options: Mapping[str, bool]) -> str:
         text: the error's text.
         options: the command's options, such as "--density", and whether they are flags without a value.
     """
+    if text.startswith("--"):
+        return text  # it names the option already, and may go on about fields of the option's file
     about_us, json_file, about_a_file = text.partition(".json")
     arguments = {option.removeprefix("--").replace("-", "_"): option for option in options}
     arguments |= {argument: option for argument, option in _ARGUMENTS.items() if option in options}

@@ -131,8 +131,8 @@ def _check_folders(base: Path, adapters: Sequence[Path], out: Path, overwrite: b
         raise ValueError("adapter_dir names no adapter")
     if not base.is_dir():
         raise FileNotFoundError(f"base_dir: {base} is not a folder; huggingface_hub's snapshot_download makes one")
-    refuse_inputs(out, {"base_dir": base, "adapter_dir": adapters})
     refuse_existing(out, overwrite)
+    refuse_inputs(out, {"base_dir": base, "adapter_dir": adapters})
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -101,13 +101,14 @@ def _is_half_written(path: Path) -> bool:
     return not any(path.iterdir()) or any((path / name).exists() for name in names)
 
 
-def what_is_missing(checkpoint: Path, weights_only: bool = False) -> str | None:
+def what_is_missing(checkpoint: str | os.PathLike[str], weights_only: bool = False) -> str | None:
     """Say which file that resuming needs is missing or damaged; None if the checkpoint is complete.
 
     Args:
         checkpoint: the checkpoint's folder.
         weights_only: the Trainer saves no optimizer, so none is needed.
     """
+    checkpoint = Path(checkpoint)
     if (checkpoint / WRITING).exists():
         return "the run was killed while it was written"
     try:
@@ -123,9 +124,12 @@ def what_is_missing(checkpoint: Path, weights_only: bool = False) -> str | None:
         files = [] if weights.suffix == ".safetensors" else [weights]
         if not weights_only:
             files += [checkpoint / name for name in _OF_TORCH]
+            files += checkpoint.glob("scaler.pt")  # of runs in float16
             files += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
         return next((problem for path in files if (problem := _damage(path)) is not None), None)
-    except (OSError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        return f"{_WEIGHTS[0]} cannot be read: {error}"
+    except (OSError, ValueError) as error:
         return " ".join(str(error).replace(f"{checkpoint}{os.sep}", "").split())
 
 

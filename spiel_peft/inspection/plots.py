@@ -93,13 +93,13 @@ def histogram_figure(facts: AdapterFacts) -> Figure:
     sized = finite[finite != 0]
     # Everything is done with exponents of ten, and clipped into the range of the bins: no delta falls out of them.
     exponents = np.log10(np.abs(sized))
-    highest = float(exponents.max()) if sized.size else -7.0
+    highest = min(float(exponents.max()), 307.0) if sized.size else -7.0  # no edge of a bin overflows
     lowest = max(float(exponents.min()) if sized.size else -8.0, highest - _DECADES)
     bounds = np.linspace(min(lowest, highest - 1.0), highest, _BINS + 1)
     for sign, colour, label in ((-1, "tab:red", "negative"), (1, "tab:blue", "positive")):
         counts = np.histogram(exponents[np.sign(sized) == sign].clip(bounds[0], bounds[-1]), bounds)[0]
         ax.stairs(counts, 10.0**bounds, color=colour, fill=True, alpha=0.45, label=f"{label}: {int(counts.sum()):,}")
-    mean = float(np.abs(finite).mean()) if finite.size else 0.0
+    mean = float((np.abs(finite) / max(1, len(finite))).sum())
     ax.axvline(max(mean, 10.0 ** bounds[0]), color="0.3", linestyle="--", label=f"mean |delta| {mean:.2e}")
     others = len(values) - len(finite)
     odd = f", {others:,} NaN or infinite (in no bin)" if others else ""

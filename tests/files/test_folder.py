@@ -12,6 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from spiel_peft import (
+    export_dense_diff,
+    export_shira,
+    export_sparse_patch,
+    extract_delta,
+    merge_adapter_into_checkpoint,
+)
 from spiel_peft.files import folder as module
 from spiel_peft.files.folder import refuse_existing, refuse_inputs, whole_folder, work_folder
 
@@ -141,9 +148,7 @@ def test_the_old_folder_is_there_until_the_new_one_is(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("at", ["writing", "between the renames"])
-def test_what_a_killed_run_left_is_named_and_cleared(
-    at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_a_killed_run_left_is_named_and_cleared(at: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = make(tmp_path / "target", "old")
     kill(target, at)
     (left,) = tmp_path.glob(".target.spiel-peft-*")
@@ -178,3 +183,19 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         (work / "file").write_text("new")
     assert target.is_symlink() and (real / "file").read_text() == "new"
     assert [path.name for path in real.parent.iterdir()] == ["real"]
+
+
+def test_functions_refuse_it_as_the_commands_do(tmp_path: Path) -> None:
+    base, adapter = make(tmp_path / "base"), make(tmp_path / "adapter")
+    calls: dict[str, Callable[[Path], object]] = {
+        "merge": lambda out: merge_adapter_into_checkpoint(base, adapter, out, overwrite=True),
+        "extract": lambda out: extract_delta(base, adapter, out, r=1, overwrite=True),
+        "shira": lambda out: export_shira(adapter, out, base, overwrite=True),
+        "patch": lambda out: export_sparse_patch(adapter, out, base, overwrite=True),
+        "diff": lambda out: export_dense_diff(adapter, out, base, overwrite=True),
+    }
+    for name, call in calls.items():
+        for out in (base, adapter, tmp_path, base / "new", tmp_path / "x" / ".." / "adapter"):
+            with pytest.raises(ValueError, match="which is read"):
+                call(out)
+            assert (base / "file").read_text() == (adapter / "file").read_text() == "text", name
