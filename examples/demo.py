@@ -33,9 +33,14 @@ def write_pairs(path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def pairs_file(folder: Path) -> Path:
+    """The file of pairs. It is beside the run's folder: a run refuses to write into a folder that holds its data."""
+    return folder.with_name(f"{folder.name}-pairs.jsonl")
+
+
 def commands(folder: Path, more: list[str]) -> list[list[str]]:
     """The arguments of both commands; `more` options come last, so they override the others."""
-    train = ["train", "--model", demo_model().path, "--data", f"{folder}/pairs.jsonl", "--output-dir", str(folder)]
+    train = ["train", "--model", demo_model().path, "--data", str(pairs_file(folder)), "--output-dir", str(folder)]
     train += ["--max-steps", "50", "--max-length", "128", "--regrow-every", "10", "--eval-every", "25", "--overwrite"]
     train += [part for question in QUESTIONS for part in ("--ask", question)]
     plot = ["plot", f"{folder}/adapter", "--base", f"{folder}/merged", "--out", f"{folder}/plots", "--overwrite"]
@@ -49,7 +54,7 @@ def spiel_peft(command: list[str]) -> int:
 
 def main(argv: list[str] | None = None, folder: Path = Path("outputs/demo")) -> int:
     """Run the commands until one fails; returns the exit code of the last one."""
-    write_pairs(folder / "pairs.jsonl")
+    write_pairs(pairs_file(folder))
     for command in commands(folder, sys.argv[1:] if argv is None else argv):
         print(f"\n$ {shlex.join(['spiel-peft', *command])}", flush=True)
         code = spiel_peft(command)

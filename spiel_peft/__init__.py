@@ -3,6 +3,8 @@
 Importing this package makes peft_type "SPIEL" known to PEFT.
 """
 
+import spiel_kernels as _spiel_kernels  # noqa: F401  first: see folder_name.py there
+
 from . import card as _card
 from .callback import SpIELCallback
 from .compose.active import KeepActive, LanguageCycler, LanguageCyclerCallback, activate

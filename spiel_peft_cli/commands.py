@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import name_options
 from .output import Output
 
 # Exit codes; docs/command-line.md lists them.
@@ -89,18 +90,23 @@ def command(example: str) -> Callable[[Callable[..., int | None]], Callable[...,
         signature = inspect.signature(function, eval_str=True)
         own = list(signature.parameters.values())[1:]
         kind = inspect.Parameter.KEYWORD_ONLY
+        options = dict(_option(parameter) for parameter in own)
         flags = [
             inspect.Parameter("json", kind, default=False, annotation=_JSON),
             inspect.Parameter("debug", kind, default=False, annotation=_DEBUG),
         ]
 
-        def run(*, json: bool, debug: bool, **options: Any) -> int:
+        def run(*, json: bool, debug: bool, **values: Any) -> int:
             output = Output(json, debug)
             with output.in_charge():
                 try:
-                    return function(output, **options) or OK
+                    return function(output, **values) or OK
                 except KeyboardInterrupt:
                     raise typer.Abort() from None  # typer would end without a message
+                except (ValueError, FileExistsError, FileNotFoundError) as error:
+                    if len(error.args) == 1 and isinstance(error.args[0], str):
+                        error.args = (name_options(error.args[0], options),)
+                    raise
 
         run.__doc__ = function.__doc__
         parameters = [parameter.replace(kind=kind) for parameter in own] + flags
@@ -110,3 +116,26 @@ def command(example: str) -> Callable[[Callable[..., int | None]], Callable[...,
         return run
 
     return register
+
+
+def _option(parameter: inspect.Parameter) -> tuple[str, bool]:
+    """The name of an option or argument on the command line, and whether it is a flag without a value."""
+    annotation = parameter.annotation
+    info = annotation.__metadata__[0]
+    declared = [name for name in (getattr(info, "default", None), *(info.param_decls or ())) if isinstance(name, str)]
+    longest = max(declared, key=len, default=info.metavar or parameter.name)
+    return longest, annotation.__origin__ is bool
+
+
+def refuse_inputs(out: Path, name: str, **inputs: Any) -> None:
+    """Refuse an output folder that is, holds or lies in what the command reads, before anything is read.
+
+    Args:
+        out: the output folder.
+        name: the option that gives it.
+        inputs: what is read, by the name of its option without dashes, or of its argument in capitals.
+    """
+    from spiel_peft.files.folder import refuse_inputs as refuse
+
+    labels = {key if key.isupper() else f"--{key.replace('_', '-')}": path for key, path in inputs.items()}
+    refuse(out, labels, name)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import tables
-from .commands import OK, command, writing
+from .commands import OK, command, refuse_inputs, writing
 from .options import (
     Adapters,
     Base,
@@ -65,6 +65,7 @@ def merge(
     if trained_on is not None and trained_on not in QUANTIZATIONS:
         raise typer.BadParameter(f"--trained-on must be one of {', '.join(QUANTIZATIONS)}, got {trained_on!r}")
     weights = one_each(weight, len(adapters))
+    refuse_inputs(out, "--out", ADAPTER=adapters, base=base)
     from spiel_peft.files.merge import merge_adapter_into_checkpoint
 
     quantization = None if trained_on is None else _quantization(trained_on, double_quant)
@@ -129,6 +130,7 @@ def extract(
 ) -> int:
     """Cut a sparse adapter of the largest changes out of a fine-tuned checkpoint."""
     one_budget(r, density, num_deltas)
+    refuse_inputs(out, "--out", base=base, finetuned=finetuned)
     from spiel_peft.files.extract import extract_delta
 
     with writing(out), output.progress("Comparing") as progress:
@@ -188,6 +190,7 @@ def combine(
     """Combine adapters into one, with weights."""
     refuse_twice(adapters)
     weights = one_each(weight, len(adapters))
+    refuse_inputs(out, "--out", ADAPTER=adapters)
     from spiel_peft.compose.combine import combine_adapters
     from spiel_peft.compose.overlap import overlap_of_files
     from spiel_peft.files.adapter_file import read_adapter, write_adapter
@@ -249,6 +252,7 @@ def convert(
     """Convert adapters of other methods into SpIEL adapters, and SpIEL adapters into what others read."""
     if to not in FORMATS:
         raise typer.BadParameter(f"--to must be one of {', '.join(FORMATS)}, got {to!r}")
+    refuse_inputs(out, "--out", SOURCE=source, base=base)
     options: dict[str, Any] = {"others": "drop"} if drop_others else {}
     options |= {"task_type": task_type} if task_type else {}
     if to == "spiel":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import tables
-from .commands import FINDINGS, OK, command, writing
+from .commands import FINDINGS, OK, command, refuse_inputs, writing
 from .options import Adapter, Adapters, Overwrite, ShapesBase, refuse_twice
 from .output import Output
 
@@ -65,6 +65,8 @@ def _facts_data(facts: AdapterFacts) -> dict[str, Any]:
 
 
 def _overlap_data(report: OverlapReport) -> dict[str, Any]:
+    from spiel_peft.inspection.facts import by_number
+
     def counts(found: Overlap) -> dict[str, Any]:
         return {**vars(found), "fraction": found.fraction}
 
@@ -72,7 +74,7 @@ def _overlap_data(report: OverlapReport) -> dict[str, Any]:
         "adapters": report.adapters,
         "total": counts(report.total),
         "pairs": [{"adapters": pair, **counts(found)} for pair, found in report.pairs.items()],
-        "modules": {module: counts(found) for module, found in report.modules.items()},
+        "modules": {module: counts(report.modules[module]) for module in sorted(report.modules, key=by_number)},
     }
 
 
@@ -99,6 +101,7 @@ def plot(
     for name in kind or ():
         if name not in KINDS:
             raise typer.BadParameter(f"--kind must be one of {', '.join(KINDS)}, got {name!r}")
+    refuse_inputs(out, "--out", ADAPTER=adapter, base=base, log=log)
     try:
         from spiel_peft.inspection import plots
     except ModuleNotFoundError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,9 +12,18 @@ import typer
 
 from . import file_commands, inspect_commands, train_command  # noqa: F401  registers commands
 from .commands import BAD_INPUT, INTERNAL, INTERRUPTED, NOT_INSTALLED, NOT_WRITTEN, OK, USAGE, NotWrittenError, app
-from .output import Output
+from .output import Output, visible
 
-_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST}
+_UNWRITABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.EEXIST,
+    errno.EPIPE,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(error, "format_message"):  # wrong usage, in whichever version of click
             return _usage(output, error)
         if output.debug:
-            traceback.print_exc()
+            print(visible(traceback.format_exc(), keep="\n"), file=sys.stderr, end="")
         code = _code(error)
         return _report(output, _message(error, code), type(error).__name__, code)
 
@@ -51,9 +61,17 @@ def _code(error: Exception) -> int:
         return NOT_WRITTEN
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return NOT_WRITTEN
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, OverflowError)) or _is_about_a_file(error):
         return BAD_INPUT
     return INTERNAL
+
+
+def _is_about_a_file(error: Exception) -> bool:
+    """Whether an error that is no ValueError says that a file is damaged."""
+    if isinstance(error, RecursionError):
+        return "JSON" in str(error)  # it is nested too deeply
+    name = type(error).__name__
+    return name in ("SafetensorError", "UnpicklingError", "BadZipFile") or name.startswith("StrictDataclass")
 
 
 def _message(error: Exception, code: int) -> str:
@@ -72,6 +90,9 @@ def _report(output: Output, message: str, kind: str, code: int) -> int:
 
 def run() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of characters that the terminal's encoding lacks
     sys.exit(main())
 
 

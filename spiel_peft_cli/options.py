@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -51,3 +53,59 @@ def refuse_twice(adapters: list[Path]) -> None:
     """Refuse a command line that names an adapter twice."""
     if len(set(adapters)) < len(adapters):
         raise typer.BadParameter("the same adapter is given twice")
+
+
+# Arguments of the functions that the commands call, and fields of configs, where they differ from the options' names.
+_ARGUMENTS = {
+    "adapter_dir": "ADAPTER",
+    "base_dir": "--base",
+    "check_base": "--any-base",
+    "combination_type": "--type",
+    "exclude_modules": "--exclude-module",
+    "kind": "--from",
+    "majority_sign_method": "--majority-sign",
+    "out_dir": "--out",
+    "others": "--drop-others",
+    "quantization_config": "--trained-on",
+    "target_modules": "--target-module",
+    "weights": "--weight",
+}
+_VALUE = r"""=(?:True|False|'[^']*'|"[^"]*"|[^\s,;.()]+)?"""
+
+
+def name_options(text: str, options: Mapping[str, bool]) -> str:
+    """An error's text with the options of a command in place of the arguments of the functions that it calls.
+
+    An argument is recognized in backticks, before "=", at the beginning of the text, and anywhere if its name is no
+    plain word. What follows the name of a JSON file is left alone: it is about a field in that file.
+
+    Args:
+        text: the error's text.
+        options: the command's options, such as "--density", and whether they are flags without a value.
+    """
+    if text.startswith("--"):
+        return text  # it names the option already, and may go on about fields of the option's file
+    about_us, json_file, about_a_file = text.partition(".json")
+    arguments = {option.removeprefix("--").replace("-", "_"): option for option in options}
+    arguments |= {argument: option for argument, option in _ARGUMENTS.items() if option in options}
+    for argument, option in arguments.items():
+        anywhere = "_" in argument or argument == "density"
+        word = rf"(?<![\w./'`-]){argument}(?![\w/'-]|\.\w)" if anywhere else rf"^{argument}(?=[ :])"
+        about_us = re.sub(rf"`{argument}`|\['{argument}'\]", option, about_us)
+        flag = options[option]
+        pattern = rf"(?<![\w./'-]){argument}({_VALUE})"
+        about_us = re.sub(pattern, lambda found, option=option, flag=flag: _given(option, flag, found[1]), about_us)
+        about_us = re.sub(word, option, about_us)
+    about_us = about_us.replace("pass no --", "leave out --")
+    if "--overwrite" in options:
+        about_us = about_us.replace("allow overwriting", "give --overwrite")
+    return about_us + json_file + about_a_file
+
+
+def _given(option: str, flag: bool, value: str) -> str:
+    """An option with the value that a text gives to its argument, as in "density=0.5"."""
+    value = value.removeprefix("=").strip("'\"")
+    if value and not flag:
+        return f"{option} {value}"
+    # The only negated flag, --any-base, stands for check_base=False.
+    return f"no {option}" if value == "False" and option != "--any-base" else option

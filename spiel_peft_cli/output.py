@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,38 @@ from rich.console import Console
 Progress = Callable[[int, int, str], None]
 # Columns of a table that goes to a file or another program.
 WIDTH = 160
+# Categories of characters that could steer a terminal or hide what a line says: control and format characters, halves
+# of surrogate pairs (undecodable bytes of file names), and separators of lines and paragraphs.
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with each character that could steer a terminal written as an escape: names are data of others.
+
+    Args:
+        text: what is to be printed.
+        keep: characters to leave as they are.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escape(c) if c not in keep and unicodedata.category(c) in _UNSAFE else c for c in text)
+
+
+def _escape(character: str) -> str:
+    """The escape of one character, as JSON has it."""
+    code = ord(character)
+    if code <= 0xFFFF:
+        return f"\\u{code:04x}"
+    high, low = divmod(code - 0x10000, 0x400)
+    return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+
+
+class _SafeConsole(Console):
+    """A console that prints strings, those in tables too, as `visible` makes them."""
+
+    def render_str(self, text: str, **options: Any) -> Any:
+        """Turn a string into text with styles."""
+        return super().render_str(visible(text), **options)
 
 
 class Output:
@@ -31,8 +64,8 @@ class Output:
         self.as_json = as_json
         self.debug = debug
         self.warnings: list[str] = []
-        self.stdout = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-        self.stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.stdout = _SafeConsole(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+        self.stderr = _SafeConsole(stderr=True, soft_wrap=True, highlight=False)
 
     def result(self, data: Mapping[str, Any], show: Callable[[Console], None]) -> None:
         """Print a command's result: `data` as JSON, or what `show` prints."""
@@ -40,7 +73,7 @@ class Output:
             show(self.stdout)
             return
         found = {**data, **({"warnings": self.warnings} if self.warnings else {})}
-        print(json.dumps(_plain(found), indent=2, ensure_ascii=False))
+        _print_json(found, indent=2)
 
     def warn(self, message: str) -> None:
         """Print a warning as one line on stderr; the same message only once."""
@@ -53,7 +86,7 @@ class Output:
         """Print an error as one line on stderr, or as a JSON object with the field "error" on stdout."""
         line = " ".join(message.split())
         if self.as_json:
-            print(json.dumps({"error": {"type": kind, "message": line, "exit_code": code}}, ensure_ascii=False))
+            _print_json({"error": {"type": kind, "message": line, "exit_code": code}})
         else:
             self.stderr.print(f"error: {line}", markup=False, style="bold red")
 
@@ -70,12 +103,13 @@ class Output:
         from rich.progress import Progress as Bar
 
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        bar = Bar(*columns, TextColumn("[dim]{task.fields[what]}"), console=self.stderr)
+        what_column = TextColumn("{task.fields[what]}", style="dim", markup=False)
+        bar = Bar(*columns, what_column, console=self.stderr)
         task = bar.add_task(title, total=None, what="")
 
         def report(done: int, total: int, what: str) -> None:
             bar.start()  # only once there is progress: errors in the input come before it
-            bar.update(task, completed=done, total=total, what=what)
+            bar.update(task, completed=done, total=total, what=visible(what))
 
         try:
             yield report
@@ -123,6 +157,10 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.output.warn(record.getMessage())
+
+
+def _print_json(value: Mapping[str, Any], indent: int | None = None) -> None:
+    print(visible(json.dumps(_plain(value), indent=indent, ensure_ascii=False), keep="\n"))
 
 
 def _plain(value: Any) -> Any:

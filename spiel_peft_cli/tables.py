@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from spiel_peft.weights.merge_report import MergeReport
 
 
+def count(number: int, thing: str) -> str:
+    """A number of things: "1 close", "2 closes"."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def show_info(console: Console, facts: Sequence[AdapterFacts], overlap: OverlapReport | None, summary: bool) -> None:
     """Print the facts of each adapter, then how the adapters overlap."""
     for adapter in facts:
@@ -38,15 +43,17 @@ def _summary(facts: AdapterFacts) -> dict[str, str]:
     found = {
         "base": str(settings["base_model_name_or_path"] or "not recorded"),
         "budget": ", ".join(f"{name}={value}" for name, value in facts.budget.items()),
-        "growth": f"{settings['growth']}, every {settings['regrow_every']} steps, "
+        "growth": f"{settings['growth']}, every {count(settings['regrow_every'], 'step')}, "
         f"{settings['regrow_schedule']} from {settings['initial_regrow_rate']:g}",
-        "deltas": f"{facts.deltas:,} in {len(facts.modules)} modules{density}",
+        "deltas": f"{facts.deltas:,} in {count(len(facts.modules), 'module')}{density}",
         "sizes": f"norm {facts.norm:.4g}, mean |delta| {facts.mean_abs:.3g}, largest {facts.max_abs:.3g}",
         "file": f"{facts.file_bytes / 2**20:,.2f} MiB",
     }
     if facts.training is not None:
         total = f" of {facts.training.total_steps}" if facts.training.total_steps else ""
-        found["training"] = f"step {facts.training.step}{total}, {facts.training.closes} closes; can be resumed"
+        found["training"] = (
+            f"step {facts.training.step}{total}, {count(facts.training.closes, 'close')}; can be resumed"
+        )
     if facts.adapter.others:
         found["in full"] = ", ".join(facts.adapter.others)
     return found
@@ -93,7 +100,7 @@ def show_files(console: Console, files: Sequence[Path]) -> None:
 def show_findings(console: Console, found: Mapping[Path, Sequence[Finding]]) -> None:
     """Print the problems of each adapter, one per line, or that it is sound."""
     for folder, findings in found.items():
-        verdict = f"{len(findings)} problem{'s' * (len(findings) > 1)}" if findings else "sound"
+        verdict = count(len(findings), "problem") if findings else "sound"
         console.print(f"{folder}: {verdict}", markup=False, style="red" if findings else "green")
         for finding in findings:
             console.print(f"  {finding}", markup=False)
@@ -113,7 +120,8 @@ def show_extraction(console: Console, folder: Path, found: Extraction) -> None:
     """Print how much of the change the adapter holds, and what it leaves out."""
     console.print(f"wrote {folder}", markup=False)
     deltas = sum(found.counts.values())
-    console.print(f"{deltas:,} deltas in {len(found.counts)} modules hold {found.kept:.2%} of the squared change")
+    held = f"{count(deltas, 'delta')} in {count(len(found.counts), 'module')}"
+    console.print(f"{held} hold {found.kept:.2%} of the squared change", markup=False)
     for name, reason in found.left_out.items():
         text = reason.replace("norms_and_biases=True", "--norms-and-biases")
         console.print(f"left out {name}: {text}", markup=False)
@@ -122,13 +130,14 @@ def show_extraction(console: Console, folder: Path, found: Extraction) -> None:
 def show_combination(console: Console, folder: Path, deltas: int, overlap: OverlapReport) -> None:
     """Print the size of the combination, and how its parts overlap."""
     console.print(f"wrote {folder}", markup=False)
-    console.print(f"{deltas:,} deltas; of the adapters' {overlap}", markup=False)
+    console.print(f"{count(deltas, 'delta')}; of the adapters' {overlap}", markup=False)
 
 
 def show_conversion(console: Console, folder: Path, result: Conversion) -> None:
     """Print what a conversion took over and what it left out."""
     console.print(f"wrote {folder}", markup=False)
-    console.print(f"{result.kind}: {result.num_deltas:,} deltas in {len(result.modules)} modules", markup=False)
+    held = f"{count(result.num_deltas, 'delta')} in {count(len(result.modules), 'module')}"
+    console.print(f"{result.kind}: {held}", markup=False)
     for title, names in (("kept in full", result.others), ("left out", result.dropped)):
         if names:
             console.print(f"{title}: {', '.join(names)}", markup=False)
@@ -140,19 +149,23 @@ def show_run(console: Console, result: RunResult) -> None:
     """Print the losses of a training run, and where the adapter is."""
     share = result.deltas / result.weights if result.weights else 0.0
     resumed = f", resumed from {result.resumed_from}" if result.resumed_from is not None else ""
-    console.print(f"{result.deltas:,} deltas, {share:.2%} of the base; {result.steps} steps{resumed}", markup=False)
+    steps = count(result.steps, "step")
+    console.print(f"{count(result.deltas, 'delta')}, {share:.2%} of the base; {steps}{resumed}", markup=False)
     if result.blank or result.duplicates:
         console.print(f"left out of the data: {result.blank} blank, {result.duplicates} repeated", markup=False)
     if result.train_loss is None:
         console.print("the run was complete already, nothing was trained", markup=False)
     else:
-        console.print(f"training loss {result.train_loss:.4f} on {result.examples} examples", markup=False)
+        console.print(f"training loss {result.train_loss:.4f} on {count(result.examples, 'example')}", markup=False)
     if result.eval_loss is not None:
         before = "" if result.eval_loss_before is None else f"{result.eval_loss_before:.4f} before, "
-        console.print(f"held-out loss {before}{result.eval_loss:.4f} after, on {result.held_out} examples")
+        console.print(f"held-out loss {before}{result.eval_loss:.4f} after, on {count(result.held_out, 'example')}")
     for answer in result.answers:
-        console.print(f"\nquestion  {answer.question}", markup=False)
+        console.print()
+        console.print(f"question  {answer.question}", markup=False)
         console.print(f"before    {' '.join(answer.before.split())}", markup=False)
         console.print(f"after     {' '.join(answer.after.split())}", markup=False)
     merged = f" and {result.merged}" if result.merged is not None else ""
-    console.print(f"\n{result.closes} closes of the cycle; wrote {result.adapter}{merged}", markup=False)
+    console.print()
+    closes = count(result.closes, "close")
+    console.print(f"{closes} of the cycle; wrote {result.adapter}{merged}", markup=False)

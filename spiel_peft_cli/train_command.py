@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from spiel_peft.config import SpIELConfig
 
 DEFAULT_R = 16
+# Of numbers of steps, tokens and examples. NumPy's seeds have 32 bits.
+LARGEST = 2**31 - 1
 
 
 @command("spiel-peft train --model base --data train.jsonl --output-dir run --r 2 --max-steps 12")
@@ -102,7 +104,10 @@ def train(
     Answers are learnt, and plain texts as a whole. The adapter is saved in OUTPUT_DIR/adapter.
     """
     one_budget(r, density, num_deltas, needed=False)
-    _check(max_steps, epochs, learning_rate, resume, overwrite)
+    counts = {"regrow_every": regrow_every, "accumulation_steps": accumulation_steps, "max_length": max_length}
+    counts |= {"warmup_steps": warmup_steps, "batch_size": batch_size, "grad_accum": grad_accum}
+    counts |= {"save_every": save_every, "eval_every": eval_every}
+    _check(max_steps, epochs, learning_rate, resume, overwrite, counts, seed)
     if r is density is num_deltas is None:
         r = DEFAULT_R
     from spiel_peft.config import SpIELConfig
@@ -153,12 +158,26 @@ def train(
     return OK
 
 
-def _check(max_steps: int | None, epochs: float | None, learning_rate: float, resume: bool, overwrite: bool) -> None:
+def _check(
+    max_steps: int | None,
+    epochs: float | None,
+    learning_rate: float,
+    resume: bool,
+    overwrite: bool,
+    counts: dict[str, int],
+    seed: int,
+) -> None:
+    counts = counts | ({} if max_steps is None else {"max_steps": max_steps})
     if max_steps is not None and epochs is not None:
         raise typer.BadParameter("give --max-steps or --epochs, not both")
     for name, value in (("--epochs", epochs), ("--learning-rate", learning_rate)):
         if value is not None and not 0 < value < float("inf"):
             raise typer.BadParameter(f"{name} must be a number above 0, got {value}")
+    for name, number in counts.items():
+        if number > LARGEST:
+            raise typer.BadParameter(f"--{name.replace('_', '-')} must be at most {LARGEST}, got {number}")
+    if seed >= 2**32:
+        raise typer.BadParameter(f"--seed must be at most {2**32 - 1}, got {seed}")
     if resume and overwrite:
         raise typer.BadParameter("--resume goes on with a run, --overwrite begins anew: give one of them")
 

@@ -4,6 +4,7 @@ Positions are row-major flat indices into a matrix (or a higher-dimensional weig
 dimension). An index set is a one-dimensional tensor of positions, sorted and without repeats.
 """
 
+from . import folder_name as _folder_name
 from .fold import (
     adapted_entries,
     apply_deltas,
@@ -27,6 +28,9 @@ from .index_set import check_index_set, index_dtype, replace_positions, sample_p
 from .momentum import sm3_accumulate_, top_outer_positions
 from .select import topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
+
+# Before the packages that look for `kernels` are imported: spiel_peft and the benchmarks import this package first.
+_folder_name.hide_folder()
 
 __all__ = [
     "StreamingTopK",

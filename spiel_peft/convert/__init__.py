@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.checkpoint import Base
+from ..files.folder import refuse_existing, refuse_inputs
 from .from_composable_sft import FILE_NAME, convert_composable_sft, is_composable_sft
 from .from_peft import convert_sft_fork, convert_supertuning, read_peft_config
 from .result import Conversion, Progress
@@ -96,6 +97,8 @@ def convert_adapter(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "shira" and base is None:
         raise ValueError(f"{source}: SHiRA stores rows and columns; pass base= for the shapes of the weights")
+    refuse_inputs(out, {"source": source, "base": base}, "out")
+    refuse_existing(out, overwrite)
     try:
         return _CONVERTERS[kind](source, out, base, overwrite=overwrite, progress=progress, **options)
     except TypeError as error:

@@ -15,6 +15,7 @@ from spiel_kernels import index_dtype
 
 from ..adapter_format import check_indices_and_values
 from ..files.adapter_file import AdapterFile, StoredDelta, config_of_deltas, read_adapter, write_adapter
+from ..files.folder import refuse_inputs
 from ..files.tensors import Progress
 
 KEEP, DROP = "keep", "drop"
@@ -116,6 +117,7 @@ def finish(
         where: the source file, for messages.
         overwrite: replace what is at `out`.
     """
+    refuse_inputs(out, {"source": where}, "out")
     filled = {name: delta for name, delta in deltas.items() if delta.k}
     if not filled:
         raise ValueError(f"{where} holds no sparse difference of a weight, so there is nothing to convert")

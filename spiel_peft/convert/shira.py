@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..files.adapter_file import PREFIX, AdapterFile, StoredDelta
 from ..files.checkpoint import Base, Checkpoint, open_base
-from ..files.folder import whole_folder
+from ..files.folder import refuse_inputs, whole_folder
 from ..weights.base_weight import LINEAR
 from .from_peft import PeftSource, need, read_peft_source
 from .result import Conversion, Progress, finish, open_adapter, tracked
@@ -103,6 +103,7 @@ def export_shira(
         ValueError: SHiRA cannot express the adapter: layers other than linear ones, trained biases or tokens, more
             entries than `r` allows, or a small weight that does not have as many as `r` demands.
     """
+    refuse_inputs(out, {"adapter": adapter, "base": base}, "out")
     source, where = open_adapter(adapter)
     tensors = open_base(base)
     shapes = {module: _linear_shape(module, tensors, where) for module in source.deltas}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..files.adapter_file import AdapterFile, StoredDelta, parameter_of_key
 from ..files.checkpoint import Base, Checkpoint, open_base
-from ..files.folder import whole_folder
+from ..files.folder import refuse_inputs, whole_folder
 from .result import Conversion, Progress, open_adapter, tracked
 
 SPARSE_PATCH = "sparse-patch"
@@ -224,6 +224,7 @@ def export_sparse_patch(
         out: folder to write.
         overwrite: replace what is at `out`.
     """
+    refuse_inputs(out, {"adapter": adapter, "base": base}, "out")
     stored: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for patch in sparse_patches(adapter, base, progress=progress):
@@ -284,6 +285,7 @@ def export_dense_diff(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
+    refuse_inputs(out, {"adapter": adapter, "base": base}, "out")
     source, where = open_adapter(adapter)
     result = Conversion(DENSE_DIFF, 0, [])
     with whole_folder(out, overwrite) as work:

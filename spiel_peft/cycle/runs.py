@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..call_stack import running_trainer, trainer_state
-from ..checks import listed
+from ..checks import first_of
 from ..delta import AdapterRun, SparseDelta
 from ..growth import get_growth_criterion
 from ..state import StepGradient, TrainingState
@@ -97,7 +97,7 @@ def _begins_anew(delta: SparseDelta, optimizer: torch.optim.Optimizer, trainer: 
 
 def _refuse_half_loaded(untouched: list[SparseDelta]) -> None:
     if untouched:
-        shown = listed([delta.module_name for delta in untouched])
+        shown = first_of(sorted(delta.module_name for delta in untouched))
         raise ValueError(
             f"Adapter {untouched[0].run.adapter_name!r} cannot be resumed: the checkpoint has no deltas for {shown}. "
             "Resume on the model and with the target_modules that the checkpoint was made with."

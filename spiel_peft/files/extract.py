@@ -33,7 +33,7 @@ from .differences import (
     find_small_tensors,
     find_targets,
 )
-from .folder import refuse_existing, whole_folder
+from .folder import refuse_existing, refuse_inputs, whole_folder
 from .tensors import PIECE_BYTES, Progress, SafetensorsWriter, TensorSpec
 
 
@@ -102,6 +102,7 @@ def extract_delta(
     """
     _check_request(density, num_deltas, r, scope)
     if out_dir is not None:
+        refuse_inputs(out_dir, {"base": base, "finetuned": finetuned})
         refuse_existing(out_dir, overwrite)
     before, after = _open_pair(base, finetuned)
     if isinstance(num_deltas, dict) and target_modules is None:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..checks import json_object
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOG = logging.getLogger(__name__)
+# A temporary folder is named ".<what is made>.spiel-peft-<random>" and holds the marker.
+_INFIX = ".spiel-peft-"
+_MARKER = "spiel-peft-unfinished.json"
+# In a temporary folder: what is being written, what is to be put back on an error, and what is to be removed.
+_NEW, _OLD, _REPLACED = "new", "old", "replaced"
 
 _WEIGHTS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot"),
@@ -109,53 +124,199 @@ def edit_config(folder: Path, changes: Mapping[str, Any], dtype: str | None) -> 
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Give a temporary folder beside `target` to write into, and rename it to `target` when the block is left.
+def refuse_inputs(target: str | os.PathLike[str], inputs: Mapping[str, object], name: str = "out_dir") -> None:
+    """Raise a ValueError if writing `target` could change what is read: if it is an input, in one, or holds one.
 
-    On any error, a full disk included, the temporary folder is removed and `target` is left as it was.
+    Links are followed, those in an input folder too. Commands call this before they read or write anything.
 
     Args:
-        target: the folder to make. Its parents are created.
+        target: what is to be written.
+        inputs: files and folders that are read, or sequences of them, by the name that the error gives them. What is no
+            path, such as a model in memory, is ignored, and so is what does not exist.
+        name: how the error calls `target`.
+    """
+    place = os.path.realpath(target)
+    for label, given in inputs.items():
+        for path in given if isinstance(given, (list, tuple)) else [given]:
+            if not isinstance(path, (str, os.PathLike)) or not os.path.exists(path):
+                continue
+            for read in _places_read(path):
+                shown = f"{name}: {os.fspath(target)}"
+                if _holds(place, read):
+                    raise ValueError(f"{shown} would replace {label} {path}, which is read; choose another folder")
+                if _holds(read, place):
+                    raise ValueError(f"{shown} is inside {label} {path}, which is read; choose another folder")
+
+
+def _places_read(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The real path of an input, and those of all links in it: caches of models are folders of links."""
+    yield os.path.realpath(path)
+    for folder, folders, files in os.walk(path):
+        for entry in (*folders, *files):
+            if os.path.islink(os.path.join(folder, entry)):
+                yield os.path.realpath(os.path.join(folder, entry))
+
+
+def _holds(outer: str, inner: str) -> bool:
+    """Whether `inner` is `outer` or inside of it. Both are real paths; files that have two names there are one."""
+    if inner == outer or inner.startswith(outer.rstrip(os.sep) + os.sep):
+        return True
+    if not os.path.exists(outer):
+        return False
+    places = (Path(inner), *Path(inner).parents)
+    return any(place.is_dir() and os.path.samefile(place, outer) for place in places)
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder beside `target` to write into, and put it in the place of `target` at the end.
+
+    On any error, a full disk included, the temporary folder is removed and `target` is left as it was. There is no
+    moment at which neither the old folder nor the new one is there, where the system can exchange them in one step;
+    elsewhere the next run puts back what a killed one had moved.
+
+    Args:
+        target: the folder to make. Its parents are created. If it is a link, the folder that it names is made.
         overwrite: replace what is there; else only an empty folder may be there.
 
     Raises:
         FileExistsError: there is something at `target`. Raised before anything is written.
     """
-    target = Path(target)
     refuse_existing(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    place = Path(os.path.realpath(target))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(place.parent, place.name) as box:
+        work = box / _NEW
+        work.mkdir()
         yield work
-        # mkdtemp makes a private folder; the result gets the permissions of any new folder.
-        umask = os.umask(0)
-        os.umask(umask)
-        work.chmod(0o777 & ~umask)
-        _put_in_place(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        _put_in_place(work, place, box / _OLD)
 
 
 def refuse_existing(target: str | os.PathLike[str], overwrite: bool) -> None:
-    """Raise a FileExistsError if `target` exists and must not be replaced. Long work calls this before it begins."""
-    target = Path(target)
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+    """Raise a FileExistsError if `target` exists and must not be replaced. Long work calls this before it begins.
+
+    What a killed run left beside `target` is cleared first; it can be the old folder, which is put back then.
+    """
+    place = Path(os.path.realpath(target))
+    clear_leftovers(place.parent, place.name)
+    if place.exists() and not overwrite and (not place.is_dir() or any(place.iterdir())):
         raise FileExistsError(f"{target} exists already: choose another folder, or allow overwriting")
 
 
-def _put_in_place(work: Path, target: Path) -> None:
-    if not target.exists():
-        work.rename(target)
-        return
-    # A folder cannot replace one that is not empty in one step; the old one is kept until the new one is there.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / target.name)
+@contextmanager
+def work_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make a temporary folder in `parent` that a later run can tell to be a leftover; it is removed after the block.
+
+    A marker in the folder says what the folder is. The marker is locked as long as this process lives. What the block
+    moves into the subfolder ``old`` is put back into `parent` at the end, and by the next run if this one is killed,
+    unless something is in its place by then.
+
+    Args:
+        parent: an existing folder.
+        name: what is written, a part of the temporary folder's name.
+    """
+    box = Path(tempfile.mkdtemp(prefix=_prefix(name), dir=parent))
     try:
-        work.rename(target)
-    except BaseException:
-        (old / target.name).rename(target)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        with open(box / _MARKER, "w", encoding="utf-8") as marker:
+            _lock(marker)
+            json.dump({"made_by": "spiel-peft", "for": name}, marker)
+            marker.flush()
+            yield box
+    finally:
+        _empty(box)
+
+
+def clear_leftovers(parent: Path, name: str) -> None:
+    """Remove the temporary folders that killed runs left for `name` in `parent`, and log what was removed.
+
+    A folder counts as such by its name and the marker in it, and only if no living process holds the marker's lock.
+    """
+    if not parent.is_dir():
+        return
+    for box in sorted(parent.iterdir()):
+        if not box.name.startswith(_prefix(name)) or box.is_symlink() or not (box / _MARKER).is_file():
+            continue
+        with suppress(OSError), open(box / _MARKER, "r+", encoding="utf-8") as marker:
+            if not _lock(marker) or not _is_ours(marker.read(), name):
+                continue
+            back = _empty(box)
+            put_back = f"; {', '.join(back)} was put back" if back else ""
+            _LOG.warning("%s, left by a run that was killed, was removed%s", box, put_back)
+
+
+def _prefix(name: str) -> str:
+    # Shortened, as file systems limit names to 255 bytes. The marker has the whole name.
+    return f".{os.fsencode(name)[:200].decode('utf-8', 'ignore')}{_INFIX}"
+
+
+def _is_ours(text: str, name: str) -> bool:
+    try:
+        return bool(json.loads(text) == {"made_by": "spiel-peft", "for": name})
+    except ValueError:
+        return False
+
+
+def _lock(marker: IO[str]) -> bool:
+    """Lock the marker; False if another process has it. Without locks on this system a leftover cannot be told."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _empty(box: Path) -> list[str]:
+    """Put back what is in ``old`` if nothing is in its place, and remove the rest; returns what was put back.
+
+    The marker goes last: what a second kill leaves over is still known to be ours.
+    """
+    back = []
+    for path in sorted((box / _OLD).iterdir()) if (box / _OLD).is_dir() else ():
+        if not os.path.lexists(box.parent / path.name):
+            path.rename(box.parent / path.name)
+            back.append(path.name)
+    for path in box.iterdir() if box.is_dir() else ():
+        if path.name == _MARKER:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    shutil.rmtree(box, ignore_errors=True)
+    return back
+
+
+def set_aside(paths: Sequence[Path], box: Path) -> None:
+    """Move files and folders into ``old`` of a `work_folder` beside them, from where they are put back at its end."""
+    (box / _OLD).mkdir(exist_ok=True)
+    for path in paths:
+        path.rename(box / _OLD / path.name)
+
+
+def give_up_set_aside(box: Path) -> None:
+    """Let what was set aside in a `work_folder` be removed at its end, instead of put back."""
+    if (box / _OLD).exists():
+        (box / _OLD).rename(box / _REPLACED)
+
+
+def _put_in_place(work: Path, place: Path, old: Path) -> None:
+    if not os.path.lexists(place):
+        work.rename(place)
+    elif not _exchange(work, place):
+        old.mkdir()
+        place.rename(old / place.name)
+        work.rename(place)  # on an error the old folder is put back when `work_folder` ends
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, as Linux can on most file systems; False if that is not possible."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

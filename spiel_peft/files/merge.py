@@ -23,7 +23,7 @@ from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, MergeReport, cou
 from .adapter_file import AdapterFile, parameter_of_key, read_adapter
 from .checkpoint import INDEX_SUFFIX, SINGLE_FILES, Checkpoint, open_checkpoint, safetensors_name
 from .edits import Edit, config_changes, read_edits, settle_ties, split_fused
-from .folder import copy_other_files, edit_config, refuse_existing, whole_folder
+from .folder import copy_other_files, edit_config, refuse_existing, refuse_inputs, whole_folder
 from .model_names import names_with_head
 from .tensors import PIECE_BYTES, FileTensor, MemoryTensor, Progress, SafetensorsWriter, StoredTensor, TensorSpec
 
@@ -133,9 +133,7 @@ def _check_folders(base: Path, adapters: Sequence[Path], out: Path, overwrite: b
     if not base.is_dir():
         raise FileNotFoundError(f"base_dir: {base} is not a folder; huggingface_hub's snapshot_download makes one")
     refuse_existing(out, overwrite)
-    for folder in (base, *adapters):
-        if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
-            raise ValueError(f"out_dir: {out} would replace {folder}, which is read; choose another folder")
+    refuse_inputs(out, {"base_dir": base, "adapter_dir": adapters})
 
 
 def _factors(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -20,15 +20,16 @@ except ModuleNotFoundError as error:
     raise ImportError("training needs TRL: pip install 'spiel-peft[train]'") from error
 
 from ..callback import SpIELCallback
+from ..files.folder import refuse_inputs
 from .arguments import RunSettings, read_arguments, training_arguments
 from .base_model import ModelSource, find_model, load_base, load_tokenizer
 from .data import Corpus, InputError, Row, prompt_ids, read_corpus, rows_that_fit, split_examples
 from .run_folder import (
     STATE,
+    Checkpoints,
     find_checkpoint,
-    remove_checkpoints,
+    made_folder,
     remove_merged,
-    remove_unfinished,
     save_adapter,
     save_merged,
     steps_of,
@@ -112,7 +113,7 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     """Train an adapter and save it in ``adapter`` of the output folder.
 
     Input errors are found before anything is written. Only what the loaded model shows, such as target modules that it
-    does not have, is found later; such an error leaves an empty output folder at most.
+    does not have, is found later; such an error leaves nothing that was not there before.
 
     Args:
         settings: model, data and every setting of the run.
@@ -126,15 +127,16 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     inputs = _read_inputs(settings)
     set_seed(settings.seed)
     base = load_base(inputs.source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
-    try:
+    with made_folder(settings.output_dir):
         trainer = _make_trainer(settings, inputs, base, progress)
-        if settings.overwrite:
-            remove_checkpoints(settings.output_dir)
+        if settings.save_every:
+            trainer.checkpoints.refuse_foreign(_planned_steps(trainer), settings.save_every)
         train_loss = _train(trainer, inputs.checkpoint)
         before, after = _eval_losses(trainer) if inputs.eval_rows else (None, None)
         model: Any = trainer.model
         trainable, total = model.get_nb_trainable_parameters()
         adapter = save_adapter(model, inputs.tokenizer, settings.output_dir)
+        trainer.checkpoints.remove_replaced()
         trainer.save_state()
         answers = [_answers(model, inputs.tokenizer, question) for question in settings.questions]
         merged = None
@@ -142,9 +144,6 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
             merged = save_merged(model, inputs.tokenizer, settings.output_dir)
         else:
             remove_merged(settings.output_dir)
-    except BaseException:
-        remove_unfinished(settings.output_dir)
-        raise
     return RunResult(
         adapter=adapter,
         deltas=trainable,
@@ -166,10 +165,14 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
 
 def _read_inputs(settings: RunSettings) -> _Inputs:
     """Find, read and check everything but the model's weights. Writes nothing."""
-    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite)
+    if settings.output_dir.exists() and not settings.output_dir.is_dir():
+        raise InputError(f"--output-dir {settings.output_dir}: it is a file")
     source = find_model(settings.model)
-    _refuse_4bit(settings, source)
+    _refuse_inputs(settings, source)
     more = read_arguments(settings.arguments) if settings.arguments is not None else {}
+    weights_only = bool(more.get("save_only_model"))
+    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite, weights_only)
+    _refuse_4bit(settings, source)
     corpus, held_out = _read_data(settings)
     evaluated = bool(held_out.examples)
     arguments = training_arguments(settings, texts=corpus.kind == "texts", evaluated=evaluated, more=more)
@@ -179,8 +182,21 @@ def _read_inputs(settings: RunSettings) -> _Inputs:
     return _Inputs(checkpoint, source, tokenizer, arguments, corpus, rows, eval_rows)
 
 
-def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: Progress | None) -> SFTTrainer:
+def _refuse_inputs(settings: RunSettings, source: ModelSource) -> None:
+    """Raise a ValueError if the output folder is, holds or lies in something that the run reads."""
+    model = Path(source.path) / source.gguf_file if source.gguf_file else source.path
+    read = {
+        "--model": model,
+        "--data": settings.data,
+        "--eval-data": settings.eval_data,
+        "--config": settings.arguments,
+    }
+    refuse_inputs(settings.output_dir, read, "--output-dir")
+
+
+def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: Progress | None) -> AdapterTrainer:
     """A trainer that logs the cycle and reports progress to a function instead of printing it."""
+    checkpoints = Checkpoints(settings.output_dir, settings.resume, settings.overwrite)
     trainer = AdapterTrainer(
         model=base,
         args=inputs.arguments,
@@ -188,6 +204,7 @@ def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: P
         eval_dataset=Dataset.from_list(inputs.eval_rows) if inputs.eval_rows else None,
         processing_class=inputs.tokenizer,
         peft_config=settings.config,
+        checkpoints=checkpoints,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
@@ -198,10 +215,25 @@ def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: P
 
 
 class AdapterTrainer(SFTTrainer):
-    """TRL's SFTTrainer without the model card that it writes into the output folder.
+    """TRL's SFTTrainer that leaves alone what was in the output folder before.
 
-    That card could replace a README of the user's. The adapter's own folder gets the card that PEFT writes.
+    It writes no model card there, which could replace a README of the user's; the adapter's own folder gets the card
+    that PEFT writes. It removes only checkpoints of its own run, as `checkpoints` says.
     """
+
+    def __init__(self, *, checkpoints: Checkpoints, **options: Any) -> None:
+        self.checkpoints = checkpoints
+        super().__init__(**options)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The Trainer would remove the oldest of all folders named checkpoint-*, whosever they are.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with self.checkpoints.saving(self.state.global_step):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.checkpoints.keep(limit, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card."""

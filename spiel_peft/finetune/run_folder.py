@@ -2,46 +2,147 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..files.folder import whole_folder
+from safetensors import SafetensorError, safe_open
+
+from ..checks import json_object
+from ..files.folder import clear_leftovers, give_up_set_aside, set_aside, whole_folder, work_folder
 from .data import InputError
 
 ADAPTER = "adapter"
 MERGED = "merged"
-# The Trainer writes this file last, so a checkpoint without it is incomplete.
 STATE = "trainer_state.json"
+# In a checkpoint as long as the Trainer writes it: what has this file in it was made by a run that was killed then.
+WRITING = "spiel-peft-unfinished.json"
+# The name under which checkpoints of an earlier run are set aside until the new one has a checkpoint.
+_EARLIER = "checkpoints"
+# Files of the Trainer besides the adapter's weights: JSON files, and files of torch.save.
+_JSON = ("adapter_config.json", STATE)
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_OF_TORCH = ("optimizer.pt", "scheduler.pt")
+
+_LOG = logging.getLogger(__name__)
 
 
-def find_checkpoint(folder: Path, resume: bool, overwrite: bool) -> Path | None:
+def find_checkpoint(folder: Path, resume: bool, overwrite: bool, weights_only: bool = False) -> Path | None:
     """The last complete checkpoint in an output folder if the run is to be resumed, else None.
 
+    A newer checkpoint that is not complete, as a kill leaves it, is passed over, and a warning says so.
+
+    Args:
+        folder: the output folder.
+        resume, overwrite: the options of these names.
+        weights_only: the Trainer saves no optimizer (``save_only_model``), so a checkpoint is complete without.
+
     Raises:
-        InputError: `folder` is a file, or `resume` was given and there is no checkpoint.
+        InputError: `resume` was given and there is no complete checkpoint.
         FileExistsError: the folder holds a run, and neither `resume` nor `overwrite` was given.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output-dir {folder}: it is a file")
-    checkpoints = checkpoints_in(folder)
+    remove_leftovers(folder)
+    numbered = checkpoints_in(folder)
     if resume:
-        if not checkpoints:
-            raise InputError(f"--resume: {folder} has no checkpoint; leave --resume out to begin")
-        return checkpoints[-1]
-    if (checkpoints or (folder / ADAPTER).exists()) and not overwrite:
+        return _last_complete(folder, numbered, weights_only)
+    results = (folder / ADAPTER, folder / MERGED, folder / STATE)
+    found = [path for path in (*results, *own_checkpoints(folder)) if path.exists()]
+    if found and not overwrite:
         raise FileExistsError(
-            f"{folder} holds a run already: --resume goes on with it, --overwrite begins anew, or choose another folder"
+            f"{folder} holds a run already ({found[0].name}): --resume goes on with it, --overwrite begins anew, or "
+            "choose another folder"
         )
     return None
 
 
+def _last_complete(folder: Path, numbered: Sequence[Path], weights_only: bool) -> Path:
+    passed: list[str] = []
+    for checkpoint in reversed(numbered):
+        problem = what_is_missing(checkpoint, weights_only)
+        if problem is None:
+            if passed:
+                _LOG.warning("%s is not complete: resuming from %s", "; ".join(passed), checkpoint)
+            return checkpoint
+        passed.append(f"{checkpoint} ({problem})")
+    if not passed:
+        raise InputError(f"--resume: {folder} has no checkpoint; leave --resume out to begin")
+    raise InputError(
+        f"--resume: {folder} has no checkpoint that is complete: {'; '.join(passed)}; give --overwrite instead of "
+        "--resume to begin anew"
+    )
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints in an output folder, sorted by their step."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
-    numbered = [(int(match[1]), path) for match, path in found if match and (path / STATE).is_file()]
-    return [path for _, path in sorted(numbered)]
+    """The folders in an output folder that have the name of a checkpoint, sorted by their step."""
+    found = [(re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in folder.glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match and path.is_dir())]
+
+
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of SpIEL adapters that the Trainer has written to the end, sorted by their step."""
+    return [path for path in checkpoints_in(folder) if (path / STATE).is_file() and _is_spiel(path)]
+
+
+def _is_spiel(checkpoint: Path) -> bool:
+    try:
+        return json_object(checkpoint / "adapter_config.json").get("peft_type") == "SPIEL"
+    except ValueError:
+        return False
+
+
+def _is_half_written(path: Path) -> bool:
+    """Whether a folder can be what a kill left of a checkpoint: it is empty or has a file that the Trainer writes."""
+    names = (*_JSON, *_WEIGHTS, *_OF_TORCH, "training_args.bin")
+    return not any(path.iterdir()) or any((path / name).exists() for name in names)
+
+
+def what_is_missing(checkpoint: str | os.PathLike[str], weights_only: bool = False) -> str | None:
+    """Say which file that resuming needs is missing or damaged; None if the checkpoint is complete.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        weights_only: the Trainer saves no optimizer, so none is needed.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / WRITING).exists():
+        return "the run was killed while it was written"
+    try:
+        for name in _JSON:
+            json_object(checkpoint / name)
+        weights = next((checkpoint / name for name in _WEIGHTS if (checkpoint / name).is_file()), None)
+        if weights is None:
+            return f"{_WEIGHTS[0]} is missing"
+        if weights.suffix == ".safetensors":
+            with safe_open(weights, framework="pt") as tensors:
+                if not tensors.keys():
+                    return f"{weights.name} is empty"
+        files = [] if weights.suffix == ".safetensors" else [weights]
+        if not weights_only:
+            files += [checkpoint / name for name in _OF_TORCH]
+            files += checkpoint.glob("scaler.pt")  # of runs in float16
+            files += sorted(checkpoint.glob("rng_state*.pth")) or [checkpoint / "rng_state.pth"]
+        return next((problem for path in files if (problem := _damage(path)) is not None), None)
+    except SafetensorError as error:
+        return f"{_WEIGHTS[0]} cannot be read: {error}"
+    except (OSError, ValueError) as error:
+        return " ".join(str(error).replace(f"{checkpoint}{os.sep}", "").split())
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a file of torch.save, which is a zip archive with checksums."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return None if archive.testzip() is None else f"{path.name} is damaged"
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        return f"{path.name} cannot be read: {error}"
 
 
 def steps_of(checkpoint: Path) -> int:
@@ -49,19 +150,112 @@ def steps_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove incomplete checkpoints, and then the output folder if it is empty."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / STATE).is_file():
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half-written in an output folder, and log what was removed."""
+    for path in checkpoints_in(folder):
+        if (path / WRITING).is_file():
+            shutil.rmtree(path)
+            _LOG.warning("%s, left half-written by a run that was killed, was removed", path)
+    for name in (_EARLIER, ADAPTER, MERGED):
+        clear_leftovers(folder, name)
+
+
+@contextmanager
+def made_folder(folder: Path) -> Iterator[None]:
+    """On an error remove the folder and its parents, if they did not exist before the block and are empty."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+class Checkpoints:
+    """The checkpoints of one run: which folders it may write, replace and remove.
+
+    The folders that were there when the run began stay, but for checkpoints of the run that it resumes or replaces.
+
+    Args:
+        folder: the output folder.
+        resume: the earlier checkpoints belong to this run.
+        overwrite: the earlier checkpoints are replaced by those of this run.
+    """
+
+    def __init__(self, folder: Path, resume: bool, overwrite: bool) -> None:
+        self.folder = folder
+        self.own = own_checkpoints(folder) if resume else []
+        self.replaced = own_checkpoints(folder) if overwrite else []
+        earlier = resume or overwrite
+        others = [path for path in checkpoints_in(folder) if path not in (*self.own, *self.replaced)]
+        self.foreign = [path for path in others if not (earlier and _is_half_written(path))]
+
+    def refuse_foreign(self, steps: int, every: int) -> None:
+        """Raise a FileExistsError if a checkpoint would be written into a folder that is no checkpoint of a run.
+
+        Args:
+            steps: the last step of the run.
+            every: steps between checkpoints.
+        """
+        for path in self.foreign:
+            step = steps_of(path)
+            if step <= steps and (step % every == 0 or step == steps):
+                raise FileExistsError(
+                    f"{path} is there and is no checkpoint of an earlier run, but step {step} would be saved there; "
+                    "choose another --output-dir, or move the folder"
+                )
+
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Mark a checkpoint as unfinished while the block writes it; after an error it is removed if it was made here.
+
+        The checkpoints of the replaced run are set aside, and removed once the first new one is complete.
+        """
+        path = self.folder / f"checkpoint-{step}"
+        if not self.replaced:
+            with self._writing(path):
+                yield
+        else:
+            with work_folder(self.folder, _EARLIER) as box:
+                set_aside(self.replaced, box)
+                with self._writing(path):
+                    yield
+                give_up_set_aside(box)
+            self.replaced = []
+        self.own = [*(other for other in self.own if other != path), path]
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        made = not path.exists()
+        if made:
+            path.mkdir()
+            (path / WRITING).write_text('{"made_by": "spiel-peft"}\n', encoding="utf-8")
+        try:
+            yield
+            if made:
+                (path / WRITING).unlink()
+        except BaseException:
+            if made:
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def keep(self, limit: int | None, best: str | None) -> None:
+        """Remove this run's oldest checkpoints beyond `limit`; the best and the last one stay."""
+        if not limit or limit < 1:
+            return
+        protected = {self.own[-1], *([Path(best)] if best else [])}
+        excess = len(self.own) - max(limit, len(protected))
+        for path in [path for path in self.own if path not in protected][: max(0, excess)]:
             shutil.rmtree(path, ignore_errors=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+            self.own.remove(path)
 
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the complete checkpoints of an earlier run, from which the new one could otherwise be resumed."""
-    for checkpoint in checkpoints_in(folder):
-        shutil.rmtree(checkpoint)
+    def remove_replaced(self) -> None:
+        """Remove the checkpoints of the replaced run, if the new one has saved none of its own."""
+        for path in self.replaced:
+            shutil.rmtree(path)
+        self.replaced = []
 
 
 def remove_merged(folder: Path) -> None:

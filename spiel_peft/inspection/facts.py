@@ -102,7 +102,7 @@ class AdapterFacts:
     Attributes:
         folder: the adapter's folder.
         adapter: config and tensors.
-        modules: in the order of the file.
+        modules: sorted by name, layers by their number.
         training: progress of the run, if the file holds training state.
         file_bytes: size of the tensors' file in bytes.
     """
@@ -182,8 +182,15 @@ def adapter_facts(folder: str | os.PathLike[str], base: Base | None = None) -> A
     if base is not None:
         shapes = _base_shapes(adapter, open_base(base), str(path))
     bare = {name for name in adapter.deltas if adapter.config.names_parameter(name)}
-    modules = [_module_facts(name, d, shapes.get(name), name in bare) for name, d in adapter.deltas.items()]
+    deltas = [(name, adapter.deltas[name]) for name in sorted(adapter.deltas, key=by_number)]
+    modules = [_module_facts(name, delta, shapes.get(name), name in bare) for name, delta in deltas]
     return AdapterFacts(folder, adapter, modules, _progress(state), path.stat().st_size)
+
+
+def by_number(module: str) -> list[tuple[int, str]]:
+    """A key that sorts names of modules with the numbers in them as numbers: layer 2 before layer 10."""
+    parts = re.split(r"([0-9]+)", module)
+    return [(int(part), "") if place % 2 else (-1, part) for place, part in enumerate(parts)]
 
 
 def read_with_state(folder: Path) -> tuple[AdapterFile, dict[str, dict[str, Tensor]], Path]:
@@ -337,7 +344,7 @@ def read_losses(log: str | os.PathLike[str]) -> Losses:
     entries = _history(_load(path))
     try:
         found = [{int(e["step"]): float(e[key]) for e in entries if key in e} for key in ("loss", "eval_loss")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} logs a loss without a step or a number: {error}") from error
     if not found[0]:
         raise ValueError(f"{path} logs no training loss; set logging_steps of the Trainer to have it logged")
@@ -362,7 +369,7 @@ def _path(log: str | os.PathLike[str]) -> Path:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
 
 
@@ -376,7 +383,7 @@ def _closes(content: Any) -> list[Close]:
     rows = [{key.removeprefix("spiel/"): value for key, value in entry.items()} for entry in entries]
     try:
         closes = [Close(int(row["step"]), *(_number(row, name) for name in _CLOSE_FIELDS)) for row in rows]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return sorted(closes, key=lambda close: close.step)
 

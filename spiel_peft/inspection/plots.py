@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..files.adapter_file import StoredDelta
+from ..files.folder import clear_leftovers, work_folder
 from ..files.tensors import Progress
 from .facts import AdapterFacts, Close, Losses, ModuleFacts
 
@@ -22,6 +23,8 @@ DPI = 130
 # Most cells of the map along each side.
 _CELLS = 200
 _BINS = 120
+# The histogram spans at most this many powers of ten; smaller deltas are in its first bin.
+_DECADES = 8.0
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -85,19 +88,23 @@ def histogram_figure(facts: AdapterFacts) -> Figure:
     """Histogram of the deltas' absolute values on a logarithmic axis, negative and positive deltas apart."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     ax = figure.subplots()
-    values = [delta.values.float() for delta in facts.adapter.deltas.values()]
-    smallest = min((float(v[v != 0].abs().min()) for v in values if bool((v != 0).any())), default=1e-8)
-    largest = max(facts.max_abs, smallest * 10)
-    low = max(smallest, largest * 1e-8)
-    edges = np.logspace(math.log10(low), math.log10(largest * 1.0001), _BINS + 1)
+    values = np.concatenate([delta.values.double().numpy() for delta in facts.adapter.deltas.values()])
+    finite = values[np.isfinite(values)]
+    sized = finite[finite != 0]
+    # Everything is done with exponents of ten, and clipped into the range of the bins: no delta falls out of them.
+    exponents = np.log10(np.abs(sized))
+    highest = min(float(exponents.max()), 307.0) if sized.size else -7.0  # no edge of a bin overflows
+    lowest = max(float(exponents.min()) if sized.size else -8.0, highest - _DECADES)
+    bounds = np.linspace(min(lowest, highest - 1.0), highest, _BINS + 1)
     for sign, colour, label in ((-1, "tab:red", "negative"), (1, "tab:blue", "positive")):
-        counts = np.zeros(_BINS)
-        for v in values:
-            counts += np.histogram((sign * v[sign * v > 0]).clamp(min=low).numpy(), edges)[0]
-        ax.stairs(counts, edges, color=colour, fill=True, alpha=0.45, label=f"{label}: {int(counts.sum()):,}")
-    zeros = sum(module.zeros for module in facts.modules)
-    ax.axvline(max(facts.mean_abs, low), color="0.3", linestyle="--", label=f"mean |delta| {facts.mean_abs:.2e}")
-    ax.set(xscale="log", xlabel="|delta|", ylabel="deltas", title=f"{facts.deltas:,} deltas, {zeros:,} of them zero")
+        counts = np.histogram(exponents[np.sign(sized) == sign].clip(bounds[0], bounds[-1]), bounds)[0]
+        ax.stairs(counts, 10.0**bounds, color=colour, fill=True, alpha=0.45, label=f"{label}: {int(counts.sum()):,}")
+    mean = float((np.abs(finite) / max(1, len(finite))).sum())
+    ax.axvline(max(mean, 10.0 ** bounds[0]), color="0.3", linestyle="--", label=f"mean |delta| {mean:.2e}")
+    others = len(values) - len(finite)
+    odd = f", {others:,} NaN or infinite (in no bin)" if others else ""
+    title = f"{len(values):,} deltas, {len(finite) - len(sized):,} of them zero{odd}"
+    ax.set(xscale="log", xlabel="|delta|", ylabel="deltas", title=title)
     ax.legend(fontsize=9)
     return figure
 
@@ -128,7 +135,8 @@ def matrix_figure(module: ModuleFacts, delta: StoredDelta) -> Figure:
     axes[0, 1].axis("off")
     figure.colorbar(image, ax=axes[:, 1], label="sum of |delta|", fraction=0.4)
     shape = " x ".join(map(str, module.shape))
-    figure.suptitle(f"{module.module} ({shape}): {module.deltas:,} deltas, {module.density:.2%}", fontsize=11)
+    title = f"{module.module} ({shape}): {module.deltas:,} deltas, {module.density:.2%}"
+    figure.suptitle(title, fontsize=11, parse_math=False)
     return figure
 
 
@@ -139,7 +147,11 @@ def churn_figure(closes: Sequence[Close]) -> Figure:
     ax = figure.subplots()
     ax.plot(steps, [100 * close.rate for close in closes], "--", color="0.55", label="offered for replacement")
     ax.plot(steps, [100 * close.churn for close in closes], "o-", color="tab:blue", label="moved")
-    ax.set(xlabel="optimizer step", ylabel="deltas (%)", title=f"Index churn over {len(closes)} closes")
+    ax.set(
+        xlabel="optimizer step",
+        ylabel="deltas (%)",
+        title=f"Index churn over {len(closes)} close{'s' * (len(closes) != 1)}",
+    )
     ax.set_ylim(0, 105)
     right = ax.twinx()
     right.plot(steps, [close.mean_abs_delta for close in closes], "s:", color="tab:red", label="mean |delta| (right)")
@@ -165,10 +177,15 @@ def loss_figure(losses: Losses, closes: Sequence[Close]) -> Figure:
     if losses.held_out:
         ax.plot(list(losses.held_out), list(losses.held_out.values()), "o-", color="tab:red", label="held out")
     for step, loss in losses.held_out.items():
+        if not math.isfinite(loss):
+            continue
         ax.annotate(f"{loss:.2f}", (step, loss), (0, 8), textcoords="offset points", ha="center", color="tab:red")
-    ax.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", title=f"Loss over {steps[-1]} steps")
+    shown = [loss for loss in (*smooth, *losses.held_out.values()) if math.isfinite(loss)]
+    odd = sum(not math.isfinite(loss) for loss in (*losses.train.values(), *losses.held_out.values()))
+    named = f", {odd} of the losses NaN or infinite" if odd else ""
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per learnt token)", title=f"Loss over {steps[-1]} steps{named}")
     # The running mean sets the scale: a single bad batch may leave the picture.
-    ax.set_ylim(0, 1.25 * max([*smooth, *losses.held_out.values()]))
+    ax.set_ylim(0, 1.25 * max(shown, default=1.0) or 1.0)
     ax.legend(loc="lower left", ncols=2, fontsize=9)
     return figure
 
@@ -199,19 +216,21 @@ def save_figures(
             raise FileExistsError(f"{path} exists already: choose another folder, or allow overwriting")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder, "plots")
     try:
-        with tempfile.TemporaryDirectory(prefix=".plots.", dir=folder) as work:
+        with work_folder(folder, "plots") as work:
             for done, (name, draw) in enumerate(figures.items(), start=1):
                 figure = draw()
                 FigureCanvasAgg(figure)
-                figure.savefig(Path(work) / f"{name}.png", dpi=DPI)
+                figure.savefig(work / f"{name}.png", dpi=DPI)
                 if progress is not None:
                     progress(done, len(figures), name)
             for name, path in targets.items():
-                os.replace(Path(work) / f"{name}.png", path)
+                os.replace(work / f"{name}.png", path)
     except BaseException:
         if made:
-            folder.rmdir()
+            with suppress(OSError):  # it holds pictures that are in place already
+                folder.rmdir()
         raise
     return list(targets.values())
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from support.adapters import edit_adapter, key_of
 from support.checkpoints import contents
 
@@ -189,3 +192,152 @@ def test_tables_are_not_cut_where_there_is_no_terminal(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert Output().stdout.width == 160
     assert isinstance(Output().stdout, Console)
+
+
+# -- names of others, exit codes, options ----------------------------------------------------------
+
+# Clears the screen, sets the title, turns the text round, ends the line, and deletes a character; C1's CSI.
+NASTY = "\x1b[2Jq\x1b]0;t\x07\u202e\rerror: \x9b1m\x7f\u2028[red]"
+
+
+def assert_harmless(*printed: str) -> None:
+    text = "".join(printed)
+    assert not [c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    # As we escape it, or as Python's repr does in messages that quote the name.
+    assert "\\u001b[2Jq" in text or "\\x1b[2Jq" in text
+
+
+def rename_module(folder: Path, name: str) -> None:
+    """Give one module of an adapter another name, in its tensors and in its config."""
+    file, old = folder / "adapter_model.safetensors", "model.layers.0.mlp.down_proj"
+    tensors = {key.replace(old, name): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_names_cannot_steer_the_terminal(shell: Shell, folders: Path) -> None:
+    rename_module(folders / "language", NASTY)
+    for arguments, code in (
+        (["info", "language", "task"], 0),
+        (["validate", "language"], 1),
+        (["merge", "language", "--base", "base", "--out", "new"], 3),
+        (["plot", "language", "--out", "new", "--module", "x"], 3),
+        (["info", "language", "--base", "base", "--debug"], 3),
+    ):
+        for json_flag in ([], ["--json"]):
+            out = shell(*arguments, *json_flag, code=code)
+            assert_harmless(out, shell.err)
+            if json_flag and code == 0:
+                # A program that reads the JSON gets the name as it is.
+                assert json.dumps(NASTY) in json.dumps(json.loads(out))
+
+
+def test_values_and_file_names_cannot_steer_the_terminal(shell: Shell, folders: Path) -> None:
+    edit_json(folders / "task" / "adapter_config.json", base_model_name_or_path=NASTY)
+    assert_harmless(shell("info", "task"), shell.err)
+    named = NASTY.replace("/", "")
+    (folders / "task").rename(folders / named)
+    assert_harmless(shell("info", named), shell.err)
+    assert_harmless(shell("validate", named), shell.err)
+    assert_harmless(shell.fails("info", named + "?", code=3))
+    assert "\x1b" not in shell.fails("plot", "language", "--out", "new", "--kind", NASTY, code=2)
+    assert_harmless(shell("combine", named, "--out", "new" + NASTY), shell.err)
+    undecodable = os.fsdecode(b"\xff\xfe" + NASTY.encode())
+    assert_harmless(shell.fails("info", undecodable, code=3))
+
+
+def test_progress_shows_names_as_they_are(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    output = Output()
+    with pytest.raises(ZeroDivisionError), output.progress("Working") as report:
+        assert report is not None
+        report(1, 2, "[/nothing] \x1b]0;t\x07")
+        raise ZeroDivisionError  # the last name stays on the screen
+    err = shell.capsys.readouterr().err
+    assert "[/nothing] \\u001b]0;t\\u0007" in err and "\x1b]0" not in err
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+EXTRACT = ["extract", "--base", "base", "--finetuned", "finetuned", "--out", "new"]
+COMBINE = ["combine", "language", "task", "--out", "new"]
+# What the error says, and which name of an argument or field it must not say.
+OPTIONS = {
+    "density": ([*EXTRACT, "--density", "2"], 3, "--density must be", "`density`"),
+    "num deltas": ([*EXTRACT, "--num-deltas", "1"], 3, "--num-deltas 1 does not fit", "num_deltas"),
+    "targets": ([*EXTRACT, "--r", "1", "--target-module", "("], 3, "--target-module: '('", "target_modules"),
+    "type": ([*COMBINE, "--type", "svd"], 3, "--type svd is about", "combination_type"),
+    "rule": ([*COMBINE, "--density", "0.5"], 3, "pass another --type.", "combination_type"),
+    "all zero": (
+        [*COMBINE, "--weight", "0", "--weight", "0", "--drop-zeros"],
+        3,
+        "leave out --drop-zeros",
+        "drop_zeros",
+    ),
+    "weights": ([*COMBINE, "--weight", "nan", "--weight", "1"], 3, "--weight must be", "weights"),
+    "base": (["merge", "task", "--base", "no", "--out", "new"], 3, "--base: no is not a folder", "base_dir"),
+    "no base": (["convert", "their_adapter", "--out", "new"], 3, "pass --base", "base="),
+    "format": (["convert", "their_adapter", "--from", "x", "--out", "new"], 3, "--from must be", "kind"),
+    "r": (["convert", "task", "--to", "shira", "--r", "1", "--base", "base", "--out", "new"], 3, "--r 1 is too", "r=1"),
+    "window": (
+        ["train", "--model", "base", "--data", "train.jsonl", "--output-dir", "new", "--regrow-every", "2"],
+        3,
+        "--accumulation-steps must be at most --regrow-every",
+        "accumulation_steps",
+    ),
+    "seed": (["train", "--model", "base", "--data", "train.jsonl", "-o", "new", "--seed", 2**32], 2, "--seed", "seed "),
+    "steps": (
+        ["train", "--model", "base", "--data", "train.jsonl", "-o", "new", "--max-steps", 2**63],
+        2,
+        "--max-st",
+        "_",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_errors_name_the_option(name: str, shell: Shell, folders: Path) -> None:
+    arguments, code, said, unsaid = OPTIONS[name]
+    before = contents(folders)
+    shell(*arguments, code=code)
+    message = shell.err.splitlines()[-1]
+    assert message.startswith("error: ") and said in message and unsaid not in message.replace(said, "")
+    assert contents(folders) == before
+
+
+def test_fields_in_files_are_named_as_they_are(shell: Shell, folders: Path) -> None:
+    edit_json(folders / "task" / "adapter_config.json", density=5.0)
+    for command in (COMBINE, USES["merge"]):
+        message = shell.fails(*command, code=3)
+        assert "task/adapter_config.json" in message and "`density` must be" in message
+
+
+FILES = {
+    "config too deep": ("base/config.json", "[" * 100_000, USES["merge"]),
+    "config of a wrong type": ("base/config.json", '{"model_type": "llama", "hidden_size": "x"}', USES["merge"]),
+    "log too deep": ("log.json", "[" * 100_000, [*USES["plot"], "--kind", "loss", "--log", "log.json"]),
+    "infinite step": (
+        "log.json",
+        '{"log_history": [{"spiel/churn": 0.1, "step": 1e400}]}',
+        [*USES["plot"], "--kind", "churn", "--log", "log.json"],
+    ),
+    "infinite step of a loss": (
+        "log.json",
+        json.dumps({"log_history": [{"loss": 1, "step": 2}]}).replace("2", "1e400"),
+        [*USES["plot"], "--kind", "loss", "--log", "log.json"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_no_fault_of_ours(name: str, shell: Shell, folders: Path) -> None:
+    file, text, arguments = FILES[name]
+    (folders / file).write_text(text)
+    assert "fault of spiel-peft" not in shell.fails(*arguments, code=3)
+
+
+def test_a_closed_pipe_is_no_bad_input() -> None:
+    from spiel_peft_cli.main import _code
+
+    assert _code(BrokenPipeError(32, "Broken pipe")) == 4

@@ -95,7 +95,7 @@ def test_combining(shell: Shell, folders: Path) -> None:
 def test_combining_says_what_does_not_go_together(shell: Shell) -> None:
     combine = ["combine", "language", "task", "--out", "x"]
     assert "one --weight for each" in shell.fails(*combine, "--weight", "1", code=2)
-    assert "combination_type" in shell.fails(*combine, "--type", "svd", code=3)
+    assert "--type svd" in shell.fails(*combine, "--type", "svd", code=3)
     assert "given twice" in shell.fails("combine", "task", "task", "--out", "x", code=2)
     assert not Path("x").exists()
 
@@ -124,7 +124,7 @@ WRONG = {
     "converted already": (["language"], 3, "SpIEL adapter already"),
     "option the source has not": (["their_adapter", "--base", "base", "--drop-others"], 3, "no option"),
     "shapes not known": (["their_adapter"], 3, "shapes of the weights"),
-    "unknown kind": (["their_adapter", "--from", "lora"], 3, "kind must be one of"),
+    "unknown kind": (["their_adapter", "--from", "lora"], 3, "--from must be one of"),
 }
 
 

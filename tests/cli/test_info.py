@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from spiel_peft.inspection.facts import by_number
+from spiel_peft_cli.tables import count
 
 from .helpers import Shell
 
@@ -97,3 +100,34 @@ def test_another_models_base_is_refused(shell: Shell, folders: Path) -> None:
 
 def test_one_adapter_twice_is_wrong_usage(shell: Shell) -> None:
     assert "given twice" in shell.fails("info", "task", "task", code=2)
+
+
+def test_layers_are_sorted_by_their_number(shell: Shell, folders: Path) -> None:
+    file = folders / "task" / "adapter_model.safetensors"
+    numbers = {"layers.0.": "layers.10.", "layers.1.": "layers.2."}
+    tensors = {}
+    for key, tensor in load_file(file).items():
+        old = next(part for part in numbers if part in key)
+        tensors[key.replace(old, numbers[old])] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+    lines = [line for line in shell("info", "task").splitlines() if "layers." in line]
+    assert [line.split()[0].split(".")[2] for line in lines] == ["2", "2", "10", "10"]
+    data = shell.json("info", "task", "language")
+    modules = [module["module"] for module in data["adapters"][0]["modules"]]
+    assert [name.split(".")[2] for name in modules] == ["2", "2", "10", "10"]
+    layers = [int(name.split(".")[2]) for name in data["overlap"]["modules"]]
+    assert layers == sorted(layers) and layers[-1] == 10
+
+
+def test_names_with_numbers_anywhere() -> None:
+    names = ["h.10.a", "h.2.b", "h.2.a", "10", "2", "", "a2b", "a10", "a", "h.2"]
+    assert sorted(names, key=by_number) == ["", "2", "10", "a", "a2b", "a10", "h.2", "h.2.a", "h.2.b", "h.10.a"]
+
+
+def test_one_of_a_thing_is_singular(shell: Shell) -> None:
+    assert [count(n, "close") for n in (0, 1, 2, 1000)] == ["0 closes", "1 close", "2 closes", "1,000 closes"]
+    run = ["train", "--model", "base", "--data", "train.jsonl", "-o", "run", "--r", "1", "--max-steps", "1"]
+    shell(*run, "--regrow-every", "1", "--accumulation-steps", "1", "--target-module", "0.self_attn.q_proj")
+    assert "; 1 step\n" in shell.out and "1 close of the cycle" in shell.out
+    text = shell("info", "run/adapter")
+    assert "step 1 of 1, 1 close;" in text and "every 1 step," in text and "in 1 module," in text

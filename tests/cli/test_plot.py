@@ -10,9 +10,9 @@ import pytest
 import torch
 from support.trainer_runs import regression, trainer
 
-from spiel_peft import SpIELCallback
-from spiel_peft.files.adapter_file import StoredDelta
-from spiel_peft.inspection import Close, adapter_facts, read_closes
+from spiel_peft import SpIELCallback, SpIELConfig
+from spiel_peft.files.adapter_file import AdapterFile, StoredDelta
+from spiel_peft.inspection import AdapterFacts, Close, adapter_facts, read_closes
 from spiel_peft.inspection.facts import Losses, ModuleFacts
 from spiel_peft.inspection.plots import (
     churn_figure,
@@ -180,3 +180,38 @@ def test_churn_of_a_run_by_the_trainer(tmp_path: Path) -> None:
     lines = churn_figure(found).axes[0].get_lines()
     assert lines[1].get_xdata().tolist() == [c.step for c in found]
     assert lines[1].get_ydata().tolist() == [100 * c.churn for c in found]
+
+
+def facts_of(values: list[torch.Tensor]) -> AdapterFacts:
+    """Facts of an adapter with these deltas, one module each."""
+    deltas = {str(n): StoredDelta(torch.arange(v.numel()), v) for n, v in enumerate(values)}
+    adapter = AdapterFile(SpIELConfig(r=1), deltas, {})
+    modules = [ModuleFacts(n, d.k, None, None, "", 0.0, 0.0, float(d.values.abs().max()), 0) for n, d in deltas.items()]
+    return AdapterFacts(Path("a"), adapter, modules, None, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_histogram_counts_deltas_of_every_size(dtype: torch.dtype) -> None:
+    least, most = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    odd = [float("nan"), float("inf"), 0.0, -0.0]
+    samples = [torch.tensor([x], dtype=dtype) for x in (least, most, 1e-3, 0.1, -0.7)]
+    samples += [torch.tensor([least, -least, most, -most, 1.0, *odd], dtype=dtype), torch.randn(1000).to(dtype)]
+    for values in ([sample] for sample in samples):
+        (ax,) = histogram_figure(facts_of(values)).axes
+        drawn = sum(patch.get_data().values.sum() for patch in ax.patches)
+        sized = sum(int((v.isfinite() & (v != 0)).sum()) for v in values)
+        assert drawn == sized
+        title = ax.get_title()
+        assert f"{values[0].numel():,} deltas, {int((values[0] == 0).sum())} of them zero" in title
+        assert ("2 NaN or infinite" in title) == (values[0].numel() == 9)
+
+
+def test_losses_that_are_not_finite_are_named() -> None:
+    nan = float("nan")
+    (ax,) = loss_figure(Losses({1: 2.0, 2: nan, 3: 1.0}, {3: float("inf")}), []).axes
+    assert "2 of the losses NaN or infinite" in ax.get_title() and ax.get_ylim()[1] == 2.5
+
+
+def test_one_close_is_no_plural() -> None:
+    (ax, _) = churn_figure([Close(2, 1.0, 3, 0, 1.0, 1e-3)]).axes
+    assert ax.get_title() == "Index churn over 1 close"
