@@ -71,7 +71,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         text = str(error)
-        of_safetensors = type(error).__name__ == "SafetensorError" and "os error" in text
+        of_safetensors = type(error).__name__ == "SafetensorError" and ("os error" in text or "IoError" in text)
         if of_safetensors or (isinstance(error, RuntimeError) and any(part in text for part in _OF_TORCH)):
             raise NotWrittenError(f"{folder} could not be written: {text}") from error
         raise

@@ -170,7 +170,8 @@ def test_the_card_is_in_the_folder_that_is_uploaded(
 
     real_load = ModelCard.load
     monkeypatch.setattr(ModelCard, "load", load)
-    monkeypatch.setattr(hub, "hf_api", lambda: Api())
+    monkeypatch.setattr(hub, "hf_api", lambda: Api(), raising=False)
+    monkeypatch.setattr(hub, "create_repo", Api().create_repo, raising=False)
     monkeypatch.setattr(hub, "create_commit", Api().create_commit, raising=False)
     adapted().push_to_hub("me/adapter", tags=["wanted"])
     uploaded = tmp_path / "uploaded"

@@ -123,7 +123,7 @@ def test_seq2seq_trainer(name: str, tmp_path: Path) -> None:
         model=model, args=args, train_dataset=data, eval_dataset=data.select(range(4)), compute_metrics=note
     )
     training.train()
-    assert generated == [4, 4, 4]
+    assert generated[:2] == [4, 4]  # newer versions of transformers evaluate at the end, too
     watch.check([2, 6, 10], 12)
     training.save_model(str(tmp_path / "adapter"))
     assert_reloads(model, tmp_path / "adapter", base, translation_logits)
