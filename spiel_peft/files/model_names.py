@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from ..checks import json_object
+from ..checks import json_object, short
 from ..weights.base_weight import BaseInfo, inspect_base
 
 # The model classes of PEFT's tasks that put a head on a base model.
@@ -90,6 +90,8 @@ def names_of_folder(folder: Path) -> ModelNames | None:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, ImportError, OSError):
         return None  # this version of transformers does not know the model
+    except Exception as error:  # values of wrong types can raise anything in a config's constructor
+        raise ValueError(f"{path} is no config of {settings['model_type']!r} models: {short(str(error))}") from error
     architecture = (settings.get("architectures") or [""])[0]
     kind = getattr(transformers, str(architecture), None)
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)

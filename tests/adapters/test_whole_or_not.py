@@ -257,9 +257,14 @@ def test_heads_that_are_not_finite(tmp_path: Path, stored: torch.dtype, value: f
     with pytest.raises(ValueError, match="lm_head"):
         PeftModel.from_pretrained(model, tmp_path)
     assert_unchanged(model, before)
-    with pytest.raises(ValueError, match="lm_head"):
+    try:
         model.load_adapter(tmp_path)
-    assert_unchanged(model, before)
+    except ValueError as error:
+        assert "lm_head" in str(error)
+        assert_unchanged(model, before)
+    else:  # transformers 5.0 leaves out the heads in an adapter file
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+        model = tiny_llama()
     live = get_peft_model(model, spiel_config(modules_to_save=["lm_head"]))
     before = snapshot(live)
     key = f"{PREFIX}lm_head.modules_to_save.default.weight"
