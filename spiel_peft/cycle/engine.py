@@ -375,12 +375,12 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
     check_total_steps(total_steps)
     optimizer = _unwrapped(optimizer)
     ours = {id(module) for module in model.modules() if isinstance(module, SparseDelta)}
-    held = [delta for delta, _ in held_deltas(optimizer, idle=True) if id(delta) in ours]
-    if not held:
+    if not any(id(delta) in ours for delta, _ in held_deltas(optimizer)):
         raise ValueError(
             "the optimizer holds none of the model's SpIEL values: build it from the trainable parameters of the model "
             "after get_peft_model, e.g. AdamW(p for p in model.parameters() if p.requires_grad)"
         )
+    held = [delta for delta, _ in held_deltas(optimizer, idle=True) if id(delta) in ours]
     check_optimizer(optimizer, held)
     carry(optimizer)
     for delta in held:

@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.adapters import deltas_of, log_of, trainable
-from support.layers import adapt
 from support.models import mlp
-from support.runs import loss_of
+from support.runs import adapt, loss_of
 from torch import Tensor, nn
 
 from spiel_peft import SpIELConfig, SpIELOptimizer

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.adapters import deltas_of, log_of, train
-from support.layers import adapt
-from support.runs import adamw, assert_same_run, assert_sound, loss_of, registered_criteria
+from support.adapters import deltas_of, log_of
+from support.runs import adamw, adapt, assert_same_run, assert_sound, loss_of, registered_criteria, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spiel_peft import register_growth_criterion

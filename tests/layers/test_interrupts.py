@@ -255,6 +255,9 @@ def interrupted(work: Callable[[], Any], after: float, again: float = 0.0) -> bo
     signal.setitimer(signal.ITIMER_REAL, 0)
     # PyTorch's `no_grad` leaves gradients off if it is interrupted on its way out.
     torch.set_grad_enabled(True)
+    # Nor can a context manager of PyTorch's undo what it has done if the signal arrives before its body begins.
+    while torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
     return came
 
 

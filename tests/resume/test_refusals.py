@@ -53,7 +53,7 @@ DIFFERENT = {
     "fewer layers": (
         {"shape": {"num_hidden_layers": 1}, "num_deltas": 200},
         ValueError,
-        r"lacks \(model.layers.1.mlp.down_proj, model.layers.1.self_attn.q_proj\); resume on the model",
+        r"lacks \(model.layers.1.mlp.down_proj, model.layers.1.self_attn.q_proj\); load it into the model",
     ),
 }
 
