@@ -1,4 +1,4 @@
-"""Tests with the oldest and with the newest versions of the dependencies: `nox -s oldest`, `nox -s newest`.
+"""Tests with the oldest and with the newest versions of the dependencies; needs `pip install nox uv`.
 
     nox -s oldest                                 everything in pyproject.toml at its lower bound
     TORCH=2.13.0 nox -s oldest                    the same with this version of torch

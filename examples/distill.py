@@ -91,10 +91,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--model", help="folder, .gguf file or hub id; SmolLM2-135M-Instruct by default")
     parser.add_argument("--data", type=Path, help="jsonl file of pairs; chatterbot-corpus by default")
     parser.add_argument("--layers", type=int, help="layers of the student; half of the teacher's by default")
-    for phase, steps in (("teacher", 40), ("distillation", 100), ("student", 60)):
+    # So briefly distilled a student is fragile: its deltas want a low rate (1e-4 makes it worse).
+    for phase, steps, rate in (("teacher", 40, 5e-4), ("distillation", 100, 5e-4), ("student", 60, 3e-5)):
         parser.add_argument(f"--{phase}-steps", type=int, default=steps)
+        parser.add_argument(f"--{phase}-learning-rate", type=float, default=rate)
     parser.add_argument("--r", type=int, default=16, help="as many deltas as LoRA of this rank has")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/distill"))
     args = parser.parse_args(argv)
     source = demo_model() if args.model is None else find_model(args.model)
@@ -106,13 +107,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     base.set_attn_implementation("eager")  # the only implementation that returns attention probabilities
     chosen = teacher_layers(base.config.num_hidden_layers, args.layers or base.config.num_hidden_layers // 2)
     student = make_student(base, chosen)
-    settings = {"completion_only_loss": True, "max_length": LENGTH, "learning_rate": args.learning_rate}
+    settings = {"completion_only_loss": True, "max_length": LENGTH, "per_device_train_batch_size": 4}
     settings |= {"gradient_checkpointing": False, "bf16": False, "save_strategy": "no", "report_to": "none"}
     deltas = {"r": args.r, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "regrow_every": 10}
     folder, losses = str(args.output_dir / "trainer"), {}
 
-    def trainer(kind: type[SFTTrainer], model: Any, rows: Dataset, steps: int, sparse: bool = True) -> Any:
-        length = {"max_steps": steps, "warmup_steps": min(10, steps // 2), "per_device_train_batch_size": 4}
+    def trainer(kind: type[SFTTrainer], model: Any, rows: Dataset, steps: int, rate: float, sparse: bool = True) -> Any:
+        length = {"learning_rate": rate, "max_steps": steps, "warmup_steps": min(10, steps // 2)}
         arguments, config = SFTConfig(folder, **length, **settings), SpIELConfig(**deltas) if sparse else None
         return kind(model, arguments, None, rows, test, tokenizer, peft_config=config)
 
@@ -120,14 +121,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         losses[name] = run.evaluate()["eval_loss"]
         print(f"{name}: held-out loss {losses[name]:.3f}", flush=True)
 
-    run = trainer(SFTTrainer, base, task, args.teacher_steps)
+    run = trainer(SFTTrainer, base, task, args.teacher_steps, args.teacher_learning_rate)
     measure("base", run)
     run.train()
     measure("teacher", run)
     teacher = run.model
-
     student.requires_grad_(False).model.layers.requires_grad_(True)  # embeddings and head stay the teacher's
-    run = trainer(Distiller, student, text, args.distillation_steps, sparse=False)
+    run = trainer(Distiller, student, text, args.distillation_steps, args.distillation_learning_rate, False)
     run.teacher, run.chosen = teacher, chosen
     measure("student_made", run)
     with teacher.disable_adapter():
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     student.save_pretrained(args.output_dir / "student")
     tokenizer.save_pretrained(args.output_dir / "student")
 
-    run = trainer(Distiller, student, task, args.student_steps)
+    run = trainer(Distiller, student, task, args.student_steps, args.student_learning_rate)
     run.teacher, run.chosen = teacher, chosen
     run.train()
     measure("student_tuned", run)

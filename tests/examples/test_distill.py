@@ -135,9 +135,10 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
 
     paths = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--output-dir", str(out)]
     steps = ["--teacher-steps", "25", "--distillation-steps", "25", "--student-steps", "25", "--layers", "2"]
+    rates = [word for phase in ("teacher", "distillation", "student") for word in (f"--{phase}-learning-rate", "1e-2")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill.Distiller, "train", checked)
-        return distill.main([*paths, *steps, "--r", "2", "--learning-rate", "1e-2"]), out
+        return distill.main([*paths, *steps, *rates, "--r", "2"]), out
 
 
 def test_run_from_end_to_end(run: tuple[dict[str, float], Path], folder: Path) -> None:
