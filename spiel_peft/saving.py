@@ -22,13 +22,11 @@ from .checks import first_of, listed
 from .config import SpIELConfig
 from .delta import SparseDelta
 from .files.adapter_file import PREFIX
-from .files.loading import REFUSED, clean_name, full_modules, refuse_unannounced, whole_or_not
+from .files.loading import CHECKPOINTED, REFUSED, clean_name, full_modules, refuse_unannounced, whole_or_not
 from .layers import SpIELLayer
 from .state import STATE_KEYS
 from .targets import check_unmerged
 
-# PyTorch's wrapper for activation checkpoints adds this to the names of modules, but not to the keys of state dicts.
-CHECKPOINTED = "_checkpoint_wrapped_module."
 _ANOTHER_BUDGET = ", another budget (r, density or num_deltas)"
 
 

@@ -21,7 +21,8 @@ SETTINGS = "spiel_settings"
 GROWTH = "spiel_growth"
 STATE_KEYS = (PROGRESS, MAX_LR, CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES, ROW, COL, SETTINGS, GROWTH)
 
-_FRESH_CODES = {None: -1, False: 0, True: 1}
+# Integers for `TrainingState.fresh`, in files and among ranks.
+FRESH_CODES = {None: -1, False: 0, True: 1}
 
 
 @dataclass
@@ -124,7 +125,7 @@ class TrainingState:
             return {}
         window_steps = self.window.steps if self.window is not None else 0
         out = {
-            PROGRESS: torch.tensor([self.step, self.closes, _FRESH_CODES[self.fresh], window_steps, self.total_steps]),
+            PROGRESS: torch.tensor([self.step, self.closes, FRESH_CODES[self.fresh], window_steps, self.total_steps]),
             MAX_LR: torch.tensor([self.max_lr], dtype=torch.float64),
         }
         # One that this process alone has opened belongs to a step that is not over, and is not saved.
@@ -142,7 +143,7 @@ class TrainingState:
         if PROGRESS not in tensors:
             return cls()
         step, closes, fresh, window_steps, total_steps = (int(v) for v in tensors[PROGRESS].tolist())
-        decoded = {code: value for value, code in _FRESH_CODES.items()}[fresh]
+        decoded = {code: value for value, code in FRESH_CODES.items()}[fresh]
         state = cls(step=step, closes=closes, fresh=decoded, total_steps=total_steps)
         if MAX_LR in tensors:
             state.max_lr = float(tensors[MAX_LR].item())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion
+from ..state import FRESH_CODES
 from .close import Exchange, decide_exchange, propose, prune_scores
 from .ranks import Ranks
 
@@ -61,7 +62,6 @@ _STEP_FIELDS = {
     "steps in open windows": _SAME_RUN,
     "the adapter's settings or its training state": _SAME_RUN,
 }
-_FRESH_CODES = {None: -1, False: 0, True: 1}
 
 
 def agree_on_step(ranks: Ranks, deltas: list[SparseDelta], outcome: Tensor) -> int:
@@ -106,7 +106,7 @@ def _place_in_run(deltas: list[SparseDelta]) -> list[int]:
         first.step,
         first.closes,
         deltas[0].run.total_steps or 0,
-        _FRESH_CODES[first.fresh],
+        FRESH_CODES[first.fresh],
         len(deltas),
         window_steps,
         _fingerprint(deltas) if new else 0,

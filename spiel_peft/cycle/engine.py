@@ -281,7 +281,7 @@ class _Close:
                 self.moves[-1].carry_out(self.optimizers, self.criterion)
                 self.moves.pop()
         log = self.deltas[0].run.log
-        if not any(entry is self.report for entry in log[-1:]):
+        if not log or log[-1] is not self.report:
             log.append(self.report)
         record.unfinished = None
 

@@ -26,6 +26,8 @@ from ..delta import SparseDelta
 from .adapter_file import PREFIX, load_adapter_pickle, tensors_file, unannounced
 from .tensors import read_safetensors
 
+# PyTorch's wrapper for activation checkpoints adds this to the names of modules, but not to the keys of state dicts.
+CHECKPOINTED = "_checkpoint_wrapped_module."
 REFUSED = "The adapter file is refused, nothing was loaded"
 # A delta takes 2 bytes for its value and 4 for its index at least. Files that lack some modules are reported by PEFT,
 # so a file is given room for 16 times the deltas that it can hold, and for some more if it is small.
@@ -179,7 +181,7 @@ def _embeddings(model: nn.Module) -> list[set[str]]:
 
 def clean_name(name: str) -> str:
     """The name of a module without the names of wrappers of torch.compile, activation checkpoints and adapters."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "").removesuffix(".base_layer")
+    return name.replace("_orig_mod.", "").replace(CHECKPOINTED, "").removesuffix(".base_layer")
 
 
 def full_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -18,10 +18,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from support.layers import Single, transposed
 from support.quantized import COLS, QUANTIZED
-from support.tensors import assert_same_bits
+from support.tensors import Failing, assert_same_bits
 from torch import Tensor, nn
 from torch.nn.utils._named_member_accessor import NamedMemberAccessor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from spiel_peft import SpIELConfig
@@ -127,21 +126,6 @@ def assert_equal(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 # An exception at every operation
-
-
-class Failing(TorchDispatchMode):
-    """Raises instead of running operation number `at` (from 0); with `on`, instead of all later ones too."""
-
-    def __init__(self, at: int, on: bool = False, error: type[BaseException] = RuntimeError) -> None:
-        super().__init__()
-        self.at, self.on, self.error = at, on, error
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        number, self.count = self.count, self.count + 1
-        if number == self.at or (self.on and number > self.at):
-            raise self.error(f"operation {number} fails")
-        return func(*args, **(kwargs or {}))
 
 
 PASSES: dict[str, Callable[[nn.Module, Tensor], list[Tensor]]] = {

@@ -50,6 +50,21 @@ class Op:
     storages: set[int]
 
 
+class Failing(TorchDispatchMode):
+    """Raises instead of running operation number `at` (from 0); with `on`, instead of all later ones too."""
+
+    def __init__(self, at: int, on: bool = False, error: type[BaseException] = RuntimeError) -> None:
+        super().__init__()
+        self.at, self.on, self.error = at, on, error
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        number, self.count = self.count, self.count + 1
+        if number == self.at or (self.on and number > self.at):
+            raise self.error(f"operation {number} fails")
+        return func(*args, **(kwargs or {}))
+
+
 class OpRecorder(TorchDispatchMode):
     """Records every tensor operation, also in the backward pass."""
 
