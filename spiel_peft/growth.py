@@ -78,7 +78,8 @@ class GrowthCriterion:
     Attributes:
         name: the value of `SpIELConfig(growth=...)` that selects the criterion.
         propose: function from a `GrowthRequest` to int64 positions in `[0, numel)`, without repeats, best first, any
-            number of them. An active position is allowed and means "keep it if it would be pruned". None: the close
+            number of them. An active position is allowed and means "keep it if it would be pruned". -1 stands for no
+            position and may be repeated, so that a result of fixed size needs no wait for a GPU. None: the close
             neither prunes nor grows.
         gathers: whether `propose` needs `candidates` and `candidate_sums`, gathered over `accumulation_steps` steps.
         accumulates: whether `propose` needs SM3's `row` and `col`.
@@ -197,14 +198,16 @@ def _require_bool(name: str, flag: str, value: Any) -> None:
 def accumulated_gradient(request: GrowthRequest) -> Tensor:
     """SpIEL-AG (Ansell et al., 2024, section 3.2): the candidates, those with the largest absolute gradient sum first.
 
-    Candidates with a sum of zero are left out. Among equal sums the lowest position comes first.
+    Candidates with a sum of zero are left out: -1 stands in their places, at the end. Among equal sums the lowest
+    position comes first.
     """
     if request.candidates is None or request.candidate_sums is None:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
     scores = request.candidate_sums.abs()
     # Candidates are in ascending order, so a stable sort puts the lowest position first among equal sums.
     order = sorted_order(scores, descending=True)
-    return request.candidates.index_select(0, order[: int(torch.count_nonzero(scores > 0))])
+    positions = request.candidates.index_select(0, order)
+    return torch.where(scores.index_select(0, order) > 0, positions, -1)
 
 
 def momentum(request: GrowthRequest) -> Tensor:
@@ -229,6 +232,8 @@ def random(request: GrowthRequest) -> Tensor:
     positions = ranks + torch.searchsorted(offsets, ranks, right=True)
     return positions[torch.randperm(count, generator=request.generator)].to(request.indices.device)
 
+
+BUILT_IN = (accumulated_gradient, momentum, random)
 
 register_growth_criterion("accumulated_gradient", accumulated_gradient, gathers=True)
 register_growth_criterion("momentum", momentum, accumulates=True)

@@ -76,6 +76,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether the contents of a tensor can be looked at without waiting for a device.
+
+    Where Triton's interpreter was chosen, CPU tensors are treated as those of a GPU, so that its path can be tested.
+    """
+    return tensor.device.type == "cpu" and (_forced or _from_environment()) != "triton"
+
+
 def runs_triton(*tensors: Tensor) -> bool:
     """Whether an operation on these tensors runs its Triton implementation.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .dispatch import operation
+from .dispatch import on_host, operation
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def sorted_order(keys: Tensor, descending: bool = False) -> Tensor:
     Returns:
         int64 ``[n]``.
     """
-    ordered = _as_int32(keys) if keys.device.type == "cpu" else None
+    ordered = _as_int32(keys) if on_host(keys) else None
     if ordered is None:
         return torch.sort(keys, stable=True, descending=descending).indices
     # Key and slot in one number, so that no two are equal and any sort is stable.
@@ -69,7 +69,7 @@ def _as_int32(keys: Tensor) -> Tensor | None:
 
 def true_slots(mask: Tensor) -> Tensor:
     """int64 slots at which a one-dimensional bool tensor is True, ascending."""
-    if mask.device.type == "cpu" and type(mask) is Tensor:
+    if type(mask) is Tensor and on_host(mask):
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().flatten()
 

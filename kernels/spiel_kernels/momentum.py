@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import operation, runs_triton
+from .dispatch import on_host, operation, runs_triton
 from .index_set import rows_and_columns, true_slots
 
 _MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
@@ -125,7 +125,7 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
         hidden = scores.reached(reach)
         total, left = torch.stack([reach.sum(), hidden.sum()]).tolist()
     positions, values = scores.pairs(reach, total, hidden)
-    if left and positions.device.type == "cpu":
+    if left and on_host(positions):
         kept = true_slots(values > -_INFINITY)
         positions, values = positions[kept], values[kept]
     positions, order = torch.sort(positions)
@@ -142,7 +142,7 @@ def _near_threshold(scores: OuterSum, m: int) -> Tensor:
 
     They are not many more than m, unless many scores are equal. All scores must be below +inf.
     """
-    on_cpu = scores.outer.device.type == "cpu"
+    on_cpu = on_host(scores.outer)
     thresholds, rounds = _CPU_SEARCH if on_cpu else _GPU_SEARCH
     low, high, slack = _score_range(scores)
     number = torch.arange(thresholds + 1, device=low.device)
@@ -277,7 +277,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
     # Every position sees the accumulators as they were before the step.
     new_row, new_col = row.clone(), col.clone()
     nu = torch.empty(indices.shape, dtype=row.dtype, device=row.device)
-    chunk = _CHUNK if row.device.type == "cpu" else max(1, indices.numel())
+    chunk = _CHUNK if on_host(row) else max(1, indices.numel())
     for part, out, some in zip(indices.split(chunk), nu.split(chunk), gradient.split(chunk), strict=True):
         rows, cols = rows_and_columns(part, col.numel())
         torch.minimum(row.index_select(0, rows), col.index_select(0, cols), out=out).add_(some.to(row.dtype).square())

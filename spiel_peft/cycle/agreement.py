@@ -12,7 +12,8 @@ from torch import Tensor
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion
 from ..state import FRESH_CODES
-from .close import Exchange, decide_exchange, propose, prune_scores
+from .close import propose, prune_scores
+from .exchange import exchanges, joinable
 from .ranks import Ranks
 
 # Checksums compare tensors across processes without sending them.
@@ -143,8 +144,8 @@ def check_same(ranks: Ranks, deltas: list[SparseDelta]) -> None:
 
 def decide(
     ranks: Ranks | None, criterion: GrowthCriterion, deltas: list[SparseDelta], counts: Sequence[int]
-) -> list[Exchange]:
-    """The exchanges of a close, one decision for all ranks.
+) -> list[Tensor]:
+    """The exchanges of a close, ``incoming`` ``[k]`` for each delta, one decision for all ranks.
 
     All ranks compute them from the same sums. If a growth criterion proposes other positions on some rank, all follow
     the first rank.
@@ -159,29 +160,46 @@ def decide(
         ValueError: the criterion's proposals or scores are not allowed (see `propose` and `prune_scores`).
         RuntimeError: on every rank, if their indices, values or decisions differ, or the criterion failed on another.
     """
-    if ranks is None:
-        return [
-            _exchange(delta, prune_scores(criterion, delta, count), propose(criterion, delta, count), count)
-            for delta, count in zip(deltas, counts, strict=True)
-        ]
-    return _decide_together(ranks, criterion, deltas, counts)
+    if ranks is not None:
+        return _decide_together(ranks, criterion, deltas, counts)
+    decided: list[Tensor] = []
+    for group in joinable(deltas):
+        numbers = counts[len(decided) : len(decided) + len(group)]
+        answers = [_ask(criterion, delta, count) for delta, count in zip(group, numbers, strict=True)]
+        decided += _exchanges(group, *zip(*answers, strict=True), numbers)
+    return decided
+
+
+def _ask(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> tuple[Tensor, Tensor]:
+    return prune_scores(criterion, delta, count), propose(criterion, delta, count)
+
+
+def _exchanges(
+    deltas: Sequence[SparseDelta], scores: Sequence[Tensor], proposed: Sequence[Tensor], counts: Sequence[int]
+) -> list[Tensor]:
+    return exchanges([delta.indices for delta in deltas], scores, proposed, counts)
 
 
 def _decide_together(
     ranks: Ranks, criterion: GrowthCriterion, deltas: list[SparseDelta], counts: Sequence[int]
-) -> list[Exchange]:
-    exchanges: list[Exchange] = []
-    rows, scores, error = [], [], None
-    for delta, count in zip(deltas, counts, strict=True):
-        try:
-            of_delta = prune_scores(criterion, delta, count)
-            proposed = propose(criterion, delta, count)
-        except Exception as failure:  # of any kind: the other ranks have to be told
-            of_delta, proposed = delta.values.detach().abs(), delta.indices[:0].to(torch.int64)
-            error = error or failure
-        scores.append(of_delta)
-        exchanges.append(_exchange(delta, of_delta, proposed, count))
-        rows.append([*_row(delta, count, exchanges[-1]), checksum(proposed)])
+) -> list[Tensor]:
+    decided: list[Tensor] = []
+    scores, rows, error = [], [], None
+    for group in joinable(deltas):
+        numbers = counts[len(decided) : len(decided) + len(group)]
+        proposed = []
+        for delta, count in zip(group, numbers, strict=True):
+            try:
+                of_delta, positions = _ask(criterion, delta, count)
+            except Exception as failure:  # of any kind: the other ranks have to be told
+                of_delta, positions = delta.values.detach().abs(), delta.indices[:0].to(torch.int64)
+                error = error or failure
+            scores.append(of_delta)
+            proposed.append(positions)
+        of_group = _exchanges(group, scores[len(decided) :], proposed, numbers)
+        for delta, count, incoming, positions in zip(group, numbers, of_group, proposed, strict=True):
+            rows.append([*_row(delta, count, incoming), checksum(positions)])
+        decided += of_group
     device = deltas[0].values.device
     gathered = ranks.gather(torch.cat([_table(rows).view(-1), torch.tensor([error is not None], device=device)]))
     _raise_failure(ranks, criterion, error, gathered[:, -1].tolist())
@@ -189,28 +207,21 @@ def _decide_together(
     differing = (table[:, :, -1] != table[:1, :, -1]).any(0).tolist()
     if not any(differing):
         _compare(ranks, deltas, table[:, :, :-1])
-        return exchanges
+        return decided
     _compare(ranks, deltas, table[:, :, :3])
     logger.warning("growth criterion %r proposes other positions on other ranks: the first rank's hold", criterion.name)
     for place, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
         if differing[place]:
             own = propose(criterion, delta, count) if ranks.index == 0 else delta.indices[:0].to(torch.int64)
-            exchanges[place] = _exchange(delta, scores[place], ranks.broadcast_flat(own), count)
-    rows = [_row(*of_delta) for of_delta in zip(deltas, counts, exchanges, strict=True)]
+            decided[place] = _exchanges([delta], [scores[place]], [ranks.broadcast_flat(own)], [count])[0]
+    rows = [_row(*of_delta) for of_delta in zip(deltas, counts, decided, strict=True)]
     _compare(ranks, deltas, ranks.gather(_table(rows)))
-    return exchanges
+    return decided
 
 
-def _exchange(delta: SparseDelta, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
-    exchange = decide_exchange(delta.indices, scores, proposed, count)
-    # The exchanges of all matrices are held at once, so in the narrow index dtype.
-    return Exchange(exchange.drop, exchange.grown.to(delta.indices.dtype))
-
-
-def _row(delta: SparseDelta, count: int, exchange: Exchange) -> list[Tensor]:
+def _row(delta: SparseDelta, count: int, incoming: Tensor) -> list[Tensor]:
     number = torch.tensor(count, device=delta.values.device)
-    decision = checksum(exchange.drop) * 3 + checksum(exchange.grown)
-    return [checksum(delta.values), checksum(delta.indices), number, decision]
+    return [checksum(delta.values), checksum(delta.indices), number, checksum(incoming)]
 
 
 def _table(rows: list[list[Tensor]]) -> Tensor:

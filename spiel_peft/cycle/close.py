@@ -1,4 +1,4 @@
-"""A close: when it is due, what share of the deltas it replaces, which are pruned and which grown, and its report."""
+"""A close: when it is due, what share of the deltas it replaces, what the growth criterion says, and its report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from spiel_kernels.index_set import seeded_generator
 
 from ..checks import listed
 from ..delta import SparseDelta
-from ..growth import GrowthCriterion, GrowthRequest, PruneRequest
+from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest
+from .exchange import NO_POSITION
 
 # Schedule. Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the
 # closes are at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, where micro-batches are counted).
@@ -63,78 +64,13 @@ def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
     return initial * lr / max_lr if max_lr > 0 else initial
 
 
-# Decision
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """The positions that a close prunes from one index set and those that it grows.
-
-    Attributes:
-        drop: bool ``[k]``, True for the slots that leave.
-        grown: int64 ``[m]``, the new positions, best first; as many as slots leave.
-    """
-
-    drop: Tensor
-    grown: Tensor
-
-
-def decide_exchange(indices: Tensor, scores: Tensor, proposed: Tensor, count: int) -> Exchange:
-    """Prune the deltas with the lowest scores in favour of the best proposals.
-
-    The m active deltas with the lowest scores are pruned (ties: the lowest position first) and the m best
-    proposals outside the kept set are grown. A proposal that was just pruned comes back and keeps its delta. With
-    too few proposals m shrinks to what they can fill.
-
-    Args:
-        indices: integer ``[k]``, sorted, unique.
-        scores: floating ``[k]``, what each delta is worth, without NaN; SpIEL takes its absolute value.
-        proposed: int64 ``[c]``, positions without repeats, best first, active ones allowed.
-        count: how many to prune at most.
-
-    Returns:
-        The exchange net of positions that come back.
-    """
-    active = indices.to(torch.int64)
-    count = min(count, active.numel())
-    order = sorted_order(scores)
-    # Looked up in ascending order, which takes half the time of any other.
-    by_position = sorted_order(proposed)
-    slots = torch.empty_like(by_position)
-    slots[by_position] = torch.searchsorted(active, proposed.index_select(0, by_position))
-    slots.clamp_(max=active.numel() - 1)
-    is_active = active.index_select(0, slots) == proposed
-    # rank[s]: how early slot s would be pruned
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(order.numel(), device=order.device)
-    proposed_rank = torch.where(is_active, rank[slots], torch.full_like(slots, -1))
-    count = _largest_fillable(proposed_rank, count)
-    # Inactive proposals have rank -1: they are always eligible; active ones only if they would be pruned.
-    chosen = (proposed_rank < count).nonzero().flatten()[:count]
-    returning = slots[chosen][is_active[chosen]]
-    drop = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
-    drop[order[:count]] = True
-    drop[returning] = False
-    return Exchange(drop, proposed[chosen[~is_active[chosen]]])
-
-
-def _largest_fillable(proposed_rank: Tensor, count: int) -> int:
-    """The largest m up to `count` for which at least m proposals are eligible once m deltas are pruned.
-
-    Pruning one more delta makes at most one more proposal eligible, so the surplus of proposals never grows with m.
-    """
-    inactive = int((proposed_rank < 0).sum())
-    returning = torch.bincount(proposed_rank[(proposed_rank >= 0) & (proposed_rank < count)], minlength=count)[:count]
-    pruned = torch.arange(1, count + 1, device=proposed_rank.device)
-    fits = inactive + returning.cumsum(0) >= pruned
-    return int(fits.sum())
-
-
 # Questions to a growth criterion, with checks of its answers
 
 
 def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
-    """The positions that the criterion proposes to grow: int64, distinct, in range, best first.
+    """The positions that the criterion proposes to grow: int64, distinct, in range, best first; -1 stands for none.
+
+    Only a criterion that a user has registered is checked, as a check waits for the device.
 
     Raises:
         ValueError: the criterion, which a user may have registered, proposes something else.
@@ -142,11 +78,11 @@ def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tenso
     if criterion.propose is None or count == 0:
         return delta.indices[:0].to(torch.int64)
     proposed = criterion.propose(_request(criterion, delta, count))
-    problem = _problem_with(proposed, delta.numel)
+    problem = None if criterion.propose in BUILT_IN else _problem_with(proposed, delta.numel)
     if problem is not None:
         raise ValueError(
             f"growth criterion {criterion.name!r} must propose distinct positions in [0, {delta.numel}) as a "
-            f"one-dimensional integer tensor; for {delta.module_name!r} it proposed {problem}"
+            f"one-dimensional integer tensor (-1 for no position); for {delta.module_name!r} it proposed {problem}"
         )
     return proposed.to(device=delta.indices.device, dtype=torch.int64)
 
@@ -228,9 +164,10 @@ def _problem_with(proposed: Any, numel: int) -> str | None:
         return f"a {type(proposed).__name__}"
     if proposed.dim() != 1 or proposed.dtype not in (torch.int32, torch.int64):
         return f"a {proposed.dtype} tensor of shape {tuple(proposed.shape)}"
-    if bool(((proposed < 0) | (proposed >= numel)).any()):
+    if bool(((proposed < NO_POSITION) | (proposed >= numel)).any()):
         return f"positions from {int(proposed.min())} to {int(proposed.max())}"
     in_order = proposed.index_select(0, sorted_order(proposed))
+    in_order = in_order[in_order >= 0]
     repeats = int(torch.count_nonzero(in_order[1:] == in_order[:-1]))
     return f"{repeats} of its {proposed.numel()} positions more than once" if repeats else None
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from spiel_kernels import replace_positions
-
 from ..call_stack import is_rehearsal
 from ..checks import listed
 from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
@@ -26,9 +24,10 @@ from ..growth import GrowthCriterion, get_growth_criterion
 from ..state import StepGradient
 from . import parallel, steps
 from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
-from .close import CycleReport, Exchange, closes_at, is_skipped, lr_following_rate, refuse_ruined, regrow_rate
+from .close import CycleReport, closes_at, is_skipped, lr_following_rate, refuse_ruined, regrow_rate
+from .exchange import Joined, Moves, joinable, look_up
 from .grown_seeds import GrownSeeds
-from .optimizer_buffers import check_optimizer, check_state, permute, reseeded_states
+from .optimizer_buffers import check_optimizer, check_state, copy_all, counters, reseeded_states
 from .parallel import note_step, ranks_of, refuse_mixed_groups
 from .ranks import Ranks
 from .resume import carry
@@ -235,8 +234,8 @@ def _rate(delta: SparseDelta, group: dict[str, Any]) -> float:
 class _Close:
     """One close of an adapter's cycle, which an exception may interrupt anywhere and `finish` completes.
 
-    All exchanges are decided before anything changes. Then matrix after matrix is changed, each by tensors that exist
-    whole before the first of them is written; writing them twice does no harm.
+    All exchanges are decided before anything changes. Then the matrices are changed, some at a time, by tensors that
+    exist whole before the first of them is written; writing them twice does no harm.
 
     Args:
         optimizers: that took part in the step, the outermost first.
@@ -258,6 +257,7 @@ class _Close:
         self.deltas, self.rates, self.step = deltas, rates, deltas[0].state.step
         self.moves: list[_Move] | None = None
         self.report: CycleReport | None = None
+        self.known: dict[int, int] = {}
 
     def finish(self) -> None:
         """Do what is left of the close: all of it, the first time.
@@ -293,27 +293,41 @@ class _Close:
         for delta in deltas:
             narrow(delta)
         counts = [math.floor(rate * delta.k) for delta, rate in zip(deltas, self.rates, strict=True)]
-        exchanges = decide(self.ranks, self.criterion, deltas, counts)
-        magnitude = sum(float(delta.values.abs().double().sum()) for delta in deltas)
-        replaced, total = sum(e.grown.numel() for e in exchanges), sum(delta.k for delta in deltas)
-        self.report = CycleReport(self.step, self.rates[0], replaced, total - replaced, magnitude / total)
+        decided = iter(decide(self.ranks, self.criterion, deltas, counts))
+        moves = [_Move(group, [next(decided) for _ in group], self.known) for group in joinable(deltas)]
+        # What the host has to know of all matrices, in one go.
+        device = deltas[0].values.device
+        counted = counters(self.optimizers, [delta.values for delta in deltas])
+        numbers = [number.to(device, torch.float64) for move in moves for number in move.numbers()]
+        numbers += [count.to(device, torch.float64).view(()) for count in counted]
+        table = torch.stack(numbers).tolist()
+        replaced, magnitude = sum(table[: 2 * len(moves) : 2]), sum(table[1 : 2 * len(moves) : 2])
+        self.known.update(zip(map(id, counted), map(int, table[2 * len(moves) :]), strict=True))
+        total = sum(delta.k for delta in deltas)
+        self.report = CycleReport(self.step, self.rates[0], int(replaced), total - int(replaced), magnitude / total)
         logger.info("adapter %s: step %d, %d of %d deltas move", run.adapter_name, self.step, replaced, total)
-        moves = [_Move(delta, exchange) for delta, exchange in zip(deltas, exchanges, strict=True)]
         return moves[::-1]  # taken from the end
 
 
 class _Move:
-    """What a close does to one matrix.
+    """What a close does to some matrices.
 
     Args:
-        delta: of the matrix.
-        exchange: what is pruned and grown.
+        deltas: of the matrices.
+        incoming: the positions that come into the slots of each.
+        known: filled, before `carry_out`, with the optimizers' counts of steps (see `reseeded_states`).
     """
 
-    def __init__(self, delta: SparseDelta, exchange: Exchange) -> None:
-        self.delta, self.exchange = delta, exchange
-        self.closes = delta.state.closes + 1
+    def __init__(self, deltas: list[SparseDelta], incoming: list[Tensor], known: dict[int, int]) -> None:
+        self.deltas, self.incoming, self.known = deltas, incoming, known
+        self.closes = [delta.state.closes + 1 for delta in deltas]
         self.writes: list[Callable[[], Any]] | None = None
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """How many deltas move, and the sum of all absolute values; scalars on the device."""
+        entries = Joined([delta.k for delta in self.deltas], self.incoming[0].device)
+        values = entries.join([delta.values.detach() for delta in self.deltas])
+        return (entries.join(self.incoming) >= 0).sum(), values.abs().sum(dtype=torch.float64)
 
     def carry_out(self, optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion) -> None:
         """Compute everything that changes, then write it. May be called again after an exception."""
@@ -321,38 +335,41 @@ class _Move:
             self.writes = self._computed(optimizers, criterion)
         for write in self.writes:
             write()
-        self.delta.state.closes, self.delta.state.window = self.closes, None
+        for delta, closes in zip(self.deltas, self.closes, strict=True):
+            delta.state.closes, delta.state.window = closes, None
 
     def _computed(self, optimizers: list[torch.optim.Optimizer], criterion: GrowthCriterion) -> list[Callable[[], Any]]:
-        delta, grown = self.delta, self.exchange.grown
-        if not grown.numel():
-            return []
-        new, source = replace_positions(delta.indices, self.exchange.drop, grown)
-        seeds = _seeds(criterion, delta, grown)
-        writes = reseeded_states(optimizers, delta.values, source, seeds)
-        values, grad = delta.values.detach(), delta.values.grad
-        writes.append(partial(delta.indices.copy_, new))
-        writes.append(partial(values.copy_, permute(values, source, 0.0)))
-        if grad is not None:
-            writes.append(partial(grad.copy_, permute(grad, source, 0.0)))
+        deltas, index_sets = self.deltas, [delta.indices for delta in self.deltas]
+        moves = Moves.of(index_sets, self.incoming)
+        seeds = _seeds(deltas, moves) if criterion.gathers else None
+        writes = reseeded_states(optimizers, [delta.values for delta in deltas], moves, seeds, self.known)
+        writes.append(partial(copy_all, index_sets, moves.indices(index_sets[0].dtype)))
+        values = [delta.values.detach() for delta in deltas]
+        grads = [delta.values.grad for delta in deltas]
+        writes.append(partial(copy_all, values, moves.moved(values)))
+        if all(grad is not None for grad in grads):
+            writes.append(partial(copy_all, grads, moves.moved(grads)))
+        else:
+            for number, grad in enumerate(grads):
+                if grad is not None:
+                    writes.append(partial(copy_all, [grad], moves.single(number).moved([grad])))
         return writes
 
 
-def _seeds(criterion: GrowthCriterion, delta: SparseDelta, grown: Tensor) -> GrownSeeds | None:
-    if not criterion.gathers:
-        return None
-    window = delta.state.window
-    grown = grown.to(torch.int64)
-    dtype = torch.promote_types(delta.values.dtype, torch.float32)
-    mean = torch.full(grown.shape, math.nan, dtype=dtype, device=grown.device)
-    mean_square = mean.clone()
-    if window is not None and window.steps and window.positions.numel():
-        positions = window.positions.to(torch.int64)
-        slots = torch.searchsorted(positions, grown).clamp_(max=positions.numel() - 1)
-        known = positions[slots] == grown
-        mean[known] = (window.sums[slots[known]] / window.steps).to(mean)
-        mean_square[known] = (window.squares[slots[known]] / window.steps).to(mean)
-    return GrownSeeds(mean, mean_square, delta.state.step)
+def _seeds(deltas: list[SparseDelta], moves: Moves) -> GrownSeeds:
+    """What the windows of the matrices say of the positions that come in."""
+    dtype = torch.promote_types(deltas[0].values.dtype, torch.float32)
+    windows = [delta.state.window for delta in deltas]
+    steps = windows[0].steps if windows[0] is not None else 0
+    if not steps:
+        nothing = torch.full(moves.incoming.shape, math.nan, dtype=dtype, device=moves.incoming.device)
+        return GrownSeeds(nothing, nothing, deltas[0].state.step)
+    candidates = Joined([window.positions.numel() for window in windows], moves.entries.device)
+    keys = candidates.keys(candidates.join([window.positions for window in windows]))
+    sums = candidates.join([window.sums for window in windows]) / steps
+    squares = candidates.join([window.squares for window in windows]) / steps
+    mean, mean_square = look_up(moves, keys, [sums.to(dtype), squares.to(dtype)], math.nan)
+    return GrownSeeds(mean, mean_square, deltas[0].state.step)
 
 
 def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None) -> list[AdapterRun]:

@@ -11,27 +11,34 @@ steps than one that had the same gradient all along.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .exchange import Moves
+
 
 @dataclass(frozen=True)
 class GrownSeeds:
-    """Window statistics of the grown positions.
+    """Window statistics of the positions that come into slots.
 
     Attributes:
-        mean: mean gradient per step ``[m]``; NaN where a position was not in the window.
-        mean_square: mean squared gradient per step ``[m]``; NaN likewise.
+        mean: mean gradient per step ``[entries]``; NaN for slots that stay and positions that were not in the window.
+        mean_square: mean squared gradient per step ``[entries]``; NaN likewise.
         steps: optimizer steps of the run so far, for optimizers that do not count theirs.
     """
 
     mean: Tensor
     mean_square: Tensor
     steps: int
+
+    def single(self, moves: Moves, number: int) -> GrownSeeds:
+        """Those of one matrix of `moves`."""
+        part = moves.entries.slice(number)
+        return GrownSeeds(self.mean[part], self.mean_square[part], self.steps)
 
 
 @dataclass(frozen=True)
@@ -49,10 +56,16 @@ class Past:
     corrects: bool
 
     @classmethod
-    def of(cls, group: dict[str, Any], state: dict[str, Any], run_steps: int) -> Past:
-        # Apex counts in the group; so does Schedule-Free, as "k", which means other things elsewhere.
-        counts = (state.get("step"), group.get("step"), group.get("k") if "weight_sum" in group else None)
-        counted = next((int(count) for count in counts if isinstance(count, (int, float, Tensor))), None)
+    def of(cls, group: dict[str, Any], state: dict[str, Any], run_steps: int, known: Mapping[int, int]) -> Past:
+        """The past of a parameter.
+
+        Args:
+            group, state: the parameter's, of its optimizer.
+            run_steps: steps of the run, for optimizers that do not count theirs.
+            known: the contents of counters on a device, by the id of the tensor (see `counter`).
+        """
+        count = counter(group, state)
+        counted = None if count is None else known[id(count)] if id(count) in known else int(count)
         corrects = counted is not None and bool(group.get("bias_correction", True))
         return cls(group, run_steps if counted is None else counted, corrects)
 
@@ -66,6 +79,13 @@ class Past:
         return -1.0 if self.group.get("maximize") else 1.0
 
 
+def counter(group: dict[str, Any], state: dict[str, Any]) -> int | float | Tensor | None:
+    """What counts the steps of a parameter under its optimizer, if anything does."""
+    # Apex counts in the group; so does Schedule-Free, as "k", which means other things elsewhere.
+    counts = (state.get("step"), group.get("step"), group.get("k") if "weight_sum" in group else None)
+    return next((count for count in counts if isinstance(count, (int, float, Tensor))), None)
+
+
 Measure = Callable[[GrownSeeds, Past], Tensor]
 
 
@@ -74,9 +94,10 @@ class Rule:
     """How the grown entries of one buffer are seeded.
 
     Attributes:
-        measured: computes the seeds ``[m]`` from the window; None if the window says nothing about this buffer.
-        otherwise: the seed where nothing was measured: "zero"; "kept": the mean over the matrix's kept entries; "lr":
-            the learning rate. Buffers with "kept" or "lr" scale or divide updates, so their seeds are never zero.
+        measured: computes the seeds ``[entries]`` from the window; None if the window says nothing about this buffer.
+        otherwise: the seed where nothing was measured: "zero"; "kept": the mean over the matrix's kept entries; "kept
+            or zero": the same if no entry of the matrix is negative, else zero; "lr": the learning rate. Buffers with
+            "kept" or "lr" scale or divide updates, so their seeds are never zero.
     """
 
     measured: Measure | None
@@ -84,7 +105,7 @@ class Rule:
 
     @property
     def positive(self) -> bool:
-        return self.otherwise != "zero"
+        return self.otherwise in ("kept", "lr")
 
 
 def _average(number: int) -> Rule:
@@ -139,6 +160,9 @@ _CORRECTED_SQUARE = Rule(_corrected_square, "kept")
 # Absolute values, in the unit of the gradient.
 _NORM = Rule(lambda seeds, past: seeds.mean_square.sqrt(), "kept")
 _SUM_OF_SQUARES = Rule(_sum_of_squares, "kept")
+# For the buffers of unknown optimizers. One that is never negative (a sum of squares, a step size) divides or scales
+# updates and must not be zero. Any other adds up gradients, so zero is neutral.
+_UNKNOWN = Rule(None, "kept or zero")
 
 # By the names that torch, transformers and most others use.
 _BY_NAME = {
@@ -184,21 +208,21 @@ _BITSANDBYTES: dict[str, tuple[tuple[Rule, ...], tuple[Rule, ...]]] = {
 }
 
 
-def rules_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str, rows: Tensor) -> list[Rule]:
+def rules_of(optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str, rows: int) -> list[Rule]:
     """The rule for each row of a buffer.
 
     Args:
         optimizer: whose buffer it is.
         group: the parameter's group.
         name: of the buffer in the optimizer's state.
-        rows: its entries ``[rows, k]``.
+        rows: how many it has.
     """
     known = _BITSANDBYTES.get(getattr(optimizer, "optimizer_name", ""))
     if known is not None and name in ("state1", "state2"):
         rules = known[0] if name == "state1" else known[1]
-        if len(rules) == rows.shape[0]:
+        if len(rules) == rows:
             return list(rules)
-    return [_rule_by_name(optimizer, group, name) or _general_rule(row) for row in rows]
+    return [_rule_by_name(optimizer, group, name) or _UNKNOWN] * rows
 
 
 def _rule_by_name(optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str) -> Rule | None:
@@ -213,28 +237,18 @@ def _rule_by_name(optimizer: torch.optim.Optimizer, group: dict[str, Any], name:
     return rule
 
 
-def _general_rule(row: Tensor) -> Rule:
-    """The rule for a buffer of an unknown optimizer.
-
-    A buffer that is never negative (a sum of squares, a step size) divides or scales updates and must not be zero. Any
-    other buffer adds up gradients, so zero is neutral.
-    """
-    return _KEPT if bool((row >= 0).all()) and bool((row > 0).any()) else _ZERO
-
-
-def seeds_for(rule: Rule, row: Tensor, source: Tensor, past: Past, seeds: GrownSeeds | None) -> Tensor:
-    """The seeds ``[m]`` of the grown entries in one row of a buffer.
+def seeds_for(rule: Rule, row: Tensor, moves: Moves, past: Past, seeds: GrownSeeds | None) -> Tensor:
+    """The seeds ``[entries]`` of one row of a buffer; they matter for slots into which a position comes.
 
     Args:
         rule: see `rules_of`.
-        row: the entries before the close, ``[k]``.
-        source: int64 ``[k]`` from `spiel_kernels.replace_positions`.
-        past: of the optimizer and the parameter.
+        row: the entries before the close, ``[entries]``.
+        moves: what the close does to them.
+        past: of the optimizer and the parameters.
         seeds: window statistics of the grown positions; None without a window.
     """
     dtype = torch.promote_types(row.dtype, torch.float32)
-    otherwise = _otherwise(rule, row, source, past)
-    out = torch.full((int((source < 0).sum()),), otherwise, dtype=dtype, device=row.device)
+    out = _otherwise(rule, row, moves, past).to(dtype).expand(row.shape)
     if rule.measured is not None and seeds is not None:
         measured = rule.measured(seeds, past).to(out)
         # Positions that were not in the window, or had no gradient in it, have no measure.
@@ -244,18 +258,40 @@ def seeds_for(rule: Rule, row: Tensor, source: Tensor, past: Past, seeds: GrownS
     return out
 
 
-def _otherwise(rule: Rule, row: Tensor, source: Tensor, past: Past) -> float:
+def stays_positive(rule: Rule, row: Tensor) -> Tensor | bool:
+    """Whether entries above zero of one matrix's row ``[k]`` must stay above zero when they are rounded."""
+    return _is_scale(row) if rule is _UNKNOWN else rule.positive
+
+
+def _is_scale(row: Tensor) -> Tensor:
+    """Whether no entry is negative and one is positive, as a bool on the device."""
+    return (row >= 0).all() & (row > 0).any()
+
+
+def _otherwise(rule: Rule, row: Tensor, moves: Moves, past: Past) -> Tensor:
+    """The seed where nothing was measured: one number, or one for each entry."""
     if rule.otherwise == "lr":
         smallest, largest = past.group["step_sizes"]
-        return min(max(float(past.group["lr"]), float(smallest)), float(largest))
-    return _mean_of_kept(row, source) if rule.otherwise == "kept" else 0.0
+        lr = min(max(float(past.group["lr"]), float(smallest)), float(largest))
+        return torch.full((), lr, dtype=torch.float64, device=row.device)
+    if rule.otherwise == "zero":
+        return torch.zeros((), dtype=torch.float64, device=row.device)
+    kept = _mean_of_kept(row, moves)
+    if rule is _UNKNOWN:
+        kept = kept.where(torch.stack([_is_scale(part) for part in moves.entries.split(row)]), 0.0)
+        if row.is_floating_point():
+            kept = torch.where(kept > 0, kept.clamp(min=torch.finfo(row.dtype).tiny), kept)
+    return moves.entries.of_owner(kept)
 
 
-def _mean_of_kept(row: Tensor, source: Tensor) -> float:
-    # If all entries are new, or the kept ones never had a gradient, the pruned entries give the scale.
-    for entries in (row[source[source >= 0]], row):
-        if entries.numel():
-            mean = float(entries.to(torch.promote_types(entries.dtype, torch.float32)).mean())
-            if mean > 0:
-                return mean
-    return 0.0
+def _mean_of_kept(row: Tensor, moves: Moves) -> Tensor:
+    """float64 ``[matrices]``: the mean of the entries that stay or, where that is not positive, of all; at least zero.
+
+    If all entries are new, or the kept ones never had a gradient, the pruned entries give the scale.
+    """
+    entries, wide = moves.entries, row.to(torch.float64)
+    kept = torch.stack([part.sum() for part in entries.split(wide.masked_fill(moves.grown, 0.0))])
+    every = torch.stack([part.sum() for part in entries.split(wide)])
+    sizes = entries.bounds.diff()
+    kept, every = kept / (sizes - entries.count(moves.grown)), every / sizes
+    return kept.where(kept > 0, every.clamp(min=0.0))

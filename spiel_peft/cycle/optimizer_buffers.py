@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,9 +13,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from spiel_kernels.dispatch import on_host
+
 from ..delta import SparseDelta
 from ..growth import get_growth_criterion
-from .grown_seeds import GrownSeeds, Past, rules_of, seeds_for
+from .exchange import Moves
+from .grown_seeds import GrownSeeds, Past, counter, rules_of, seeds_for, stays_positive
 from .steps import inner_optimizers
 
 # A buffer holds numbers for each entry of a parameter: plainly, in rows, or quantized in blocks. It is read and written
@@ -41,14 +45,18 @@ class Buffer(Protocol):
 
     name: str
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Buffers of equal kind have entries that can be computed together."""
+
     def read(self) -> Tensor:
         """Its entries ``[rows, k]``, dequantized; not to be written to."""
 
-    def write(self, rows: Tensor, positive: Sequence[bool]) -> None:
+    def write(self, rows: Sequence[Tensor], positive: Sequence[Tensor | bool]) -> None:
         """Replace its entries.
 
         Args:
-            rows: ``[rows, k]``.
+            rows: ``[k]`` for each row.
             positive: per row, whether entries above zero must stay above zero when they are rounded.
         """
 
@@ -64,8 +72,17 @@ class PlainBuffer:
         tensor = self.tensor.detach()
         return tensor if tensor.dim() == 2 else tensor[None]
 
-    def write(self, rows: Tensor, positive: Sequence[bool]) -> None:
-        self.tensor.detach().copy_(rows if self.tensor.dim() == 2 else rows[0])
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return self.name, type(self), self.tensor.dtype, self.tensor.device, self.tensor.shape[:-1]
+
+    def copies(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The tensor, and what is to be copied into it."""
+        return self.tensor.detach(), torch.stack(list(rows)) if self.tensor.dim() == 2 else rows[0]
+
+    def write(self, rows: Sequence[Tensor], positive: Sequence[Tensor | bool]) -> None:
+        target, source = self.copies(rows)
+        target.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -94,13 +111,16 @@ class BlockwiseBuffer:
         ]
         return torch.stack(rows)
 
-    def write(self, rows: Tensor, positive: Sequence[bool]) -> None:
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return self.name, type(self), self.scales.dtype, self.scales.device, self.codes.shape[:-1]
+
+    def write(self, rows: Sequence[Tensor], positive: Sequence[Tensor | bool]) -> None:
         from bitsandbytes.functional import quantize_blockwise
 
-        smallest = float(self.code_values[self.code_values > 0].min())
+        smallest = self.code_values.where(self.code_values > 0, math.inf).amin()
         for (codes, scales), row, above_zero in zip(self._rows(), rows, positive, strict=True):
-            if above_zero:
-                row = keep_above_zero(row, _BITSANDBYTES_BLOCK, smallest)
+            row = keep_above_zero(row, _BITSANDBYTES_BLOCK, smallest, above_zero)
             packed, quantized = quantize_blockwise(row, code=self.code_values, blocksize=_BITSANDBYTES_BLOCK)
             codes.copy_(packed)
             scales.copy_(quantized.absmax)
@@ -121,19 +141,22 @@ class SelfQuantizingBuffer:
     def read(self) -> Tensor:
         return self.tensor.dequantize()[None]
 
-    def write(self, rows: Tensor, positive: Sequence[bool]) -> None:
-        row = keep_above_zero(rows[0], self.tensor.block_size, self._smallest()) if positive[0] else rows[0]
-        self.tensor.copy_(row)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return self.name, type(self), self.tensor.dtype, self.tensor.device, ()
 
-    def _smallest(self) -> float:
+    def write(self, rows: Sequence[Tensor], positive: Sequence[Tensor | bool]) -> None:
+        self.tensor.copy_(keep_above_zero(rows[0], self.tensor.block_size, self._smallest(), positive[0]))
+
+    def _smallest(self) -> Tensor | float:
         code_values = getattr(self.tensor, "qmap", None)
         if code_values is not None:
-            return float(code_values[code_values > 0].min())
+            return code_values.where(code_values > 0, math.inf).amin()
         codes = torch.finfo(self.tensor.codes.dtype)
         return codes.smallest_normal * codes.eps / codes.max
 
 
-def keep_above_zero(row: Tensor, block_size: int, smallest: float) -> Tensor:
+def keep_above_zero(row: Tensor, block_size: int, smallest: Tensor | float, wanted: Tensor | bool = True) -> Tensor:
     """Raise positive entries ``[k]`` to the smallest that survives quantization in their block.
 
     A second moment that is rounded to zero would make the next update arbitrarily large.
@@ -142,10 +165,14 @@ def keep_above_zero(row: Tensor, block_size: int, smallest: float) -> Tensor:
         row: floating.
         block_size: entries that share a scale, their largest magnitude.
         smallest: smallest positive code, as a share of the scale.
+        wanted: False returns the entries as they are.
     """
+    if wanted is False:
+        return row
     blocks = torch.nn.functional.pad(row, (0, -row.numel() % block_size)).view(-1, block_size)
     floor = (blocks.abs().amax(1, keepdim=True) * smallest).expand_as(blocks).reshape(-1)[: row.numel()]
-    return torch.where(row > 0, torch.maximum(row, floor), row)
+    raised = row > 0 if wanted is True else (row > 0) & wanted
+    return torch.where(raised, torch.maximum(row, floor), row)
 
 
 def buffers_of(optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Buffer]:
@@ -227,60 +254,95 @@ def _unmappable(optimizer: torch.optim.Optimizer, name: str, tensor: Tensor, par
 # state would push them anywhere, and a second moment of zero would make their first update arbitrarily large.
 
 
-def permute(tensor: Tensor, source: Tensor, grown: Tensor | float) -> Tensor:
-    """``[k]`` tensor after a close: slot j comes from slot source[j], or is ``grown[-1 - source[j]]``."""
-    out = tensor.index_select(0, source.clamp(min=0))
-    new = source < 0
-    if not isinstance(grown, Tensor):
-        return out.masked_fill_(new, grown)
-    out[new] = grown.index_select(0, -1 - source[new]).to(out)
-    return out
+def counters(optimizers: list[torch.optim.Optimizer], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors on a device that count the steps of these parameters, which `reseeded_states` has to know."""
+    found = [
+        counter(group, optimizer.state.get(parameter) or {})
+        for optimizer, groups in _groups(optimizers)
+        for parameter in parameters
+        if (group := groups.get(id(parameter))) is not None
+    ]
+    return list({id(c): c for c in found if isinstance(c, Tensor) and not on_host(c)}.values())
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[tuple[torch.optim.Optimizer, dict[int, dict[str, Any]]]]:
+    """Each optimizer with the group of every parameter, by the parameter's id."""
+    return [(o, {id(p): group for group in o.param_groups for p in group["params"]}) for o in optimizers]
 
 
 def reseeded_states(
-    optimizers: list[torch.optim.Optimizer], parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
+    optimizers: list[torch.optim.Optimizer],
+    parameters: Sequence[Tensor],
+    moves: Moves,
+    seeds: GrownSeeds | None,
+    known: Mapping[int, int],
 ) -> list[Callable[[], Any]]:
-    """Bring what all optimizers that took part in a step keep for one delta's values in line with its new indices.
+    """Bring what all optimizers that took part in a step keep for some deltas' values in line with their new indices.
 
     An optimizer around another one may share its state, as sharpness-aware minimization does: that is changed once, by
-    the rules of the inner one, whose state it is.
+    the rules of the inner one, whose state it is. Buffers of one kind are computed together.
 
     Args:
-        optimizers: the outermost first; they have just stepped `parameter`.
-        parameter: the values ``[k]``.
-        source: int64 ``[k]`` from `spiel_kernels.replace_positions`.
-        seeds: window statistics of the grown positions, in the order `source` numbers them; None without a window.
+        optimizers: the outermost first; they have just stepped `parameters`.
+        parameters: the values ``[k]`` of each matrix of `moves`.
+        moves: what the close does to their entries.
+        seeds: window statistics of the grown positions; None without a window.
+        known: the contents of `counters`, by the id of the tensor.
 
     Returns:
-        The writes that are left to do, one per buffer. All results are computed; a write may be repeated.
+        The writes that are left to do. All results are computed; a write may be repeated.
 
     Raises:
         TypeError: see `buffers_of`.
     """
-    owners = {id(optimizer.state.get(parameter)): optimizer for optimizer in optimizers}
-    return [write for optimizer in owners.values() for write in _reseeded_state(optimizer, parameter, source, seeds)]
-
-
-def _reseeded_state(
-    optimizer: torch.optim.Optimizer, parameter: Tensor, source: Tensor, seeds: GrownSeeds | None
-) -> list[Callable[[], Any]]:
-    buffers = buffers_of(optimizer, parameter)
-    if not buffers:
-        return []
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    past = Past.of(group, optimizer.state[parameter], seeds.steps if seeds is not None else 0)
+    groups = _groups(optimizers)
+    kinds: dict[tuple[Any, ...], list[tuple[int, Buffer]]] = {}
+    pasts: dict[tuple[Any, ...], tuple[torch.optim.Optimizer, Past]] = {}
+    for number, parameter in enumerate(parameters):
+        owners = {id(o.state.get(parameter)): (o, of_parameter.get(id(parameter))) for o, of_parameter in groups}
+        for optimizer, group in owners.values():
+            buffers = buffers_of(optimizer, parameter)
+            if not buffers:
+                continue
+            past = Past.of(group, optimizer.state[parameter], seeds.steps if seeds is not None else 0, known)
+            for buffer in buffers:
+                kind = (id(optimizer), id(group), past.steps, past.corrects, *buffer.kind)
+                kinds.setdefault(kind, []).append((number, buffer))
+                pasts[kind] = optimizer, past
     writes: list[Callable[[], Any]] = []
-    for buffer in buffers:
-        before = buffer.read()
-        moves = source.to(before.device)
-        rules = rules_of(optimizer, group, buffer.name, before)
-        after = [
-            permute(row, moves, seeds_for(rule, row, moves, past, seeds))
-            for row, rule in zip(before, rules, strict=True)
-        ]
-        rows = torch.stack(after) if len(after) > 1 else after[0][None]
-        writes.append(partial(buffer.write, rows, [rule.positive for rule in rules]))
+    for kind, buffers in kinds.items():
+        if len(buffers) == len(parameters):
+            together = [([buffer for _, buffer in buffers], moves, seeds)]
+        else:
+            together = [([buffer], moves.single(n), seeds and seeds.single(moves, n)) for n, buffer in buffers]
+        for some, their_moves, their_seeds in together:
+            writes += _reseeded(some, *pasts[kind], their_moves, their_seeds)
     return writes
+
+
+def _reseeded(
+    buffers: list[Buffer], optimizer: torch.optim.Optimizer, past: Past, moves: Moves, seeds: GrownSeeds | None
+) -> list[Callable[[], Any]]:
+    """The writes to buffers of one kind, one for each matrix of `moves`."""
+    before = [buffer.read() for buffer in buffers]  # [rows, k] each
+    moves = moves.to(before[0].device)
+    entries = moves.entries
+    rules = rules_of(optimizer, past.group, buffers[0].name, before[0].shape[0])
+    after, positive = [], []
+    for number, rule in enumerate(rules):
+        parts = [rows[number] for rows in before]
+        row = entries.join(parts)
+        after.append(entries.split(moves.apply(row, seeds_for(rule, row, moves, past, seeds))))
+        positive.append([stays_positive(rule, part) for part in parts])
+    by_buffer = zip(buffers, zip(*after, strict=True), zip(*positive, strict=True), strict=True)
+    if all(isinstance(buffer, PlainBuffer) for buffer in buffers):
+        return [partial(copy_all, *zip(*(buffer.copies(rows) for buffer, rows, _ in by_buffer), strict=True))]
+    return [partial(buffer.write, rows, above_zero) for buffer, rows, above_zero in by_buffer]
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target, on a GPU in a few launches."""
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 # Optimizers create their state in their first step. So most of it is checked at the first close, before the close

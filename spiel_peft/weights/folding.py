@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spiel_kernels import apply_deltas, copy_fold, read_entries, sum_entries, union_positions, write_entries
+from spiel_kernels.dispatch import on_host
 from spiel_kernels.workspace import workspace
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
@@ -189,7 +190,7 @@ def can_fold(parameter: Tensor) -> bool:
     """
     return (
         type(parameter) in (Tensor, nn.Parameter)  # a sharded weight is a subclass
-        and parameter.device.type == "cpu"
+        and on_host(parameter)
         and not parameter.is_inference()
         and 0 not in parameter.stride()
         and not parameter.untyped_storage().is_shared()

@@ -67,7 +67,7 @@ def test_custom_criterion() -> None:
     "proposal",
     [
         torch.tensor([3, 4, 3]),
-        torch.tensor([-1, 2]),
+        torch.tensor([-2, 2]),
         torch.tensor([2, 10_000]),
         torch.tensor([[1, 2]]),
         torch.tensor([1.0, 2.0]),

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiel_kernels import check_index_set, replace_positions
-from spiel_peft.cycle.close import decide_exchange
-from spiel_peft.cycle.optimizer_buffers import permute
+from spiel_kernels import check_index_set
+from spiel_peft.cycle.exchange import NO_POSITION, STAYS, Moves, exchanges
 
 NUMEL = 30
 
@@ -35,58 +34,76 @@ def closes(draw: st.DrawFn) -> tuple[list[int], list[float], list[int], int]:
     return active, values, proposed, draw(st.integers(0, 14))
 
 
-@settings(max_examples=400, deadline=None)
-@given(closes())
-def test_equals_brute_force(case: tuple[list[int], list[float], list[int], int]) -> None:
-    active, values, proposed, count = case
-    exchange = decide_exchange(
+def tensors(case: tuple[list[int], list[float], list[int], int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    active, values, proposed, _ = case
+    return (
         torch.tensor(active, dtype=torch.int32),
         torch.tensor(values).abs(),
         torch.tensor(proposed, dtype=torch.int64),
-        count,
     )
-    dropped, grown = brute_force(active, values, proposed, count)
-    assert {p for p, drop in zip(active, exchange.drop.tolist(), strict=True) if drop} == dropped
-    assert exchange.grown.tolist() == grown
+
+
+def assert_is_brute_force(incoming: torch.Tensor, case: tuple[list[int], list[float], list[int], int]) -> None:
+    active, values, proposed, count = case
+    dropped, grown = brute_force(active, values, [p for p in proposed if p != NO_POSITION], count)
+    assert {p for p, other in zip(active, incoming.tolist(), strict=True) if other != STAYS} == dropped
+    assert sorted(incoming[incoming != STAYS].tolist()) == sorted(grown)
+
+
+def one(active: list[int], values: list[float], proposed: list[int], count: int) -> list[int]:
+    """The exchange of one matrix."""
+    indices, scores, positions = tensors((active, values, proposed, count))
+    return exchanges([indices], [scores], [positions], [count])[0].tolist()
+
+
+@settings(max_examples=400, deadline=None)
+@given(closes())
+def test_equals_brute_force(case: tuple[list[int], list[float], list[int], int]) -> None:
+    indices, scores, proposed = tensors(case)
+    (incoming,) = exchanges([indices], [scores], [proposed], [case[3]])
+    assert incoming.dtype == indices.dtype
+    assert_is_brute_force(incoming, case)
 
 
 @settings(max_examples=200, deadline=None)
-@given(closes())
-def test_a_close_keeps_the_set_sound_and_moves_values_with_their_positions(
-    case: tuple[list[int], list[float], list[int], int],
+@given(st.lists(closes(), min_size=2, max_size=5), st.booleans())
+def test_matrices_that_are_joined_equal_brute_force_each(
+    cases: list[tuple[list[int], list[float], list[int], int]], wide: bool
 ) -> None:
-    active, values, proposed, count = case
-    indices = torch.tensor(active)
-    exchange = decide_exchange(indices, torch.tensor(values).abs(), torch.tensor(proposed, dtype=torch.int64), count)
-    new, source = replace_positions(indices, exchange.drop, exchange.grown)
-    assert check_index_set(new.to(torch.int32), NUMEL) is None
-    assert new.numel() == len(active)
-    grown = exchange.grown.tolist()
-    # A tag that names its position; grown ones get the negative.
-    tags = permute(indices.double(), source, -exchange.grown.double())
-    for position, tag in zip(new.tolist(), tags.tolist(), strict=True):
-        assert tag == (-position if position in grown else position)
+    # Positions that are left out stand anywhere among the others.
+    cases = [(active, values, [*proposed[:2], NO_POSITION, *proposed[2:]], m) for active, values, proposed, m in cases]
+    index_sets, scores, proposed = zip(*map(tensors, cases), strict=True)
+    if wide:
+        scores = [of_matrix.double() for of_matrix in scores]
+    incoming = exchanges(index_sets, scores, proposed, [count for *_, count in cases])
+    for of_matrix, case in zip(incoming, cases, strict=True):
+        assert_is_brute_force(of_matrix, case)
+    moves = Moves.of(index_sets, incoming)
+    tags = moves.apply(torch.cat([i.double() + 1 for i in index_sets]), -moves.entries.positions(moves.incoming) - 1)
+    for number, (new, of_matrix) in enumerate(zip(moves.indices(torch.int32), incoming, strict=True)):
+        alone = Moves.of([index_sets[number]], [of_matrix])
+        assert torch.equal(new, alone.indices(torch.int32)[0])
+        assert check_index_set(new, NUMEL) is None
+        grown = set(of_matrix[of_matrix != STAYS].tolist())
+        # A tag that names its position; grown ones get the negative.
+        for position, tag in zip(new.tolist(), tags[moves.entries.slice(number)].tolist(), strict=True):
+            assert tag == (-position - 1 if position in grown else position + 1)
+        same = moves.single(number)
+        assert torch.equal(same.keys, alone.keys) and torch.equal(same.incoming, alone.incoming)
+        assert torch.equal(same.order, alone.order)
 
 
 def test_a_pruned_position_that_is_proposed_stays() -> None:
-    exchange = decide_exchange(torch.tensor([2, 5, 9]), torch.tensor([0.1, 3.0, 0.2]), torch.tensor([9, 2, 4]), count=2)
-    assert not exchange.drop.any()
-    assert exchange.grown.numel() == 0
+    assert one([2, 5, 9], [0.1, 3.0, 0.2], [9, 2, 4], 2) == [STAYS, STAYS, STAYS]
 
 
 def test_too_few_proposals_prune_only_as_many() -> None:
-    exchange = decide_exchange(torch.tensor([2, 5, 9]), torch.tensor([0.3, 0.1, 0.2]), torch.tensor([7]), count=3)
-    assert exchange.drop.tolist() == [False, True, False]
-    assert exchange.grown.tolist() == [7]
+    assert one([2, 5, 9], [0.3, 0.1, 0.2], [7], 3) == [STAYS, 7, STAYS]
 
 
 def test_ties_prune_the_lowest_position_first() -> None:
-    exchange = decide_exchange(torch.tensor([2, 5, 9]), torch.zeros(3), torch.tensor([0, 1, 3]), count=2)
-    assert exchange.drop.tolist() == [True, True, False]
-    assert exchange.grown.tolist() == [0, 1]
+    assert one([2, 5, 9], [0.0, 0.0, 0.0], [0, 1, 3], 2) == [0, 1, STAYS]
 
 
 def test_nothing_to_do() -> None:
-    exchange = decide_exchange(torch.tensor([2]), torch.ones(1), torch.empty(0, dtype=torch.int64), count=0)
-    assert not exchange.drop.any()
-    assert exchange.grown.numel() == 0
+    assert one([2], [1.0], [], 0) == [STAYS]

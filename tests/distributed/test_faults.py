@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import spiel_peft.cycle.agreement as agreement
 from distributed.runs import FIELDS, Training, assert_equal, assert_lockstep, own_batch
 from spiel_peft import GrowthRequest, register_growth_criterion
-from spiel_peft.cycle.close import Exchange
 
 RANKS, STEPS = 2, 7
 GROWTHS = ["accumulated_gradient", "momentum"]
@@ -161,21 +160,20 @@ def loaded_on_one_rank(rank: int) -> None:
 
 def decides_otherwise(rank: int) -> int:
     """Rank 1 makes another decision at a close."""
-    real = agreement.decide_exchange
+    real = agreement.exchanges
 
-    def reversed_decision(indices: Tensor, values: Tensor, proposed: Tensor, count: int) -> Exchange:
-        exchange = real(indices, values, proposed, count)
-        return Exchange(exchange.drop.flip(0), exchange.grown)
+    def reversed_decision(*args: Any) -> list[Tensor]:
+        return [incoming.flip(0) for incoming in real(*args)]
 
     training = Training(rank)
     training.run(4)
     if rank == 1:
-        agreement.decide_exchange = reversed_decision
+        agreement.exchanges = reversed_decision
     try:
         for number in (5, 6):
             training.step(number)
     finally:
-        agreement.decide_exchange = real
+        agreement.exchanges = real
     return 6
 
 

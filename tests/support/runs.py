@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from spiel_kernels import check_index_set
 from spiel_peft import SpIELConfig, growth
+from spiel_peft.cycle.exchange import Joined, Moves
 from spiel_peft.cycle.grown_seeds import GrownSeeds
-from spiel_peft.cycle.optimizer_buffers import reseeded_states
+from spiel_peft.cycle.optimizer_buffers import counters, reseeded_states
 from spiel_peft.delta import SparseDelta
 from support.adapters import deltas_of, indices_of, trainable
 from support.models import mlp
@@ -110,9 +111,33 @@ def registered_criteria() -> Iterator[None]:
 
 
 def reseed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, source: Tensor, seeds: GrownSeeds | None) -> None:
-    """Move an optimizer's state for a delta's values as a close does."""
-    for write in reseeded_states([optimizer], parameter, source, seeds):
+    """Move an optimizer's state for a delta's values as a close does.
+
+    Args:
+        source: int64 ``[k]``, for every new slot the old slot that it comes from, or ``-1 - i`` for grown position i.
+        seeds: of the grown positions ``[m]``.
+    """
+    moves = moves_of(source)
+    if seeds is not None:
+        columns = [torch.full(source.shape, float("nan"), dtype=c.dtype) for c in (seeds.mean, seeds.mean_square)]
+        for column, grown in zip(columns, (seeds.mean, seeds.mean_square), strict=True):
+            column[moves.grown.cpu()] = grown.cpu()
+        seeds = GrownSeeds(*(column.to(source.device) for column in columns), seeds.steps)
+    counted = counters([optimizer], [parameter])
+    known = {id(count): int(count) for count in counted}
+    for write in reseeded_states([optimizer], [parameter], moves, seeds, known):
         write()
+
+
+def moves_of(source: Tensor) -> Moves:
+    """The moves with this source (see `reseed`): grown position i comes into slot i of those that are left."""
+    kept = source[source >= 0]
+    left = torch.ones(source.shape, dtype=torch.bool, device=source.device)
+    left[kept] = False
+    slots = left.nonzero().flatten()
+    order = torch.where(source >= 0, source, slots[(-1 - source).clamp(0, max(0, slots.numel() - 1))])
+    incoming = torch.where(left, 1, -1)
+    return Moves(Joined([source.numel()], source.device), incoming, torch.arange(source.numel()), order)
 
 
 def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
