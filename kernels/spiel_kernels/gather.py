@@ -12,7 +12,7 @@ from torch import Tensor
 from .dispatch import operation, runs_triton
 from .fold import accumulation_dtype, read_entries
 from .index_set import row_bounds, rows_and_columns, true_slots
-from .outer_plan import OuterPlan, plan_for
+from .outer_plan import OuterPlan, known_plan, plan_for
 from .outer_products import check_operands, check_planned, gather_by_plan, outer_block, read_row_blocks
 from .sampled import gather_sampled, sampled_pays
 
@@ -27,7 +27,7 @@ def _gather_from_blocks(
     return read_row_blocks(index_sets, shape, size, bounds, block, dtype)
 
 
-METHODS = ("auto", "sampled", "dense", "compact", "entries")
+METHODS = ("auto", "ready", "sampled", "dense", "compact", "entries")
 
 
 def check_outer_operands(a: Tensor, b: Tensor, indices: Tensor) -> None:
@@ -66,7 +66,10 @@ def gather_outer(a: Tensor, b: Tensor, indices: Tensor, method: str = "auto") ->
 
 
 def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str = "auto") -> list[Tensor]:
-    """`gather_outer` for several index sets at once: products and copies of the operands are made once for all."""
+    """`gather_outer` for several index sets at once: products and copies of the operands are made once for all.
+
+    Method "ready" is "auto" that never waits for a GPU: an index set without a plan (see `plan_together`) gets "dense".
+    """
     for indices in index_sets:
         check_outer_operands(a, b, indices)
     if method not in METHODS:
@@ -80,7 +83,7 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method
     dtype = accumulation_dtype(a, b)
     rows, cols = a.shape[1], b.shape[1]
     total = sum(indices.numel() for indices in index_sets)
-    if method == "sampled" or (method == "auto" and on_cpu and sampled_pays(rows, cols, total)):
+    if method == "sampled" or (method in ("auto", "ready") and on_cpu and sampled_pays(rows, cols, total)):
         return gather_sampled(a, b, index_sets, dtype)
     wide = b.to(dtype)
 
@@ -92,7 +95,12 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method
 
 def _gather_by_plans(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], method: str, triton: bool) -> list[Tensor]:
     dtype = torch.promote_types(a.dtype, b.dtype)
-    plans = [plan_for(indices, a.shape[1], b.shape[1], dtype, method) for indices in index_sets]
+    rows, cols = a.shape[1], b.shape[1]
+    if method == "ready":
+        known = [known_plan(indices, rows, cols, dtype) for indices in index_sets]
+        plans = [p or OuterPlan("dense", rows, cols, i.numel()) for p, i in zip(known, index_sets, strict=True)]
+    else:
+        plans = [plan_for(indices, rows, cols, dtype, method) for indices in index_sets]
     if triton:
         from .triton_backend import outer
 

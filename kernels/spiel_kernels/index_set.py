@@ -102,6 +102,12 @@ def row_bounds(indices: Tensor, rows: int, cols: int, block_rows: int = 1) -> Te
     return torch.searchsorted(indices, starts.to(indices.dtype))
 
 
+def row_bounds_of(indices: Tensor, rows: int, cols: int) -> Tensor:
+    """int32 `row_bounds` of single rows, made once for an index set (int64 for 2**31 positions or more)."""
+    dtype = index_dtype(indices.numel())
+    return _row_bounds.get(indices, (rows, cols), lambda: row_bounds(indices, rows, cols).to(dtype))
+
+
 class PerIndexSet(Generic[T]):
     """Remembers what was computed from an index set, until the tensor dies or is written to (other than by ``.data``).
 
@@ -115,11 +121,18 @@ class PerIndexSet(Generic[T]):
         """The result of `compute` for these indices and this key, computed anew only if it is not known."""
         if indices.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
             return compute()
-        key = (indices._version, *key)
         known = self._known.get(indices)
-        if known is None or known[0] != key:
-            known = self._known[indices] = (key, compute())
+        if known is None or known[0] != (indices._version, *key):
+            known = self._known[indices] = ((indices._version, *key), compute())
         return known[1]
+
+    def known(self, indices: Tensor, key: tuple[Hashable, ...]) -> T | None:
+        """The result for these indices and this key if it is known, else None."""
+        known = None if indices.is_inference() else self._known.get(indices)
+        return known[1] if known is not None and known[0] == (indices._version, *key) else None
+
+
+_row_bounds: PerIndexSet[Tensor] = PerIndexSet()
 
 
 def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:

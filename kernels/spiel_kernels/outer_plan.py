@@ -17,8 +17,9 @@ the matrix, twice for rows (`OuterPlan.nbytes`; about 0.2 bytes per position at 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ TOKENS_PER_SPLIT = 512
 
 
 # The cost of a gather on a GPU is estimated for three methods. "compact": matrix products over the columns that a block
-# of rows touches. "dense": all columns, in row blocks. "entries": a dot product per entry.
+# of rows touches. "dense": all columns. "entries": a dot product per entry.
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,10 @@ def _picking(problem: Problem, model: CostModel, splits: int = 1) -> float:
 
 
 def dense_seconds(problem: Problem, model: CostModel) -> float:
-    """Estimated time of the dense method: row blocks of the whole product, and the gather of each block's entries."""
+    """Estimated time of the dense method: all tiles of the product, each written to the cache and read from there."""
     area = problem.rows * problem.cols
-    blocks = math.ceil(problem.rows / dense_block_rows(problem.rows, problem.cols))
-    products = 2 * area * problem.tokens / model.flops(problem.dtype) + 4 * area / model.cache_bandwidth
-    return products + _picking(problem, model) + 3 * blocks * model.launch
+    products = 2 * area * problem.tokens / (model.tile_efficiency * model.flops(problem.dtype))
+    return products + 4 * area / model.cache_bandwidth + _picking(problem, model)
 
 
 def entries_seconds(problem: Problem, model: CostModel) -> float:
@@ -186,8 +186,7 @@ class OuterPlan:
         method: "compact", "dense" or "entries".
         rows: size of the matrix; cols: the same.
         k: how many positions the plan is for.
-        layout: compact: rows and columns of a tile. dense: rows of a block, then the slots at which the blocks'
-            positions begin, and k. entries: empty.
+        layout: compact: rows and columns of a tile; else empty.
         tensors: compact: a `Tiles`; else empty.
     """
 
@@ -243,8 +242,8 @@ def plan_outer(
 ) -> OuterPlan:
     """Decide how the entries at `indices` of a product ``a.T @ b`` are gathered.
 
-    The plan depends on the arguments alone, so that equal runs make equal plans. Waits for the device once ("entries":
-    never).
+    The plan depends on the arguments alone, so that equal runs make equal plans. Waits for the device once ("dense" and
+    "entries": never).
 
     Args:
         indices: int32 or int64 ``[k]``, sorted and unique flat positions in ``[rows, cols]``.
@@ -259,29 +258,52 @@ def plan_outer(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    _check(indices, rows, cols, tokens, method, tile_shape)
-    k = indices.numel()
-    if method == "auto" and (k == 0 or dtype == torch.float64):
-        method = "dense"
-    if method == "entries":
-        return OuterPlan(method, rows, cols, k)
-    block_rows = dense_block_rows(rows, cols)
-    bounds = row_bounds(indices, rows, cols, block_rows)
-    if method == "dense":
-        return OuterPlan(method, rows, cols, k, (block_rows, *bounds.tolist()))
-    blocks = _RowBlocks.build(indices, rows, cols)
-    shapes = TILE_SHAPES if tile_shape is None else (tile_shape,)
-    host = torch.cat([bounds, torch.stack([blocks.count_tiles(shape) for shape in shapes])]).tolist()
-    counts = dict(zip(shapes, host[bounds.numel() :], strict=True))
-    problem, model = Problem(k, rows, cols, tokens, dtype), model or CostModel()
-    if method == "auto":
-        method = choose_method(problem, counts, model)
-    if method == "entries":
-        return OuterPlan(method, rows, cols, k)
-    if method == "dense":
-        return OuterPlan(method, rows, cols, k, (block_rows, *host[: bounds.numel()]))
-    shape = choose_tile_shape(problem, counts, model)
-    return OuterPlan(method, rows, cols, k, shape, tuple(blocks.tiles(shape, counts[shape])))
+    draft = _Draft(indices, rows, cols, tokens, dtype, method, tile_shape, model)
+    return draft.plan(draft.tile_counts().tolist() if draft.needs_counts else [])
+
+
+class _Draft:
+    """A plan in the making: the number of tiles is known to the device before it is known to the host.
+
+    Args: see `plan_outer`.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        rows: int,
+        cols: int,
+        tokens: int,
+        dtype: torch.dtype,
+        method: str = "auto",
+        tile_shape: tuple[int, int] | None = None,
+        model: CostModel | None = None,
+    ) -> None:
+        _check(indices, rows, cols, tokens, method, tile_shape)
+        self.indices, self.rows, self.cols = indices, rows, cols
+        self.problem, self.model = Problem(indices.numel(), rows, cols, tokens, dtype), model or CostModel()
+        self.method = "dense" if method == "auto" and (indices.numel() == 0 or dtype == torch.float64) else method
+        self.shapes = TILE_SHAPES if tile_shape is None else (tile_shape,)
+
+    @property
+    def needs_counts(self) -> bool:
+        return self.method in ("auto", "compact")
+
+    def tile_counts(self) -> Tensor:
+        """int64, on the device: how many tiles of each shape hold all positions."""
+        blocks = _RowBlocks.build(self.indices, self.rows, self.cols)
+        return torch.stack([blocks.count_tiles(shape) for shape in self.shapes])
+
+    def plan(self, host: Sequence[int]) -> OuterPlan:
+        """The plan, given the `tile_counts`. Does not wait for the device."""
+        counts = dict(zip(self.shapes, host, strict=False))
+        method = choose_method(self.problem, counts, self.model) if self.method == "auto" else self.method
+        if method != "compact":
+            return OuterPlan(method, self.rows, self.cols, self.problem.k)
+        shape = choose_tile_shape(self.problem, counts, self.model)
+        # Built again, as drafts of many matrices would hold too much until their counts are known.
+        tiles = _RowBlocks.build(self.indices, self.rows, self.cols).tiles(shape, counts[shape])
+        return OuterPlan(method, self.rows, self.cols, self.problem.k, shape, tuple(tiles))
 
 
 # The number of tokens that plans are made for. It does not depend on the batch: a resumed run must choose as the run
@@ -303,6 +325,31 @@ def plan_for(indices: Tensor, rows: int, cols: int, dtype: torch.dtype, method: 
     """
     key = (rows, cols, dtype, method)
     return _plans.get(indices, key, lambda: plan_outer(indices, rows, cols, NOMINAL_TOKENS, dtype, method))
+
+
+def known_plan(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> OuterPlan | None:
+    """What `plan_for` would give, if that takes no wait for the device; else None."""
+    return _plans.known(indices, (rows, cols, dtype, "auto"))
+
+
+def plan_together(matrices: Sequence[tuple[Tensor, int, int]], dtype: torch.dtype) -> None:
+    """Make the plans of many index sets, those that are not known yet, and wait for the device once.
+
+    Args:
+        matrices: an index set on the device, rows and columns of each.
+        dtype: of the operands.
+    """
+    missing = [matrix for matrix in matrices if known_plan(*matrix, dtype) is None and not matrix[0].is_inference()]
+    drafts = [_Draft(indices, rows, cols, NOMINAL_TOKENS, dtype) for indices, rows, cols in missing]
+    counted = [draft.tile_counts() for draft in drafts if draft.needs_counts]
+    counts = iter(torch.stack(counted).tolist() if counted else [])
+    for draft in drafts:
+        plan = draft.plan(next(counts) if draft.needs_counts else [])
+        _plans.get(draft.indices, (draft.rows, draft.cols, dtype, "auto"), partial(_same, plan))
+
+
+def _same(plan: OuterPlan) -> OuterPlan:
+    return plan
 
 
 def narrow_dtype(count: int) -> torch.dtype:

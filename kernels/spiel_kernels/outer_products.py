@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .fold import accumulation_dtype
-from .index_set import rows_and_columns
-from .outer_plan import OuterPlan, Tiles
+from .index_set import row_bounds, rows_and_columns
+from .outer_plan import OuterPlan, Tiles, dense_block_rows
 
 # Products of two columns that the entries method holds at a time.
 _ENTRY_PRODUCTS = 1 << 20
@@ -124,7 +124,8 @@ def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> T
 
 
 def _gather_dense(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan) -> Tensor:
-    block_rows, *bounds = plan.layout
+    block_rows = dense_block_rows(plan.rows, plan.cols)
+    bounds = row_bounds(indices, plan.rows, plan.cols, block_rows).tolist()
 
     def block(first: int, last: int) -> Tensor:
         return outer_block(a[:, first:last], b)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .index_set import PerIndexSet, row_bounds
+from .index_set import row_bounds_of
 from .workspace import workspace
 
 
@@ -117,14 +117,10 @@ def _quiet_first_use() -> None:
         torch.sparse_csr_tensor(torch.tensor([0, 1], dtype=torch.int32), one, one.float(), (1, 1))
 
 
-# int32 ``[rows + 1]``: the bounds of the rows in an index set.
-_row_bounds: PerIndexSet[Tensor] = PerIndexSet()
-
-
 def _pattern(indices: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
     """A CSR matrix of zeros with the given sorted flat positions."""
     return torch.sparse_csr_tensor(
-        _row_bounds.get(indices, (rows, cols), lambda: row_bounds(indices, rows, cols).to(torch.int32)),
+        row_bounds_of(indices, rows, cols),
         torch.fmod(indices, cols).to(torch.int32),  # faster than `remainder`, and the same for positions
         torch.zeros(indices.numel(), dtype=dtype, device=indices.device),
         (rows, cols),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,6 +63,33 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
     wide = b.detach().to(accumulation_dtype(a, b))
     blocks = outer_row_blocks(a.detach(), wide, _block_rows(a.shape[1], cols, k))
     return topk_of_blocks(((first * cols, block.abs_()) for first, block in blocks), k, a.device)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest entries of a weight gradient, some of which only the device may know.
+
+    Attributes:
+        positions: int64 ``[n]``, ascending.
+        values: the entries there ``[n]``, in the accumulation dtype; None if they were not kept.
+        found: None if all positions hold. Else int64 ``[2]`` on the device: how many hold, the first ones, and whether
+            they are the largest entries (1) or a sample misled (0).
+    """
+
+    positions: Tensor
+    values: Tensor | None = None
+    found: Tensor | None = None
+
+
+def largest_outer(a: Tensor, b: Tensor, k: int, wait: bool = True) -> Largest:
+    """`topk_outer`, on a GPU without waiting for it unless `wait` is True."""
+    k = min(k, a.shape[1] * b.shape[1])
+    plain = not wait and k > 0 and a.shape[0] > 0 and torch.float64 not in (a.dtype, b.dtype)
+    if plain and runs_triton(a, b):
+        from .triton_backend import select
+
+        return Largest(*select.largest_outer(a, b, k))
+    return Largest(topk_outer(a, b, k))
 
 
 def topk_conv(grad_out: Tensor, x: Tensor, geometry: ConvGeometry, k: int) -> Tensor:

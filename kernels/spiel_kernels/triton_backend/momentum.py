@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..index_set import row_bounds
+from ..index_set import row_bounds_of
 
 # Entries per round of a row. A row of a 4096-wide matrix holds some 40 at 1% density.
 _BLOCK = 128
@@ -20,7 +20,7 @@ def _accumulate_kernel(
     col,  # [cols] float32, the old accumulators
     col_bits,  # [cols] int32, the bits of the new ones, changed
     indices,  # [k] int32 or int64, sorted
-    bounds,  # [rows + 1] int64: the first entry of each row
+    bounds,  # [rows + 1] int32 or int64: the first entry of each row
     gradient,  # [k]
     nu,  # [k] float32, written
     cols,
@@ -65,7 +65,7 @@ def sm3_accumulate_(row: Tensor, col: Tensor, indices: Tensor, gradient: Tensor)
             col,
             new_col.view(torch.int32),
             indices,
-            row_bounds(indices, rows, cols),
+            row_bounds_of(indices, rows, cols),
             gradient.detach().contiguous(),
             nu,
             cols,

@@ -7,22 +7,33 @@ differ.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..dispatch import interpreting
-from ..outer_plan import OuterPlan, token_splits
+from ..index_set import row_bounds_of
+from ..outer_plan import BUSY_PROGRAMS, OuterPlan, token_splits
 from ..outer_products import check_planned, gather_by_plan
-from .outer_kernels import entry_dots_kernel, pick_entries_kernel, tile_products_kernel, token_major_kernel
+from .outer_kernels import (
+    dense_entries_kernel,
+    entry_dots_kernel,
+    pick_entries_kernel,
+    tile_products_kernel,
+    token_major_kernel,
+)
 
 # Tokens per step of the kernels that read token-major copies, and per block of the one that makes them.
 _TOKENS = 64
 # Tiles computed before their entries are picked: at most this many bytes, which stay in an H100's L2 cache.
 _WORKSPACE_BYTES = 32 << 20
 _PICK_BLOCK = 512
+_DENSE_TILE = (128, 128)
 _DOT_BLOCK = 16
 
 
@@ -124,6 +135,70 @@ def _gather_entries(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
     )
 
 
+def _gather_dense(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: Tensor) -> None:
+    """Compute every tile of the product that holds entries, and pick them from it."""
+    high, wide = _DENSE_TILE
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    across = triton.cdiv(plan.cols, wide)
+    tiles = triton.cdiv(plan.rows, high) * across
+    programs = min(tiles, BUSY_PROGRAMS)
+    dense_entries_kernel[(programs,)](
+        a,
+        b,
+        indices,
+        row_bounds_of(indices, plan.rows, plan.cols),
+        torch.empty(programs * high * wide, dtype=torch.float32, device=a.device),
+        out,
+        a.shape[0],
+        plan.rows,
+        plan.cols,
+        *a.stride(),
+        *b.stride(),
+        across,
+        tiles,
+        min(plan.k, plan.cols).bit_length(),
+        HIGH=high,
+        WIDE=wide,
+        TOKENS=64 if dtype.itemsize == 2 else 32,
+        PRECISION=_precision(dtype),
+        # Triton's interpreter multiplies the bits of bfloat16 operands.
+        WIDEN=interpreting() and dtype == torch.bfloat16,
+        num_warps=8,
+        num_stages=3,
+    )
+
+
+class _Copies(threading.local):
+    """The last two token-major copies, with what they were made of."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[tuple[Any, ...], StorageWeakRef, Tensor]] = []
+
+
+_copies = _Copies()
+
+
+def _shared_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`token_major`, made once for layers that share an input, such as query, key and value.
+
+    In a backward pass they are given other tensors of the same memory and version.
+    """
+    storage = x.untyped_storage()
+    key = (storage._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, dtype, x._version)
+    kept = [entry for entry in _copies.kept if not entry[1].expired()]
+    found = next((entry for entry in kept if entry[0] == key), None)
+    if found is None:
+        found = key, StorageWeakRef(storage), token_major(x, dtype)
+    _copies.kept = [found, *(entry for entry in kept if entry is not found)][:2]
+    return found[2]
+
+
+def forget_copies() -> None:
+    """Drop the copies that are kept for layers that share an input."""
+    _copies.kept = []
+
+
 def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], plans: Sequence[OuterPlan]) -> list[Tensor]:
     """`gather_planned` for several index sets of one product; the token-major copies are made once.
 
@@ -140,18 +215,20 @@ def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], plans:
         check_planned(a, b, indices, plan)
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.detach(), b.detach()
+    if dtype == torch.float64:
+        return [gather_by_plan(a, b, indices, plan) for indices, plan in zip(index_sets, plans, strict=True)]
     outs = []
-    turned: tuple[Tensor, Tensor] | None = None
     with torch.cuda.device_of(a):
         for indices, plan in zip(index_sets, plans, strict=True):
-            if dtype == torch.float64 or plan.method == "dense":
-                outs.append(gather_by_plan(a, b, indices, plan))
+            if a.shape[0] == 0 or plan.k == 0:
+                outs.append(torch.zeros(plan.k, dtype=torch.float32, device=a.device))
                 continue
-            out = torch.zeros(plan.k, dtype=torch.float32, device=a.device)
-            if a.shape[0] > 0 and plan.k > 0:
-                turned = turned or (token_major(a, dtype), token_major(b, dtype))
+            out = torch.empty(plan.k, dtype=torch.float32, device=a.device)
+            if plan.method == "dense":
+                _gather_dense(a, b, indices.contiguous(), plan, out)
+            else:
                 gather = _gather_compact if plan.method == "compact" else _gather_entries
-                gather(*turned, indices.contiguous(), plan, out)
+                gather(_shared_copy(a, dtype), _shared_copy(b, dtype), indices.contiguous(), plan, out)
             outs.append(out)
     return outs
 

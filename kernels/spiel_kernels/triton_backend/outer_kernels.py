@@ -149,3 +149,92 @@ def entry_dots_kernel(
         a_block += TOKENS
         b_block += TOKENS
     tl.store(out + slots, tl.sum(total, axis=1), mask=inside)
+
+
+@triton.jit
+def _first_at_least(
+    indices,  # [k], sorted
+    low,  # [n]: the first slot to look at
+    high,  # [n]: exclusive
+    wanted,  # [n] int64
+    steps,  # halvings that single out one slot
+):
+    for _ in range(steps):
+        middle = (low + high) // 2
+        below = tl.load(indices + middle, mask=low < high, other=0).to(tl.int64) < wanted
+        below = below & (low < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def dense_entries_kernel(
+    a,  # [tokens, rows] any strides
+    b,  # [tokens, cols] any strides
+    indices,  # [k] int32 or int64, sorted
+    bounds,  # [rows + 1] int32 or int64: the first slot of each row
+    scratch,  # [programs, HIGH, WIDE] float32: a tile of the product for each program
+    out,  # [k] float32
+    tokens,
+    rows,
+    cols,
+    stride_a_token,
+    stride_a_row,
+    stride_b_token,
+    stride_b_col,
+    across,  # tiles in a row of tiles
+    tiles,
+    steps,  # halvings that single out one of a row's slots
+    HIGH: tl.constexpr,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,  # multiply in float32
+):
+    # A program computes tile after tile. It writes each to its scratch, which stays in the cache, and picks the entries
+    # from there.
+    own = scratch + tl.program_id(0).to(tl.int64) * (HIGH * WIDE)
+    place = tl.arange(0, HIGH)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        first_col = (tile % across) * WIDE
+        row = (tile // across) * HIGH + tl.arange(0, HIGH)
+        col = first_col + tl.arange(0, WIDE)
+        here = row < rows
+        begin = tl.load(bounds + row, mask=here, other=0)
+        end = tl.load(bounds + row + 1, mask=here, other=0)
+        left = row.to(tl.int64) * cols + first_col  # position of the row's first entry in the tile
+        low = _first_at_least(indices, begin, end, left, steps)
+        high = _first_at_least(indices, low, end, left + tl.minimum(WIDE, cols - first_col), steps)
+        most = tl.max(high - low, axis=0)
+        if most > 0:
+            total = tl.zeros([HIGH, WIDE], dtype=tl.float32)
+            for start in range(0, tokens, TOKENS):
+                n = start + tl.arange(0, TOKENS)
+                token = n.to(tl.int64)
+                left_block = tl.load(
+                    a + token[None, :] * stride_a_token + row[:, None].to(tl.int64) * stride_a_row,
+                    mask=here[:, None] & (n < tokens)[None, :],
+                    other=0.0,
+                )
+                right_block = tl.load(
+                    b + token[:, None] * stride_b_token + col[None, :].to(tl.int64) * stride_b_col,
+                    mask=(n < tokens)[:, None] & (col < cols)[None, :],
+                    other=0.0,
+                )
+                if WIDEN:
+                    left_block = left_block.to(tl.float32)
+                    right_block = right_block.to(tl.float32)
+                total = tl.dot(left_block, right_block, total, input_precision=PRECISION)
+            tl.store(own + place, total)
+            # Other threads of this program have stored what follows reads.
+            tl.debug_barrier()
+            for number in range(0, most):
+                slot = low + number
+                inside = slot < high
+                position = tl.load(indices + slot, mask=inside, other=0).to(tl.int64)
+                column = tl.where(inside, position - left, 0)
+                value = tl.load(own + tl.arange(0, HIGH) * WIDE + column, mask=inside, other=0.0)
+                tl.store(out + slot, value, mask=inside)
+            # The next tile overwrites the scratch.
+            tl.debug_barrier()

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import quantized_layout
+from ..index_set import PerIndexSet
 from ..quantized_layout import Packed4bit, code_table
 
 # Elements per program, deltas per round, and warps: a thread reads 4 bytes and writes 8 neighbouring elements.
@@ -196,10 +197,17 @@ def _run_starts(rows: int, cols: int, run: int, dtype: torch.dtype, device: torc
         return torch.cat([starts.flatten(), torch.tensor([rows * cols])]).to(dtype).to(device)
 
 
+_known_bounds: PerIndexSet[Tensor] = PerIndexSet()
+
+
 def _bounds(indices: Tensor, rows: int, cols: int, run: int) -> Tensor:
     """How many indices lie before each run of a matrix, and before its end: ``[runs + 1]``."""
-    starts = _run_starts(rows, cols, run, indices.dtype, indices.device)
-    return torch.searchsorted(indices, starts, out_int32=indices.numel() < 2**31)
+
+    def search() -> Tensor:
+        starts = _run_starts(rows, cols, run, indices.dtype, indices.device)
+        return torch.searchsorted(indices, starts, out_int32=indices.numel() < 2**31)
+
+    return _known_bounds.get(indices, (rows, cols, run), search)
 
 
 def _delta_arguments(

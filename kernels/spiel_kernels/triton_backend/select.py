@@ -1,4 +1,4 @@
-"""Selects the exact top k of ``|a.T @ b|`` on a GPU in row blocks, and waits for the device at the end only.
+"""Selects the exact top k of ``|a.T @ b|`` on a GPU in row blocks, without waiting for the device.
 
 A sample of rows gives a bound that a little more than k entries reach. Row blocks of the product are computed once, and
 the entries that reach the bound are appended to a pool. The top k of the pool are the top k of all if the pool holds at
@@ -55,7 +55,7 @@ def _append_kernel(
     product,  # [numel] float32
     bound,  # [1] float32, not negative
     starts,  # [programs] int64: slot in the pool of each program's first entry
-    pool_scores,  # [capacity] float32, changed
+    pool_values,  # [capacity] float32, changed
     pool_positions,  # [capacity] int64, changed
     numel,
     capacity,
@@ -63,11 +63,12 @@ def _append_kernel(
     BLOCK: tl.constexpr,
 ):
     slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    score = tl.abs(tl.load(product + slots, mask=slots < numel, other=0.0))
+    value = tl.load(product + slots, mask=slots < numel, other=0.0)
+    score = tl.abs(value)
     reached = (score >= tl.load(bound)) & (score > 0.0)
     place = tl.load(starts + tl.program_id(0)) + tl.cumsum(reached.to(tl.int32), axis=0) - 1
     kept = reached & (place < capacity)
-    tl.store(pool_scores + place, score, mask=kept)
+    tl.store(pool_values + place, value, mask=kept)
     tl.store(pool_positions + place, slots + first, mask=kept)
 
 
@@ -76,19 +77,19 @@ class Pool:
     """Entries that reached the bound, by ascending position. Entries beyond its room are counted, but lost.
 
     Args:
-        scores: float32 ``[capacity]``, zero where free; positions: int64 ``[capacity]``.
+        values: float32 ``[capacity]``, zero where free; positions: int64 ``[capacity]``.
         count: int64 ``[1]`` on the device, of all entries that reached the bound.
     """
 
-    scores: Tensor
+    values: Tensor
     positions: Tensor
     count: Tensor
 
     @staticmethod
     def empty(capacity: int, device: torch.device) -> Pool:
-        scores = torch.zeros(capacity, dtype=torch.float32, device=device)
+        values = torch.zeros(capacity, dtype=torch.float32, device=device)
         positions = torch.zeros(capacity, dtype=torch.int64, device=device)
-        return Pool(scores, positions, torch.zeros(1, dtype=torch.int64, device=device))
+        return Pool(values, positions, torch.zeros(1, dtype=torch.int64, device=device))
 
     def append(self, product: Tensor, first: int, bound: Tensor) -> None:
         """Add the entries of a contiguous block of products whose size reaches the bound; zeros and NaN never do."""
@@ -101,10 +102,10 @@ class Pool:
             product,
             bound,
             ends - counts,
-            self.scores,
+            self.values,
             self.positions,
             numel,
-            self.scores.numel(),
+            self.values.numel(),
             first,
             BLOCK=_BLOCK,
             num_warps=4,
@@ -138,26 +139,24 @@ def _topk_waiting(a: Tensor, b: Tensor, k: int) -> Tensor:
     return topk_of_blocks(((first, block.abs_()) for first, block in _row_blocks(a, b)), k, a.device)
 
 
-def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
-    """Positions of the k largest ``|a.T @ b|``, exact with respect to the products as computed in float32.
+def largest_outer(a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest ``|a.T @ b|``, exact with respect to the products as computed in float32, without waiting.
 
     Holds a row block of at most 16 MiB, a sample of rows of 4 MiB (128 rows, if that is more) and 12 bytes for 1.6
-    entries per entry wanted. Waits for the device at the end, and after every block where the sample misled.
+    entries per entry wanted.
 
     Args:
-        a: ``[N, rows]``; b: ``[N, cols]``; any floating dtype (float64 waits after every block) and strides.
-        k: how many, at least 0; entries that are zero or NaN are never chosen.
+        a: ``[N, rows]``; b: ``[N, cols]``; bfloat16, float16 or float32, any strides, N at least 1.
+        k: how many, at least 1 and at most ``rows * cols``; entries that are zero or NaN are never chosen.
 
     Returns:
-        int64 ``[<= k]`` flat positions in ``[rows, cols]``, ascending; ties go to the lowest position.
+        ``(positions, values, found)``: int64 ``[k]`` flat positions in ``[rows, cols]``, ascending, and the entries
+        there, float32 ``[k]``. ``found``, int64 ``[2]`` on the device: how many of the positions hold (after them
+        stands the last position of the matrix, with zeros), and 0 if the sample misled, so that these are not the k
+        largest.
     """
     a, b = a.detach(), b.detach()
     total = a.shape[1] * b.shape[1]
-    k = min(k, total)
-    if k <= 0 or a.shape[0] == 0:
-        return torch.empty(0, dtype=torch.int64, device=a.device)
-    if torch.float64 in (a.dtype, b.dtype):
-        return _topk_waiting(a, b, k)
     capacity = min(total, int(_ROOM * k) + _ROOM_SPARE)
     with torch.cuda.device_of(a):
         fits = capacity == total
@@ -165,8 +164,31 @@ def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
         pool = Pool.empty(capacity, a.device)
         for first, block in _row_blocks(a, b):
             pool.append(block, first, bound)
-        best = best_mask(pool.scores, k).logical_and_(pool.scores > 0)
-        count, positive = torch.stack([pool.count[0], (bound[0] > 0).long()]).tolist()
-    if count > capacity or (positive and count < k):
-        return _topk_waiting(a, b, k)
-    return pool.positions[best]
+        best = best_mask(pool.values.abs(), k).logical_and_(pool.values != 0)
+        # The last place takes what was not chosen.
+        place = torch.where(best, best.cumsum(0) - 1, k)
+        positions = torch.full((k + 1,), total - 1, dtype=torch.int64, device=a.device)
+        positions.scatter_(0, place, pool.positions)
+        values = torch.zeros(k + 1, dtype=torch.float32, device=a.device).scatter_(0, place, pool.values)
+        lost = (pool.count[0] > capacity) | ((bound[0] > 0) & (pool.count[0] < k))
+        return positions[:k], values[:k], torch.stack([best.sum(), lost.logical_not().long()])
+
+
+def topk_outer(a: Tensor, b: Tensor, k: int) -> Tensor:
+    """`largest_outer` that waits for the device at the end, and after every block where the sample misled.
+
+    Args:
+        a, b: also float64, for which it waits after every block; N may be 0.
+        k: how many, at least 0.
+
+    Returns:
+        int64 ``[<= k]`` flat positions in ``[rows, cols]``, ascending; ties go to the lowest position.
+    """
+    k = min(k, a.shape[1] * b.shape[1])
+    if k <= 0 or a.shape[0] == 0:
+        return torch.empty(0, dtype=torch.int64, device=a.device)
+    if torch.float64 in (a.dtype, b.dtype):
+        return _topk_waiting(a.detach(), b.detach(), k)
+    positions, _, found = largest_outer(a, b, k)
+    count, sound = found.tolist()
+    return positions[:count] if sound else _topk_waiting(a.detach(), b.detach(), k)
