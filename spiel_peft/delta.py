@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from spiel_kernels import check_index_set, index_dtype, sample_positions
+from spiel_kernels import Largest, check_index_set, index_dtype, sample_positions
 from spiel_kernels.index_set import seeded_generator
 
 from .adapter_format import check_cast, check_indices_and_values, check_training_state, check_values
@@ -31,15 +31,28 @@ class WeightGradient(Protocol):
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
         """Gradient ``[k]`` at sorted flat positions ``[k]``, float32 or float64, for each set of them."""
 
-    def topk(self, k: int) -> Tensor:
-        """Ascending int64 positions of the (at most) k largest absolute entries that are not zero."""
+    def largest(self, k: int, wait: bool) -> Largest:
+        """The (at most) k largest absolute entries that are not zero.
+
+        Args:
+            wait: whether a GPU may be waited for. If not, a sample may mislead, which `Largest.found` tells.
+        """
 
 
 class Collector(Protocol):
     """Receives each gradient of a delta and may ask for gradients at more positions.
 
-    A backward pass calls the three methods in this order, once for each use of the layer.
+    A forward pass calls the first method, where the layer runs on a GPU. A backward pass calls the other three in this
+    order, once for each use of the layer; it must not wait for a GPU.
     """
+
+    def expect(self, delta: SparseDelta, dtype: torch.dtype) -> None:
+        """Do what waits for the device before a backward pass gathers gradients.
+
+        Args:
+            delta: of a linear layer.
+            dtype: of its inputs and output gradients.
+        """
 
     def prepare(self, delta: SparseDelta, gradient: WeightGradient) -> None:
         """Do what has to be done before the delta's gradient is gathered.
@@ -52,8 +65,8 @@ class Collector(Protocol):
     def wanted(self, delta: SparseDelta) -> Tensor | None:
         """Sorted positions ``[c]`` at which the weight gradient of this use is wanted as well, if any. No effects."""
 
-    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
-        """Receive the gradient of the delta's values ``[k]`` and that at the positions wanted ``[c]``, if any were."""
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
+        """Receive the gradient of the delta's values ``[k]`` and, if any positions were wanted, that there ``[c]``."""
 
 
 @dataclass(eq=False)

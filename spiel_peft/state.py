@@ -58,6 +58,9 @@ class StepGradient:
         accumulated: whether the SM3 accumulators have been given this step's gradient.
         proposed: sorted positions that this rank proposes as candidates, in the index dtype; `pending` is of these
             then. Only where several ranks train together.
+        found: of the candidates that this step has chosen or proposed, what only the device knows yet
+            (`spiel_kernels.Largest.found`).
+        opening: the gradients at these candidates, before they are collected.
     """
 
     pending: Tensor | None = None
@@ -67,6 +70,8 @@ class StepGradient:
     seen: Tensor | None = None
     accumulated: bool = False
     proposed: Tensor | None = None
+    found: Tensor | None = None
+    opening: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -90,6 +95,7 @@ class TrainingState:
         owner: the optimizer that stepped the delta last in this run. None for a state that was just loaded or copied:
             the optimizer that steps it first continues its run.
         compared: whether the ranks that train together have compared their settings for this state.
+        misled: whether a sample has misled the last search for candidates, so that the next one waits for the device.
 
     Copies and pickles leave out `owner` and `compared`, which hold in this process only.
     """
@@ -110,6 +116,7 @@ class TrainingState:
     with_optimizer: bool = False
     owner: weakref.ref[torch.optim.Optimizer] | None = None
     compared: bool = False
+    misled: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "owner": None, "compared": False}

@@ -26,13 +26,14 @@ from .gather import (
 )
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
 from .momentum import sm3_accumulate_, top_outer_positions
-from .select import topk_conv, topk_dense, topk_embedding, topk_outer
+from .select import Largest, largest_outer, topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
 
 # Before the packages that look for `kernels` are imported: spiel_peft and the benchmarks import this package first.
 _folder_name.hide_folder()
 
 __all__ = [
+    "Largest",
     "StreamingTopK",
     "adapted_entries",
     "apply_deltas",
@@ -55,6 +56,7 @@ __all__ = [
     "stable_topk",
     "sum_entries",
     "top_outer_positions",
+    "largest_outer",
     "topk_conv",
     "topk_dense",
     "topk_embedding",

@@ -22,7 +22,7 @@ from spiel_kernels.gather import ConvGeometry
 
 from ..delta import SparseDelta
 from ..weights.folding import Pairs, WeightSource
-from .functions import in_places, input_gradient, layer_output, value_gradients
+from .functions import expect_gradients, in_places, input_gradient, layer_output, value_gradients
 from .operations import ConvOp, EmbeddingOp, LinearOp, WeightOp
 
 NAMESPACE = "spiel_peft"
@@ -105,8 +105,10 @@ def _adapted(
     code: Sequence[int],
     weight_shape: Sequence[int],
 ) -> Tensor:
-    source = _find_layer(number).weight_source
+    layer = _find_layer(number)
+    source = layer.weight_source
     op = _decode(code, weight_shape)
+    expect_gradients(op, _owners_of(layer, values), x)
     return layer_output(op, source, source.state(x.dtype), _pairs(indices, values), x, bias)
 
 

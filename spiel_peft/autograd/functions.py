@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spiel_kernels import apply_deltas
+from spiel_kernels.dispatch import runs_triton
 from spiel_kernels.index_set import rows_and_columns
 
 from ..delta import SparseDelta, WeightGradient
@@ -28,6 +29,14 @@ def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     device = x.device.type
     # Entering autocast costs more than asking for it.
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def expect_gradients(op: WeightOp, deltas: Sequence[SparseDelta], x: Tensor) -> None:
+    """Have all that waits for a GPU done before the backward pass of a layer with this input."""
+    if isinstance(op, LinearOp) and runs_triton(x):
+        for delta in deltas:
+            if delta.collector is not None and delta.values.requires_grad:
+                delta.collector.expect(delta, x.dtype)
 
 
 def layer_output(
@@ -92,8 +101,8 @@ def _gradients_of_several(
     gathered = iter(gradient.gather_sets(sets))
     active = [next(gathered) for _ in asked]
     for (delta, _, _), own, positions in zip(asked, active, extra, strict=True):
-        if positions is not None:
-            delta.collector.collect(delta, own, next(gathered))
+        if delta.collector is not None:
+            delta.collector.collect(delta, own, None if positions is None else next(gathered))
     return [own.to(values.dtype) for own, (_, _, values) in zip(active, asked, strict=True)]
 
 
@@ -107,11 +116,12 @@ def _positions_wanted(delta: SparseDelta, gradient: WeightGradient) -> Tensor | 
 
 def _gradient_of_one(delta: SparseDelta, gradient: WeightGradient, indices: Tensor, values: Tensor) -> Tensor:
     """`value_gradients` for one delta, the usual case: few instructions, as a matrix product has emptied the caches."""
-    positions = _positions_wanted(delta, gradient)
+    positions, at_positions = _positions_wanted(delta, gradient), None
     if positions is None:
         (own,) = gradient.gather_sets((indices,))
     else:
         own, at_positions = gradient.gather_sets((indices, positions))
+    if delta.collector is not None:
         delta.collector.collect(delta, own, at_positions)
     return own if own.dtype == values.dtype else own.to(values.dtype)
 
@@ -272,6 +282,7 @@ def _adapted_forward(
 ) -> Tensor:
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
+    expect_gradients(op, deltas, x)
     state = source.state(x.dtype)
     weight = state.parameter if state.parameter is not None and state.parameter.requires_grad else None
     return _Adapted.apply(op, source, state, deltas, x, weight, bias, *tensors_of(deltas))

@@ -13,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spiel_kernels import (
+    Largest,
     gather_conv_sets,
     gather_dense,
     gather_embedding_sets,
     gather_outer_sets,
+    largest_outer,
     topk_conv,
     topk_dense,
     topk_embedding,
-    topk_outer,
 )
 from spiel_kernels.dispatch import runs_triton
 from spiel_kernels.gather import ConvGeometry
@@ -135,10 +136,10 @@ class OuterGradient:
         self.a, self.b = a, b
 
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
-        return gather_outer_sets(self.a, self.b, index_sets)
+        return gather_outer_sets(self.a, self.b, index_sets, "ready")
 
-    def topk(self, k: int) -> Tensor:
-        return topk_outer(self.a, self.b, k)
+    def largest(self, k: int, wait: bool) -> Largest:
+        return largest_outer(self.a, self.b, k, wait)
 
     def dense(self) -> Tensor:
         return self.a.T @ self.b
@@ -153,8 +154,8 @@ class ConvGradient:
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
         return gather_conv_sets(self.grad_out, self.x, self.geometry, index_sets)
 
-    def topk(self, k: int) -> Tensor:
-        return topk_conv(self.grad_out, self.x, self.geometry, k)
+    def largest(self, k: int, wait: bool) -> Largest:
+        return Largest(topk_conv(self.grad_out, self.x, self.geometry, k))
 
     def dense(self) -> Tensor:
         every = torch.arange(self.geometry.rows * self.geometry.cols, device=self.x.device)
@@ -170,8 +171,8 @@ class EmbeddingGradient:
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
         return gather_embedding_sets(self.grad_out, self.ids, index_sets, self.op.padding_idx, self.op.by_frequency)
 
-    def topk(self, k: int) -> Tensor:
-        return topk_embedding(self.grad_out, self.ids, self.op.padding_idx, self.op.by_frequency, k)
+    def largest(self, k: int, wait: bool) -> Largest:
+        return Largest(topk_embedding(self.grad_out, self.ids, self.op.padding_idx, self.op.by_frequency, k))
 
     def dense(self) -> Tensor:
         padding = -1 if self.op.padding_idx is None else self.op.padding_idx
@@ -189,5 +190,5 @@ class DenseGradient:
     def gather_sets(self, index_sets: Sequence[Tensor]) -> list[Tensor]:
         return [gather_dense(self.gradient, indices) for indices in index_sets]
 
-    def topk(self, k: int) -> Tensor:
-        return topk_dense(self.gradient, k)
+    def largest(self, k: int, wait: bool) -> Largest:
+        return Largest(topk_dense(self.gradient, k))

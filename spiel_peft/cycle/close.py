@@ -68,7 +68,7 @@ def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
 
 
 def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
-    """The positions that the criterion proposes to grow: int64, distinct, in range, best first; -1 stands for none.
+    """The positions that the criterion proposes to grow: distinct, in range, best first; -1 stands for none.
 
     Only a criterion that a user has registered is checked, as a check waits for the device.
 
@@ -84,7 +84,7 @@ def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tenso
             f"growth criterion {criterion.name!r} must propose distinct positions in [0, {delta.numel}) as a "
             f"one-dimensional integer tensor (-1 for no position); for {delta.module_name!r} it proposed {problem}"
         )
-    return proposed.to(device=delta.indices.device, dtype=torch.int64)
+    return proposed.to(delta.indices.device)
 
 
 def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
@@ -121,8 +121,9 @@ def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> 
 
 def refuse_ruined(deltas: list[SparseDelta]) -> None:
     """Raise a FloatingPointError that names the modules whose deltas are NaN or infinite, if there are any."""
-    finite = torch.stack([delta.values.detach().isfinite().all().to(deltas[0].values.device) for delta in deltas])
-    names = [delta.module_name for delta, sound in zip(deltas, finite.tolist(), strict=True) if not sound]
+    sums = [delta.values.detach().sum(dtype=torch.float64).to(deltas[0].values.device) for delta in deltas]
+    finite = torch.isfinite(torch.stack(sums)).tolist()
+    names = [delta.module_name for delta, sound in zip(deltas, finite, strict=True) if not sound]
     if names:
         raise FloatingPointError(
             f"Adapter {deltas[0].run.adapter_name!r}: an optimizer step has made deltas of {len(names)} of "
@@ -146,12 +147,14 @@ def accumulators(delta: SparseDelta) -> tuple[Tensor, Tensor]:
 def _request(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> GrowthRequest:
     window = delta.state.window if criterion.gathers else None
     row, col = accumulators(delta) if criterion.accumulates else (None, None)
+    # Ours take the narrow indices as they are, which saves a copy.
+    wide = delta.indices.dtype if criterion.propose in BUILT_IN else torch.int64
     return GrowthRequest(
-        indices=delta.indices.to(torch.int64),
+        indices=delta.indices.to(wide),
         shape=(delta.rows, delta.cols),
         numel=delta.numel,
         count=count,
-        candidates=None if window is None else window.positions.to(torch.int64),
+        candidates=None if window is None else window.positions.to(wide),
         candidate_sums=None if window is None else window.sums,
         row=row,
         col=col,

@@ -32,7 +32,7 @@ from .parallel import note_step, ranks_of, refuse_mixed_groups
 from .ranks import Ranks
 from .resume import carry
 from .runs import begin_run, check_total_steps, join, owned_by_another, set_total_steps
-from .steps import accumulate_after_step, note_gradients, when_known, will_take_place
+from .steps import accumulate_after_step, any_nonzero, note_gradients, when_known, will_take_place
 from .window import commit_windows, drop_step, narrow, ready_probes
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def _outcome(optimizers: list[torch.optim.Optimizer], deltas: list[SparseDelta],
     if grads and all(delta.state.current.graph_task == -1 for delta in deltas):
         # No backward pass has reached the adapter since its last step. Zeros are what zero_grad(set_to_none=False)
         # leaves; anything else was put there by the training loop itself.
-        grads = grads if any(bool(grad.any()) for grad in grads) else []
+        grads = grads if any_nonzero(grads) else []
     if ranks is None:
         return int(will_take_place(optimizers, grads)) if grads else WITHOUT_GRADIENT
     own = will_take_place(optimizers, grads) if grads else torch.tensor(WITHOUT_GRADIENT)

@@ -146,7 +146,7 @@ def exchanges(
     Args:
         index_sets: integer ``[k]`` each, sorted, unique.
         scores: floating ``[k]`` each, what the deltas are worth, without NaN; SpIEL takes their absolute values.
-        proposed: int64 ``[c]`` each, positions without repeats, best first, active ones allowed; `NO_POSITION`, as
+        proposed: integer ``[c]`` each, positions without repeats, best first, active ones allowed; `NO_POSITION`, as
             often as wanted, stands for none.
         counts: how many to prune at most.
 
@@ -158,7 +158,7 @@ def exchanges(
     slots_of = Joined([indices.numel() for indices in index_sets], device)
     offers = Joined([positions.numel() for positions in proposed], device)
     active, joined_scores = slots_of.keys(slots_of.join(index_sets)), slots_of.join(scores)
-    offered = offers.join(proposed)
+    offered = offers.join(proposed).to(torch.int64)
     total = active.numel()
     if not offered.numel() or not total:
         return [torch.full_like(indices, STAYS) for indices in index_sets]

@@ -26,7 +26,7 @@ from ..sharding import is_sharded
 from ..state import GROWTH, MAX_LR, PROGRESS, SETTINGS, STATE_KEYS, TrainingState
 from .agreement import checksum
 from .close import in_window
-from .steps import inner_optimizers
+from .steps import any_nonzero, inner_optimizers
 
 # The key in a parameter group; its value is a list with one dict for each delta that has been stepped.
 GROUP_KEY = "spiel_training_state"
@@ -92,7 +92,8 @@ def seek(delta: SparseDelta) -> None:
     deltas = delta.run.deltas()
     for sibling in deltas:
         sibling.state.sought = True
-    if not any(_may_be_resumed(sibling) for sibling in deltas):
+    # Values may be loaded past the module, but then they are no longer zero. A backward pass must not communicate.
+    if all(sibling.untouched for sibling in deltas) and not any_nonzero([sibling.values for sibling in deltas]):
         return
     values = {id(d.values) for d in deltas}
     loaded = _loaded_optimizers(values)
@@ -112,15 +113,6 @@ def _contested(optimizers: list[torch.optim.Optimizer], values: set[int]) -> set
     groups = {id(group): group for optimizer in optimizers for group in _loaded_groups(optimizer)}
     holders = Counter(p for group in groups.values() for p in {id(parameter) for parameter in group["params"]} & values)
     return {parameter for parameter, count in holders.items() if count > 1}
-
-
-def _may_be_resumed(delta: SparseDelta) -> bool:
-    if not delta.untouched:
-        return True
-    # Values may be loaded past the module, but then they are no longer zero. A rank looks only at its own part of a
-    # sharded tensor, as a backward pass must not communicate.
-    values = delta.values.detach()
-    return bool((values.to_local() if hasattr(values, "to_local") else values).any())
 
 
 def _loaded_optimizers(values: set[int]) -> list[torch.optim.Optimizer]:

@@ -15,6 +15,7 @@ from ..growth import get_growth_criterion
 from ..state import StepGradient, TrainingState
 from .close import in_window
 from .resume import carry, take_up
+from .steps import any_nonzero
 
 # Optimizers that have stepped deltas. Their state belongs to the indices that the deltas had then.
 _STEPPED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -137,7 +138,7 @@ def _decide_freshness(run: AdapterRun) -> None:
     deltas = run.deltas()
     undecided = [delta for delta in deltas if delta.state.fresh is None]
     if undecided:
-        fresh = not any(bool(delta.values.detach().any()) for delta in deltas)
+        fresh = not any_nonzero([delta.values for delta in deltas])
         for delta in undecided:
             delta.state.fresh = fresh
 

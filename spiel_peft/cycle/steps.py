@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +203,15 @@ def will_take_place(optimizers: list[torch.optim.Optimizer], grads: list[Tensor]
         if found_inf is not None:
             finite = finite & (torch.as_tensor(found_inf).to(finite.device) == 0).all()
     return finite
+
+
+def any_nonzero(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the tensors has an entry other than zero; one wait for the device. At least one tensor.
+
+    A rank looks only at its own part of a sharded tensor.
+    """
+    parts = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    return bool(torch.stack([part.detach().any().to(parts[0].device) for part in parts]).any())
 
 
 def gradient_at_probes(delta: SparseDelta) -> Tensor | None:

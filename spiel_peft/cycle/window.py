@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from spiel_kernels import stable_topk
+from spiel_kernels.dispatch import on_host
 from spiel_kernels.fold import accumulation_dtype
+from spiel_kernels.outer_plan import known_plan, plan_together
 
 from ..delta import SparseDelta, WeightGradient
 from ..growth import get_growth_criterion
 from ..state import CandidateWindow, StepGradient
 from .close import in_window, is_skipped, next_close, regrow_rate
+from .exchange import joinable
 from .parallel import is_chosen, queue_average, ranks_of, refuse_deepspeed
 from .ranks import Ranks, in_buckets
 from .resume import seek
@@ -85,6 +89,7 @@ def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
         deltas: of one adapter, before the step is counted.
         ranks: the ranks that took the step, whose contributions are added up; None: this process alone.
     """
+    settle(deltas)
     opened: list[SparseDelta] = []
     if ranks is not None:
         _add_up(deltas, ranks)
@@ -99,18 +104,56 @@ def commit_windows(deltas: list[SparseDelta], ranks: Ranks | None) -> None:
             drop_step(delta)
             if delta in opened:
                 delta.state.window = None
-            continue
-        window = delta.state.window
-        if delta in finite:
-            step_gradient = _step_gradient(delta, factors[delta])
-            if window.shared and window.steps == 0:
-                window.sums, window.squares = step_gradient, step_gradient.square()
-            else:
-                window.sums += step_gradient
-                window.squares += step_gradient.square_()
-        window.steps += 1
+    windowed = [delta for delta in windowed if finite.get(delta) is not False]
+    for group in joinable([delta for delta in windowed if delta in finite]):
+        _add_step(group, [_step_gradient(delta, factors[delta]) for delta in group])
+    for delta in windowed:
+        delta.state.window.steps += 1
         if delta not in opened:
             narrow(delta)
+
+
+def _add_step(deltas: list[SparseDelta], gradients: list[Tensor]) -> None:
+    """Add a step's gradients at the candidates to the windows."""
+    squares = torch._foreach_mul(gradients, gradients)
+    later = [n for n, delta in enumerate(deltas) if delta.state.window.steps]
+    for number, delta in enumerate(deltas):
+        if not delta.state.window.steps:
+            delta.state.window.sums, delta.state.window.squares = gradients[number], squares[number]
+    if later:
+        windows = [deltas[n].state.window for n in later]
+        torch._foreach_add_([window.sums for window in windows], [gradients[n] for n in later])
+        torch._foreach_add_([window.squares for window in windows], [squares[n] for n in later])
+
+
+def settle(deltas: Sequence[SparseDelta]) -> None:
+    """Learn what the device found when it chose candidates, with one wait for all matrices.
+
+    Where it found none, or a sample misled it, no window is open, and the next backward pass chooses.
+    """
+    unsettled = [delta for delta in deltas if delta.state.current.found is not None]
+    if not unsettled:
+        return
+    device = unsettled[0].values.device
+    table = torch.stack([delta.state.current.found.to(device) for delta in unsettled]).tolist()
+    for delta, (count, sound) in zip(unsettled, table, strict=True):
+        state, current = delta.state, delta.state.current
+        current.found = None
+        state.misled = not sound
+        if not (count and sound):
+            current.proposed = current.pending = current.opening = None
+            if state.window is not None and not state.window.steps and not state.window.shared:
+                state.window = None
+            continue
+        if current.pending is not None:
+            current.pending = current.pending[:count]
+        if current.proposed is not None:
+            current.proposed = current.proposed[:count]
+        elif state.window is not None:
+            window = state.window
+            window.positions, window.sums, window.squares = (
+                tensor[:count] for tensor in (window.positions, window.sums, window.squares)
+            )
 
 
 def narrow(delta: SparseDelta) -> None:
@@ -144,19 +187,27 @@ def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Te
     the result back, so it holds for them too. A matrix whose probes are all zero (an embedding whose active rows did
     not occur) takes the factor of the others, or `default` if there are none.
     """
-    products: dict[SparseDelta, tuple[Tensor, Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.Size], list[tuple[SparseDelta, Tensor, Tensor]]] = {}
     for delta in deltas:
         seen = gradient_at_probes(delta)
         if seen is not None:
-            raw = delta.state.current.probe_sums.double()
-            products[delta] = (seen.double() * raw).sum(), (raw * raw).sum()
-    if not products:
+            alike.setdefault((seen.device, seen.shape), []).append((delta, seen, delta.state.current.probe_sums))
+    if not alike:
         return {}
+    products: list[tuple[list[SparseDelta], Tensor, Tensor]] = []
+    for group in alike.values():
+        owners, seen, raw = zip(*group, strict=True)
+        at_step, before = torch.stack(seen).double(), torch.stack(raw).double()
+        products.append((list(owners), (at_step * before).sum(1), (before * before).sum(1)))
     device = deltas[0].values.device
-    seen_total = torch.stack([seen.to(device) for seen, _ in products.values()]).sum()
-    raw_total = torch.stack([raw.to(device) for _, raw in products.values()]).sum()
+    seen_total = torch.stack([seen.sum().to(device) for _, seen, _ in products]).sum()
+    raw_total = torch.stack([raw.sum().to(device) for _, _, raw in products]).sum()
     overall = torch.where(raw_total > 0, seen_total / raw_total, torch.full_like(raw_total, default))
-    return {delta: torch.where(raw > 0, seen / raw, overall.to(raw.device)) for delta, (seen, raw) in products.items()}
+    return {
+        delta: factor
+        for owners, seen, raw in products
+        for delta, factor in zip(owners, torch.where(raw > 0, seen / raw, overall.to(raw.device)), strict=True)
+    }
 
 
 def ready_probes(deltas: list[SparseDelta]) -> None:
@@ -233,6 +284,16 @@ _COMMON_PROBES = 256
 class WindowCollector:
     """Chooses the candidates of a window and collects their gradients (a `spiel_peft.delta.Collector`)."""
 
+    def expect(self, delta: SparseDelta, dtype: torch.dtype) -> None:
+        """Settle what the last backward pass has left to the device, and plan the gathers that have no plan yet.
+
+        One layer does this for all deltas of its adapter on its device, so that they wait together.
+        """
+        if delta.state.current.found is not None:
+            settle(_neighbours(delta))
+        if any(known_plan(*matrix, dtype) is None for matrix in _gathered(delta)):
+            plan_together([matrix for other in _neighbours(delta) for matrix in _gathered(other)], dtype)
+
     def prepare(self, delta: SparseDelta, gradient: WeightGradient) -> None:
         """Take up loaded training state, refuse DeepSpeed's ZeRO, and choose candidates where they are due."""
         if not delta.state.sought:
@@ -249,24 +310,31 @@ class WindowCollector:
     def wanted(self, delta: SparseDelta) -> Tensor | None:
         """The candidates ``[c]`` of the open window; before several ranks open one, those that this rank proposes."""
         state = delta.state
+        if state.current.opening is not None:
+            return None  # known from the search for candidates
         if state.window is None:
             return state.current.proposed
         return state.window.positions if gathers_at(delta, state.step) else None
 
-    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor) -> None:
-        """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``."""
+    def collect(self, delta: SparseDelta, active: Tensor, candidates: Tensor | None) -> None:
+        """Add what was gathered: at the active positions ``[k]`` and at the candidates ``[c]``, if there are any."""
         current = delta.state.current
-        if current.pending is None or current.probe_sums is None:
-            dtype = accumulation_dtype(delta.values)
-            current.pending = torch.zeros(candidates.shape, dtype=dtype, device=candidates.device)
+        if current.opening is not None:
+            candidates, current.opening = current.opening, None
+        if candidates is None:
+            return
+        if current.probe is None or current.probe_sums is None:
             if ranks_of(delta) is not None:
                 current.probe = common_probe(delta)
-                current.probe_sums = torch.zeros(current.probe.shape, dtype=dtype, device=active.device)
             else:
                 current.probe = torch.topk(active.abs(), min(_PROBES, delta.k)).indices
-                current.probe_sums = torch.zeros_like(active[current.probe])
-        current.pending += candidates
-        current.probe_sums += active[current.probe]
+            current.probe_sums = active[current.probe]
+        else:
+            current.probe_sums += active[current.probe]
+        if current.pending is None:
+            current.pending = candidates
+        else:
+            current.pending += candidates
 
 
 def _open_own_window(delta: SparseDelta, gradient: WeightGradient) -> None:
@@ -274,19 +342,23 @@ def _open_own_window(delta: SparseDelta, gradient: WeightGradient) -> None:
 
     An expert without tokens and a batch without labels have none: the next backward pass chooses then.
     """
-    positions = gradient.topk(candidate_count(delta))
-    if positions.numel():
-        zeros = torch.zeros(positions.numel(), dtype=accumulation_dtype(delta.values), device=positions.device)
-        delta.state.window = CandidateWindow(positions.to(delta.indices.dtype), zeros, zeros.clone())
+    largest = gradient.largest(candidate_count(delta), wait=delta.state.misled)
+    if largest.positions.numel():
+        # An expanded zero takes no memory until a step has counted.
+        zeros = torch.zeros((), dtype=accumulation_dtype(delta.values), device=delta.values.device)
+        zeros = zeros.expand(largest.positions.numel())
+        delta.state.window = CandidateWindow(largest.positions.to(delta.indices.dtype), zeros, zeros)
+        delta.state.current.found, delta.state.current.opening = largest.found, largest.values
 
 
 def _propose(delta: SparseDelta, gradient: WeightGradient) -> None:
     """Choose the positions that this rank proposes as candidates, in the first backward pass of the step."""
     current = delta.state.current
     if current.proposed is None and proposes_at(delta, delta.state.step):
-        positions = gradient.topk(candidate_count(delta))
-        if positions.numel():
-            current.proposed = positions.to(delta.indices.dtype)
+        largest = gradient.largest(candidate_count(delta), wait=delta.state.misled)
+        if largest.positions.numel():
+            current.proposed = largest.positions.to(delta.indices.dtype)
+            current.found, current.opening = largest.found, largest.values
 
 
 def candidate_count(delta: SparseDelta) -> int:
@@ -299,6 +371,20 @@ def candidate_count(delta: SparseDelta) -> int:
     close = next_close(state.step, config.regrow_every, config.accumulation_steps)
     rate = regrow_rate(config.regrow_schedule, config.initial_regrow_rate, close, run.total_steps)
     return min(delta.k, math.ceil(per_grown * math.floor(rate * delta.k)))
+
+
+def _neighbours(delta: SparseDelta) -> list[SparseDelta]:
+    """The deltas of linear layers that belong to the same adapter and are on the same device."""
+    device = delta.values.device
+    return [d for d in delta.run.deltas() if len(d.weight_shape) == 2 and d.values.device == device]
+
+
+def _gathered(delta: SparseDelta) -> list[tuple[Tensor, int, int]]:
+    """The index sets at which backward passes gather, with rows and columns of the matrix."""
+    matrices = [(delta.indices, delta.rows, delta.cols)]
+    if delta.state.window is not None:
+        matrices.append((delta.state.window.positions, delta.rows, delta.cols))
+    return matrices
 
 
 def common_probe(delta: SparseDelta) -> Tensor:
@@ -338,24 +424,28 @@ def proposes_at(delta: SparseDelta, done: int) -> bool:
 
 def _note_accumulation(delta: SparseDelta) -> None:
     """Drop what was collected for a step whose gradients were cleared without an optimizer step."""
-    state = delta.state
+    state, current = delta.state, delta.state.current
     task = torch._C._current_graph_task_id()
-    if task != state.current.graph_task and _gradient_is_clear(delta):
+    if task == current.graph_task:
+        return
+    grad = delta.values.grad
+    cleared = grad is None
+    if grad is not None and current.probe is not None and current.probe_sums is not None:
+        # zero_grad(set_to_none=False) leaves zeros behind.
+        zeroed = (grad[current.probe] == 0).all() & (current.probe_sums != 0).any()
+        if on_host(zeroed):
+            cleared = bool(zeroed)
+        else:
+            # Without waiting. A window that was opened by what is dropped stays, at the same candidates.
+            current.probe_sums = current.probe_sums.masked_fill(zeroed, 0.0)
+            if current.pending is not None:
+                current.pending = current.pending.masked_fill(zeroed, 0.0)
+    if cleared:
         drop_step(delta)
         state.unheld_steps += 1
         if state.unheld_steps == delta.run.config.regrow_every + 1:
             _warn_unheld(delta)
     state.current.graph_task = task
-
-
-def _gradient_is_clear(delta: SparseDelta) -> bool:
-    grad, current = delta.values.grad, delta.state.current
-    if grad is None:
-        return True
-    if current.probe is None or current.probe_sums is None:
-        return False
-    # zero_grad(set_to_none=False) leaves zeros behind.
-    return bool((grad[current.probe] == 0).all()) and bool((current.probe_sums != 0).any())
 
 
 def drop_step(delta: SparseDelta) -> None:

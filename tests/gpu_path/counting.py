@@ -42,6 +42,12 @@ _MEMORY_ONLY = {
     "set_",
     "resize_",
     "lift_fresh",
+    # Neither launches anything.
+    "promote_types",
+    "scalar_tensor",
+    "_unsafe_view",
+    "_record_function_enter_new",
+    "_record_function_exit",
 }
 _METHODS = ("tolist", "numpy", "cpu")
 
