@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiel_kernels import sample_positions, sorted_order, top_outer_positions
+from spiel_kernels import sample_positions, sorted_order, top_outer_positions, top_outer_positions_unwaited
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +206,7 @@ def accumulated_gradient(request: GrowthRequest) -> Tensor:
     scores = request.candidate_sums.abs()
     # Candidates are in ascending order, so a stable sort puts the lowest position first among equal sums.
     order = sorted_order(scores, descending=True)
-    positions = request.candidates.index_select(0, order)
-    return torch.where(scores.index_select(0, order) > 0, positions, -1)
+    return torch.where(scores > 0, request.candidates, -1).index_select(0, order)
 
 
 def momentum(request: GrowthRequest) -> Tensor:
@@ -218,6 +217,11 @@ def momentum(request: GrowthRequest) -> Tensor:
     if request.row is None or request.col is None:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
     return top_outer_positions(request.row, request.col, request.indices, request.count)
+
+
+def momentum_unwaited(request: GrowthRequest) -> tuple[Tensor, Tensor]:
+    """`momentum` that does not wait for the device, and whether its answer holds: a bool on the device."""
+    return top_outer_positions_unwaited(request.row, request.col, request.indices, request.count)
 
 
 def random(request: GrowthRequest) -> Tensor:

@@ -25,7 +25,7 @@ from .gather import (
     gather_outer_sets,
 )
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
-from .momentum import sm3_accumulate_, top_outer_positions
+from .momentum import sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
 from .select import Largest, largest_outer, topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
 
@@ -48,6 +48,7 @@ __all__ = [
     "gather_outer",
     "gather_outer_sets",
     "index_dtype",
+    "largest_outer",
     "read_entries",
     "replace_positions",
     "sample_positions",
@@ -56,7 +57,7 @@ __all__ = [
     "stable_topk",
     "sum_entries",
     "top_outer_positions",
-    "largest_outer",
+    "top_outer_positions_unwaited",
     "topk_conv",
     "topk_dense",
     "topk_embedding",

@@ -75,24 +75,28 @@ class OuterSum:
         scores = outer.index_select(0, left_outer) + inner.index_select(0, left_inner)
         return cls(outer, inner[order], order, *strides, left_outer, rank.index_select(0, left_inner), scores)
 
-    def pairs(self, reach: Tensor, total: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions and scores, ``[total]`` each, of the first ``reach[i]`` pairs of every i; left out: score -inf.
+    def pairs(self, ends: Tensor, room: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions and scores, ``[room]`` each, of the first pairs of every i; score -inf: none, or left out.
 
         Args:
-            reach: int64 ``[A]``, `total` in sum.
+            ends: int64 ``[A]``, how many pairs up to and with i are wanted.
+            room: at least as many; beyond them stands any position, with score -inf.
             hidden: bool ``[k]``, `reached` for this reach.
         """
-        ends = reach.cumsum(0)
-        owner = torch.repeat_interleave(reach, output_size=total)
-        starts = ends - reach
-        rank = torch.arange(total, device=reach.device).sub_(starts.index_select(0, owner))
-        # The last slot takes the -inf of pairs that are left out but lie beyond the reach.
-        scores = torch.empty(total + 1, dtype=torch.float64, device=reach.device)
-        torch.add(self.outer.index_select(0, owner), self.inner.index_select(0, rank), out=scores[:total])
+        number = torch.arange(room, device=ends.device)
+        owner = torch.searchsorted(ends, number, right=True)
+        beyond = owner == ends.numel()
+        owner.clamp_(max=ends.numel() - 1)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        rank = number.sub_(starts.index_select(0, owner)).clamp_(max=self.inner.numel() - 1)
+        # The last slot takes the -inf of pairs that are left out but lie beyond the reach, or the room.
+        scores = torch.empty(room + 1, dtype=torch.float64, device=ends.device)
+        torch.add(self.outer.index_select(0, owner), self.inner.index_select(0, rank), out=scores[:room])
+        scores[:room].masked_fill_(beyond, -_INFINITY)
         slots = starts.index_select(0, self.left_out_outer).add_(self.left_out_rank)
-        scores.index_fill_(0, slots.where(hidden, total), -_INFINITY)
+        scores.index_fill_(0, slots.where(hidden & (slots < room), room), -_INFINITY)
         positions = owner.mul_(self.outer_stride).add_(self.order.index_select(0, rank), alpha=self.inner_stride)
-        return positions, scores[:total]
+        return positions, scores[:room]
 
     def reached(self, reach: Tensor) -> Tensor:
         """Which of the pairs left out are among the first ``reach[i]`` of their i: bool ``[k]``."""
@@ -124,13 +128,38 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
         reach = _exact_threshold(scores, m)
         hidden = scores.reached(reach)
         total, left = torch.stack([reach.sum(), hidden.sum()]).tolist()
-    positions, values = scores.pairs(reach, total, hidden)
+    positions, values = scores.pairs(reach.cumsum(0), total, hidden)
     if left and on_host(positions):
         kept = true_slots(values > -_INFINITY)
         positions, values = positions[kept], values[kept]
     positions, order = torch.sort(positions)
     best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices
     return positions[best_first[: min(m, total - left)]]
+
+
+def top_outer_unwaited(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """`top_outer` that does not wait for the device, for scores that are not degenerate.
+
+    Returns:
+        Positions, int64 ``[m]``, -1 where there are no more candidates; and whether they are right, a bool on the
+        device. They may be wrong where accumulators are infinite, and where more scores are equal than can be listed.
+    """
+    left_out = rows_and_columns(excluded, log_col.numel())
+    scores = OuterSum.build(log_row, log_col, left_out, by_rows=log_row.numel() <= log_col.numel())
+    reach = _near_threshold(scores, m)
+    infinite = (log_row.amax() == _INFINITY) | (log_col.amax() == _INFINITY)
+    # Room for all pairs that are reached and not left out, if there are not more than can be listed, and for those left
+    # out among them.
+    room = min(_listable(scores, m) + excluded.numel(), log_row.numel() * log_col.numel())
+    total = reach.sum()
+    positions, values = scores.pairs(reach.cumsum(0), room, scores.reached(reach))
+    positions, order = torch.sort(positions)
+    best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices[:m]
+    best = positions.index_select(0, best_first)
+    found = values.index_select(0, order.index_select(0, best_first)) > -_INFINITY
+    short = m - best.numel()
+    best = torch.where(found, best, -1)
+    return torch.cat([best, best.new_full((short,), -1)]) if short else best, ~infinite & (total <= room)
 
 
 def _listable(scores: OuterSum, m: int) -> int:
@@ -323,6 +352,11 @@ def top_outer_positions(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> T
     if m == 0 or row.numel() == 0 or col.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=row.device)
     return top_outer(_candidate_logs(row), _candidate_logs(col), excluded, m)
+
+
+def top_outer_positions_unwaited(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """`top_outer_positions` that does not wait for the device; see `top_outer_unwaited`. No tensor is empty, m >= 1."""
+    return top_outer_unwaited(_candidate_logs(row), _candidate_logs(col), excluded, m)
 
 
 def top_outer_positions_dense(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> Tensor:

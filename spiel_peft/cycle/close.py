@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from spiel_kernels import sorted_order
+from spiel_kernels.dispatch import on_host
 from spiel_kernels.index_set import seeded_generator
 
 from ..checks import listed
 from ..delta import SparseDelta
-from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest
-from .exchange import NO_POSITION
+from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest, momentum, momentum_unwaited
+from .exchange import NO_POSITION, Joined, joinable
 
 # Schedule. Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the
 # closes are at g, S + g, 2 S + g, ... (Ansell et al., 2024, section 3.2, where micro-batches are counted).
@@ -67,17 +69,29 @@ def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
 # Questions to a growth criterion, with checks of its answers
 
 
-def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
+# Answers of a criterion that may turn out wrong: the delta, and a bool on the device, whether the answer holds.
+Doubts = list[tuple[SparseDelta, Tensor]]
+
+
+def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int, doubts: Doubts | None = None) -> Tensor:
     """The positions that the criterion proposes to grow: distinct, in range, best first; -1 stands for none.
 
     Only a criterion that a user has registered is checked, as a check waits for the device.
+
+    Args:
+        doubts: takes an answer that was made without waiting for the device and may be wrong. None: it waits.
 
     Raises:
         ValueError: the criterion, which a user may have registered, proposes something else.
     """
     if criterion.propose is None or count == 0:
         return delta.indices[:0].to(torch.int64)
-    proposed = criterion.propose(_request(criterion, delta, count))
+    request = _request(criterion, delta, count)
+    if criterion.propose is momentum and doubts is not None and not on_host(delta.indices):
+        proposed, holds = momentum_unwaited(request)
+        doubts.append((delta, holds))
+        return proposed
+    proposed = criterion.propose(request)
     problem = None if criterion.propose in BUILT_IN else _problem_with(proposed, delta.numel)
     if problem is not None:
         raise ValueError(
@@ -87,15 +101,24 @@ def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tenso
     return proposed.to(delta.indices.device)
 
 
-def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
-    """The criterion's prune scores ``[k]``; the deltas with the lowest scores are pruned first.
+def prune_scores(criterion: GrowthCriterion, deltas: Sequence[SparseDelta], counts: Sequence[int]) -> list[Tensor]:
+    """The criterion's prune scores ``[k]`` of some deltas; those with the lowest scores are pruned first.
+
+    Args:
+        deltas: that close together, see `joinable`.
+        counts: how many of each are to be pruned at most.
 
     Raises:
         ValueError: the criterion's own score is no floating tensor of that shape, or has NaN.
     """
-    values = delta.values.detach()
     if criterion.prune_score is None:
-        return values.abs()
+        entries = Joined([delta.k for delta in deltas], deltas[0].values.device)
+        return entries.split(entries.join([delta.values.detach() for delta in deltas]).abs())
+    return [_own_scores(criterion, delta, count) for delta, count in zip(deltas, counts, strict=True)]
+
+
+def _own_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
+    values = delta.values.detach()
     gradient = delta.values.grad
     request = PruneRequest(
         module_name=delta.module_name,
@@ -121,10 +144,11 @@ def prune_scores(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> 
 
 def refuse_ruined(deltas: list[SparseDelta]) -> None:
     """Raise a FloatingPointError that names the modules whose deltas are NaN or infinite, if there are any."""
-    sums = [delta.values.detach().sum(dtype=torch.float64).to(deltas[0].values.device) for delta in deltas]
-    finite = torch.isfinite(torch.stack(sums)).tolist()
-    names = [delta.module_name for delta, sound in zip(deltas, finite, strict=True) if not sound]
-    if names:
+    device = deltas[0].values.device
+    sums = [torch.cat([d.values.detach() for d in group]).sum(dtype=torch.float64) for group in joinable(deltas)]
+    if not bool(torch.isfinite(torch.stack([total.to(device) for total in sums])).all()):
+        finite = [bool(delta.values.detach().isfinite().all()) for delta in deltas]
+        names = [delta.module_name for delta, sound in zip(deltas, finite, strict=True) if not sound]
         raise FloatingPointError(
             f"Adapter {deltas[0].run.adapter_name!r}: an optimizer step has made deltas of {len(names)} of "
             f"{len(deltas)} modules NaN or infinite ({listed(names)}): its gradients were not finite, or the learning "

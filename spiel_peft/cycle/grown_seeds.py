@@ -290,8 +290,8 @@ def _mean_of_kept(row: Tensor, moves: Moves) -> Tensor:
     If all entries are new, or the kept ones never had a gradient, the pruned entries give the scale.
     """
     entries, wide = moves.entries, row.to(torch.float64)
-    kept = torch.stack([part.sum() for part in entries.split(wide.masked_fill(moves.grown, 0.0))])
-    every = torch.stack([part.sum() for part in entries.split(wide)])
+    both = torch.stack([wide.masked_fill(moves.grown, 0.0), wide])
+    kept, every = torch.stack([part.sum(1) for part in both.split(entries.sizes, 1)], 1)
     sizes = entries.bounds.diff()
     kept, every = kept / (sizes - entries.count(moves.grown)), every / sizes
     return kept.where(kept > 0, every.clamp(min=0.0))

@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spiel_kernels.dispatch import on_host
-
 from ..delta import SparseDelta
 from ..growth import get_growth_criterion
 from .exchange import Moves
@@ -262,7 +260,7 @@ def counters(optimizers: list[torch.optim.Optimizer], parameters: Sequence[Tenso
         for parameter in parameters
         if (group := groups.get(id(parameter))) is not None
     ]
-    return list({id(c): c for c in found if isinstance(c, Tensor) and not on_host(c)}.values())
+    return list({id(c): c for c in found if isinstance(c, Tensor) and c.device.type != "cpu"}.values())
 
 
 def _groups(optimizers: list[torch.optim.Optimizer]) -> list[tuple[torch.optim.Optimizer, dict[int, dict[str, Any]]]]:
@@ -343,6 +341,9 @@ def _reseeded(
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy each source into its target, on a GPU in a few launches."""
     torch._foreach_copy_(list(targets), list(sources))
+    # Under a dispatch mode, such as a counter of operations, PyTorch's foreach operations do not count as writes, and
+    # what is remembered of the old indices would be taken for that of the new ones.
+    torch.autograd.graph.increment_version(list(targets))
 
 
 # Optimizers create their state in their first step. So most of it is checked at the first close, before the close

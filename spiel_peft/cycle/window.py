@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -176,8 +176,7 @@ def _finite(gathered: list[SparseDelta], factors: dict[SparseDelta, Tensor]) -> 
 
 
 def _step_gradient(delta: SparseDelta, factor: Tensor) -> Tensor:
-    pending = delta.state.current.pending
-    return pending * factor.to(pending.dtype)
+    return delta.state.current.pending * factor
 
 
 def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Tensor]:
@@ -187,11 +186,12 @@ def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Te
     the result back, so it holds for them too. A matrix whose probes are all zero (an embedding whose active rows did
     not occur) takes the factor of the others, or `default` if there are none.
     """
-    alike: dict[tuple[torch.device, torch.Size], list[tuple[SparseDelta, Tensor, Tensor]]] = {}
+    alike: dict[tuple[torch.device, torch.Size, torch.dtype], list[tuple[SparseDelta, Tensor, Tensor]]] = {}
     for delta in deltas:
         seen = gradient_at_probes(delta)
         if seen is not None:
-            alike.setdefault((seen.device, seen.shape), []).append((delta, seen, delta.state.current.probe_sums))
+            raw = delta.state.current.probe_sums
+            alike.setdefault((seen.device, seen.shape, raw.dtype), []).append((delta, seen, raw))
     if not alike:
         return {}
     products: list[tuple[list[SparseDelta], Tensor, Tensor]] = []
@@ -206,8 +206,13 @@ def _scalings(deltas: list[SparseDelta], default: float) -> dict[SparseDelta, Te
     return {
         delta: factor
         for owners, seen, raw in products
-        for delta, factor in zip(owners, torch.where(raw > 0, seen / raw, overall.to(raw.device)), strict=True)
+        for delta, factor in _factors(owners, torch.where(raw > 0, seen / raw, overall.to(raw.device)))
     }
+
+
+def _factors(deltas: list[SparseDelta], factors: Tensor) -> Iterable[tuple[SparseDelta, Tensor]]:
+    """Each delta with its factor of ``[n]``, in the dtype of the gradients that it scales."""
+    return zip(deltas, factors.to(accumulation_dtype(deltas[0].values)).unbind(), strict=True)
 
 
 def ready_probes(deltas: list[SparseDelta]) -> None:

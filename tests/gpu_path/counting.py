@@ -69,10 +69,16 @@ class Counts(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if _waits(func, name, args, kwargs):
-            self.waits[_place()] += 1
+            self.wait()
         elif not (name in _MEMORY_ONLY or _is_view(func)):
             self.launches[name] += 1
         return func(*args, **kwargs)
+
+    def wait(self) -> None:
+        """Note a wait, if it is one of this project: optimizers read their own counters, which are on the CPU."""
+        place = _place()
+        if place is not None:
+            self.waits[place] += 1
 
 
 def _is_view(func: Any) -> bool:
@@ -88,12 +94,12 @@ def _waits(func: Any, name: str, args: Any, kwargs: Any) -> bool:
     return name in _WAITING
 
 
-def _place() -> str:
+def _place() -> str | None:
     """The innermost line of this project on the call stack."""
     for frame in reversed(traceback.extract_stack()):
         if "/spiel_peft/" in frame.filename or "/spiel_kernels/" in frame.filename:
             return f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}"
-    return "outside"
+    return None
 
 
 @contextmanager
@@ -117,7 +123,7 @@ def counting() -> Iterator[Counts]:
     def method(name: str) -> Any:
         def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not counts_in_kernel:
-                counts.waits[_place()] += 1
+                counts.wait()
             return methods[name](self, *args, **kwargs)
 
         return call
