@@ -24,7 +24,7 @@ from .gather import (
     gather_outer,
     gather_outer_sets,
 )
-from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
+from .index_set import check_index_set, index_dtype, sample_positions, sorted_order
 from .momentum import sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
 from .select import Largest, largest_outer, topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
@@ -50,7 +50,6 @@ __all__ = [
     "index_dtype",
     "largest_outer",
     "read_entries",
-    "replace_positions",
     "sample_positions",
     "sm3_accumulate_",
     "sorted_order",

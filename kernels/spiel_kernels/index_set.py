@@ -1,14 +1,10 @@
-"""Draws, checks and edits index sets, the positions of sparse deltas.
+"""Draws and checks index sets, the positions of sparse deltas.
 
 An index set is a one-dimensional integer tensor of flat positions in a weight: sorted, unique and in range. Worked
 example, a 2 x 3 weight of which the entries marked x are trained::
 
     [[.  x  .]      positions  0 1 2
      [x  .  x]]                3 4 5      index set = [1, 3, 5]
-
-Replacing position 3 by 2 keeps the set sorted, and ``source`` tells where each new slot came from::
-
-    replace_positions([1, 3, 5], drop=[F, T, F], grown=[2])  ->  [1, 2, 5], source = [0, -1, 2]
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .dispatch import on_host, operation
+from .dispatch import on_host
 
 T = TypeVar("T")
 
@@ -198,45 +194,6 @@ def check_index_set(indices: Tensor, numel: int | None) -> str | None:
         position = int(indices[1:][steps == 0][0])
         return f"holds a position more than once ({position})"
     return None
-
-
-def _fake_replace(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
-    return indices.new_empty(indices.shape, dtype=torch.int64), indices.new_empty(indices.shape, dtype=torch.int64)
-
-
-@operation("replace_positions(Tensor indices, Tensor drop, Tensor grown) -> (Tensor, Tensor)", _fake_replace)
-def replace_positions(indices: Tensor, drop: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop some positions of an index set and add as many others, keeping it sorted.
-
-    Args:
-        indices: ``[k]`` integer, sorted and unique.
-        drop: bool ``[k]``, True for the m slots that leave.
-        grown: integer ``[m]``, unique positions in any order, none of them among those kept.
-
-    Returns:
-        ``(new, source)``: ``new`` int64 ``[k]`` sorted and unique; ``source`` int64 ``[k]`` with, for every new
-        slot, the old slot it came from, or ``-1 - i`` for the position ``grown[i]``.
-    """
-    kept_slots = true_slots(~drop)
-    grown = grown.to(torch.int64)
-    if grown.numel() + kept_slots.numel() != indices.numel():
-        raise ValueError(
-            f"grown must hold as many positions as are dropped ({indices.numel() - kept_slots.numel()}), "
-            f"got {grown.numel()}"
-        )
-    kept = indices.index_select(0, kept_slots).to(torch.int64)
-    order = sorted_order(grown)
-    grown = grown.index_select(0, order)
-    # Both are sorted now: the slot of a grown position is the number of kept and of grown positions below it.
-    places = torch.searchsorted(kept, grown) + torch.arange(grown.numel(), device=grown.device)
-    is_kept = torch.ones(indices.numel(), dtype=torch.bool, device=indices.device)
-    is_kept[places] = False
-    others = true_slots(is_kept)
-    new = torch.empty(indices.numel(), dtype=torch.int64, device=indices.device)
-    source = torch.empty_like(new)
-    new[places], source[places] = grown, -1 - order
-    new[others], source[others] = kept, kept_slots
-    return new, source
 
 
 def seeded_generator(seed: int, module_name: str, cycle: int) -> torch.Generator:

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from spiel_kernels import stable_topk
+from spiel_kernels import Largest, stable_topk
 from spiel_kernels.dispatch import on_host
 from spiel_kernels.fold import accumulation_dtype
 from spiel_kernels.outer_plan import known_plan, plan_together
@@ -347,7 +347,7 @@ def _open_own_window(delta: SparseDelta, gradient: WeightGradient) -> None:
 
     An expert without tokens and a batch without labels have none: the next backward pass chooses then.
     """
-    largest = gradient.largest(candidate_count(delta), wait=delta.state.misled)
+    largest = _largest(delta, gradient)
     if largest.positions.numel():
         # An expanded zero takes no memory until a step has counted.
         zeros = torch.zeros((), dtype=accumulation_dtype(delta.values), device=delta.values.device)
@@ -356,11 +356,17 @@ def _open_own_window(delta: SparseDelta, gradient: WeightGradient) -> None:
         delta.state.current.found, delta.state.current.opening = largest.found, largest.values
 
 
+def _largest(delta: SparseDelta, gradient: WeightGradient) -> Largest:
+    """The candidates; the search waits for the device if a sample has misled the last one."""
+    wait, delta.state.misled = delta.state.misled, False
+    return gradient.largest(candidate_count(delta), wait)
+
+
 def _propose(delta: SparseDelta, gradient: WeightGradient) -> None:
     """Choose the positions that this rank proposes as candidates, in the first backward pass of the step."""
     current = delta.state.current
     if current.proposed is None and proposes_at(delta, delta.state.step):
-        largest = gradient.largest(candidate_count(delta), wait=delta.state.misled)
+        largest = _largest(delta, gradient)
         if largest.positions.numel():
             current.proposed = largest.positions.to(delta.indices.dtype)
             current.found, current.opening = largest.found, largest.values

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spiel_kernels import check_index_set, index_dtype, replace_positions, sample_positions
+from spiel_kernels import check_index_set, index_dtype, sample_positions
 from spiel_kernels.index_set import PerIndexSet, row_bounds, rows_and_columns
 
 from .oracle import property_test
@@ -99,45 +99,6 @@ def test_check_of_a_large_weight_wants_int64() -> None:
     assert "must have dtype torch.int64" in (check_index_set(torch.tensor([0], dtype=torch.int32), 2**33) or "")
     assert check_index_set(torch.empty(0, dtype=torch.int32), 10) is None
     assert "or" in (check_index_set(torch.empty(0), None) or "")
-
-
-@st.composite
-def exchanges(draw: st.DrawFn) -> tuple[list[int], list[bool], list[int]]:
-    """An index set, a mask of the slots to drop, and as many new positions that are not among those kept."""
-    indices = sorted(draw(st.sets(st.integers(0, 60), max_size=15)))
-    drop = draw(st.lists(st.booleans(), min_size=len(indices), max_size=len(indices)))
-    kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}
-    free = [p for p in range(62) if p not in kept]
-    grown = draw(st.permutations(free))[: sum(drop)]
-    return indices, drop, grown
-
-
-@property_test
-@given(exchanges(), st.sampled_from([torch.int32, torch.int64]))
-def test_replace_keeps_the_invariant_and_says_where_slots_come_from(
-    exchange: tuple[list[int], list[bool], list[int]], dtype: torch.dtype
-) -> None:
-    indices, drop, grown = exchange
-    new, source = replace_positions(
-        torch.tensor(indices, dtype=dtype), torch.tensor(drop, dtype=torch.bool), torch.tensor(grown, dtype=dtype)
-    )
-    assert new.dtype == source.dtype == torch.int64
-    kept = {p for p, leaves in zip(indices, drop, strict=True) if not leaves}
-    assert new.tolist() == sorted(kept | set(grown))
-    for position, origin in zip(new.tolist(), source.tolist(), strict=True):
-        assert position == (indices[origin] if origin >= 0 else grown[-1 - origin])
-        assert origin < 0 or not drop[origin]
-
-
-def test_replace_refuses_another_count() -> None:
-    indices, drop = torch.tensor([1, 3, 5]), torch.tensor([False, True, False])
-    with pytest.raises(ValueError, match=r"as many positions as are dropped \(1\), got 2"):
-        replace_positions(indices, drop, torch.tensor([7, 8]))
-
-
-def test_example_of_the_module_docstring() -> None:
-    new, source = replace_positions(torch.tensor([1, 3, 5]), torch.tensor([False, True, False]), torch.tensor([2]))
-    assert new.tolist() == [1, 2, 5] and source.tolist() == [0, -1, 2]
 
 
 def test_rows_and_columns_beyond_int32() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tensors import OpRecorder, assert_close
 
-from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions
+from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
 from spiel_kernels.momentum import top_outer_positions_dense
 
 from .oracle import draw_indices, property_test
@@ -223,6 +223,36 @@ def test_growth_in_larger_matrices(way: str, rows: int, cols: int, share: float,
     with search(*WAYS[way]):
         got = top_outer_positions(row, col, excluded, m)
     assert torch.equal(got, top_outer_positions_dense(row, col, excluded, m))
+
+
+def padded(positions: torch.Tensor, size: int) -> list[int]:
+    return positions.tolist() + [-1] * (size - positions.numel())
+
+
+@property_test
+@given(row=accumulators(), col=accumulators(), spare=st.sampled_from([0, 64]), data=st.data())
+def test_growth_without_waiting_is_right_or_says_that_it_may_not_be(
+    row: list[float], col: list[float], spare: int, data: st.DataObject
+) -> None:
+    numel = len(row) * len(col)
+    excluded = torch.tensor(sorted(data.draw(st.sets(st.integers(0, numel - 1))))).int()
+    m = data.draw(st.integers(1, numel + 3))
+    arguments = torch.tensor(row).double(), torch.tensor(col).double(), excluded, m
+    with patch.multiple(momentum, _SPARE=spare):
+        got, holds = top_outer_positions_unwaited(*arguments)
+    assert got.shape == (m,)
+    if holds:
+        assert got.tolist() == padded(top_outer_positions_dense(*arguments), m)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 400), (400, 1), (60, 41), (23, 97)])
+@pytest.mark.parametrize("share, wanted", [(0.0, 0.002), (0.1, 0.1), (0.9, 0.2), (1.0, 0.5)])
+def test_growth_without_waiting_holds_in_larger_matrices(rows: int, cols: int, share: float, wanted: float) -> None:
+    row, col = torch.randn(rows).mul(4).exp(), torch.randn(cols).mul(4).exp()
+    excluded = draw_indices(rows * cols, int(share * rows * cols), torch.int32)
+    m = max(1, int(wanted * rows * cols))
+    got, holds = top_outer_positions_unwaited(row, col, excluded, m)
+    assert holds and got.tolist() == padded(top_outer_positions_dense(row, col, excluded, m), m)
 
 
 @pytest.mark.parametrize("way", WAYS)

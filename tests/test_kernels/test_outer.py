@@ -148,7 +148,7 @@ def test_a_plan_is_made_once_per_index_set_and_again_when_it_changes() -> None:
 
 def test_wrong_operands_are_refused() -> None:
     a, b, indices = torch.randn(3, 4), torch.randn(3, 5), torch.arange(4)
-    with pytest.raises(ValueError, match="method must be one of auto, sampled, dense"):
+    with pytest.raises(ValueError, match="method must be one of auto, ready, sampled, dense"):
         gather_outer(a, b, indices, method="fast")
     with pytest.raises(ValueError, match=r"a and b must be \[N, rows\] and \[N, cols\]"):
         gather_outer(a, torch.randn(4, 5), indices)

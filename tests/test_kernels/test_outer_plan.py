@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from support.tensors import assert_close
 from torch import Tensor
 
+from spiel_kernels import outer_products
 from spiel_kernels.gather import gather_planned
+from spiel_kernels.index_set import row_bounds
 from spiel_kernels.outer_plan import (
     PLANNED_METHODS,
     TILE_SHAPES,
@@ -21,8 +23,11 @@ from spiel_kernels.outer_plan import (
     choose_method,
     choose_tile_shape,
     estimate_costs,
+    known_plan,
     narrow_dtype,
+    plan_for,
     plan_outer,
+    plan_together,
     token_splits,
 )
 from spiel_kernels.outer_products import gather_by_plan, locate_entries, tile_operands
@@ -92,11 +97,16 @@ def test_a_plan_serves_any_number_of_tokens() -> None:
 
 def test_dense_row_blocks_without_positions_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spiel_kernels.outer_plan.DENSE_BLOCK_ENTRIES", 40)
+    computed = []
+    block = outer_products.outer_block
+    monkeypatch.setattr(outer_products, "outer_block", lambda a, b: computed.append(a.shape[1]) or block(a, b))
     a, b = torch.randn(3, 33), torch.randn(3, 8)
     indices = torch.tensor([0, 39, 40, 41, 130, 263])
     plan = plan_outer(indices, 33, 8, 3, a.dtype, "dense")
-    assert plan.layout == (5, 0, 2, 4, 4, 5, 5, 5, 6)
-    assert_close(gather_planned(a, b, indices, plan), outer_entries(a, b, indices), 1e-5)
+    assert (plan.layout, plan.tensors) == ((), ())
+    got = gather_planned(a, b, indices, plan)
+    assert computed == [5, 5, 5, 3]  # of seven blocks
+    assert_close(got, outer_entries(a, b, indices), 1e-5)
 
 
 @property_test
@@ -175,13 +185,8 @@ def test_positions_beyond_int32() -> None:
     """A matrix of 2**32 entries, with positions in its last column block only."""
     rows, cols = 2, 2**31
     indices = torch.tensor([3, cols + 3])
-    plan = plan_outer(indices, rows, cols, 1, torch.float32, "dense")
-    assert plan.layout == (1, 0, 1, 2)
-    assert plan_outer(torch.tensor([3, 9], dtype=torch.int32), rows, cols, 1, torch.float32, "dense").layout[1:] == (
-        0,
-        2,
-        2,
-    )
+    assert row_bounds(indices, rows, cols).tolist() == [0, 1, 2]
+    assert row_bounds(torch.tensor([3, 9], dtype=torch.int32), rows, cols).tolist() == [0, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -276,3 +281,20 @@ def test_compiles_in_one_graph(method: str) -> None:
     a, b, indices, plan = operands_and_plan(method)
     compiled = torch.compile(lambda a, b: 2 * gather_planned(a, b, indices, plan), backend="eager", fullgraph=True)
     assert torch.equal(compiled(a, b), 2 * gather_planned(a, b, indices, plan))
+
+
+def test_plans_made_together_are_those_made_one_by_one() -> None:
+    matrices = [
+        (draw_clustered(rows, cols, k), rows, cols) for rows, cols, k in ((90, 70, 300), (128, 65, 40), (3, 9, 5))
+    ]
+    matrices.append((torch.empty(0, dtype=torch.int32), 4, 5))
+    again = [(indices.clone(), rows, cols) for indices, rows, cols in matrices]
+    assert all(known_plan(*matrix, torch.float32) is None for matrix in matrices)
+    plan_together(matrices, torch.float32)
+    for matrix, copy in zip(matrices, again, strict=True):
+        together, alone = known_plan(*matrix, torch.float32), plan_for(*copy, torch.float32)
+        assert (together.method, together.layout, together.k) == (alone.method, alone.layout, alone.k)
+        assert all(torch.equal(*pair) for pair in zip(together.tensors, alone.tensors, strict=True))
+        assert plan_for(*matrix, torch.float32) is together
+    matrices[0][0].add_(1)
+    assert known_plan(*matrices[0], torch.float32) is None

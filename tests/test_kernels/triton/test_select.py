@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from support.tensors import assert_close
 from torch import Tensor
 
 from spiel_kernels.triton_backend import select
-from spiel_kernels.triton_backend.select import sampled_bound, topk_outer
+from spiel_kernels.triton_backend.select import largest_outer, sampled_bound, topk_outer
 
 from ..oracle import small_integers, top_positions
 
@@ -123,3 +124,29 @@ def test_the_sample_predicts_the_bound() -> None:
     for k in (2048, 8192):
         found = int((scores >= sampled_bound(a, b, k)).sum())
         assert 1.05 * k < found < 1.5 * k
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("n, rows, cols, k", [(5, 65, 30, 40), (3, 4, 5, 20), (2, 300, 3, 500), (1, 1, 1, 1)])
+def test_without_waiting(n: int, rows: int, cols: int, k: int, dtype: torch.dtype, device: str) -> None:
+    a, b = torch.randn(n, rows).to(device, dtype), torch.randn(n, cols).to(device, dtype)
+    a[:, : rows // 2] = 0  # so that there may be fewer than k
+    positions, values, found = largest_outer(a, b, k)
+    count, sound = found.tolist()
+    product = (a.double().T @ b.double()).flatten()
+    assert sound and count == min(k, int((product != 0).sum()))
+    assert positions.shape == values.shape == (k,)
+    assert positions[:count].tolist() == expected_positions(a, b, k)
+    assert_close(values[:count], product[positions[:count]], 1e-5)
+    assert (positions[count:] == rows * cols - 1).all() and not values[count:].any()
+
+
+@pytest.mark.usefixtures("tiny_blocks")
+def test_a_sample_that_misleads_is_reported(device: str) -> None:
+    """One row holds all large entries, and the sample does not see it."""
+    a, b = torch.ones(1, 64, device=device) * 1e-3, torch.rand(1, 40, device=device) + 0.5
+    a[0, 63] = 1.0
+    unsound = [k for k in range(100, 2000, 100) if not largest_outer(a, b, k)[2][1]]
+    assert unsound
+    for k in unsound:
+        assert topk_outer(a, b, k).tolist() == expected_positions(a, b, k)
