@@ -34,6 +34,7 @@ from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELPar
 from .model import SpIELModel
 from .optimizers import SM3, SpIELOptimizer
 from .registration import register_classes as _register_classes
+from .saving import check_header as _check_header
 from .weights.merge_report import MergeLoss, MergeReport
 
 __version__ = "0.1.0"
@@ -98,6 +99,6 @@ def register() -> None:
 
 
 register()
-_guard_loaders()
+_guard_loaders(_check_header)
 _engine.install()
 _card.install()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ MARKER = ".spiel_delta."
 
 # The name of a bad tensor and a phrase that continues it.
 Problem = tuple[str, str]
+NOT_FINITE = "has values that are not finite"
+
+
+# The tensors that an adapter file may hold of a delta.
+DELTA_KEYS = ("indices", "values", *STATE_KEYS)
 
 
 def split_file_key(key: str) -> tuple[str, str] | None:
@@ -59,15 +65,29 @@ def check_indices_and_values(tensors: Mapping[str, Tensor], numel: int | None) -
 
 def check_values(values: Tensor, indices: Tensor) -> Problem | None:
     """Say what is wrong with values that belong to sound indices ``[k]``, or None when nothing is."""
-    if not values.is_floating_point():
+    if not values.is_floating_point() or values.dtype.itemsize < 2:  # 8-bit numbers cannot be computed with
         return "values", f"must have a floating dtype, got {values.dtype}"
     if values.shape != indices.shape:
         return "values", f"must have shape {tuple(indices.shape)} as its indices have, got {tuple(values.shape)}"
-    # Every rank checks its own part of a DTensor.
-    local = values.to_local() if hasattr(values, "to_local") else values
-    if not bool(torch.isfinite(local).all()):
-        return "values", "has values that are not finite"
-    return None
+    return ("values", NOT_FINITE) if not_finite({"values": values}) else None
+
+
+def not_finite(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of the floating tensors that have NaN or infinite entries. Waits for the device once.
+
+    Every rank checks its own part of a DTensor. What is no tensor, or is on the meta device, is passed over.
+    """
+    sound = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            local = local.float() if local.dtype.itemsize < 2 else local  # PyTorch cannot judge all 8-bit types
+            sound[name] = torch.isfinite(local.detach()).all()
+    if not sound:
+        return []
+    device = next(iter(sound.values())).device
+    flags = torch.stack([flag.to(device) for flag in sound.values()]).tolist()
+    return [name for name, finite in zip(sound, flags, strict=True) if not finite]
 
 
 def overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -150,6 +170,4 @@ def _check_float(name: str, tensor: Tensor | None, size: int) -> Problem | None:
         return None
     if not tensor.is_floating_point() or tuple(tensor.shape) != (size,):
         return name, f"must be floating of shape ({size},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
-    if not bool(torch.isfinite(tensor).all()):
-        return name, "has values that are not finite"
-    return None
+    return (name, NOT_FINITE) if not_finite({name: tensor}) else None

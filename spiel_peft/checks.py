@@ -22,6 +22,10 @@ _LIST_TYPES = (list, tuple, set, frozenset)
 LARGEST = 2**63 - 1
 # Larger JSON files are refused unread. An index of 100,000 tensors has about a quarter of this.
 JSON_BYTES = 32 << 20
+# An adapter's config that counts the deltas of 30,000 modules has about half of this.
+CONFIG_BYTES = 4 << 20
+# More names or patterns in one field of a config would take minutes to compare with a model's.
+_MOST_NAMES, _MOST_PATTERNS = 100_000, 1000
 # Seconds of computing that a pattern may take on one name, and on all names of a model for each of them.
 _MATCH_SECONDS, _MATCHES_SECONDS = 0.2, 2e-5
 _TOO_LONG = 9
@@ -94,6 +98,14 @@ def regex(field: str, value: str, remedy: str) -> str:
     return value
 
 
+def regexes(field: str, values: Collection[str], remedy: str) -> None:
+    """Refuse regular expressions that are not valid, or too many."""
+    if len(values) > _MOST_PATTERNS:
+        refuse(field, f"must hold at most {_MOST_PATTERNS} patterns", len(values), remedy)
+    for value in values:
+        regex(field, value, remedy)
+
+
 def patterns_in_time(patterns: Iterable[tuple[str, str]], names: Iterable[str]) -> None:
     """Refuse regular expressions that would take for ever on these names; they come from a file.
 
@@ -129,12 +141,12 @@ def patterns_in_time(patterns: Iterable[tuple[str, str]], names: Iterable[str]) 
         )
 
 
-def json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path, most_bytes: int = JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file. Raises a ValueError that names the file if it is damaged, too large or too deep."""
     try:
         size = path.stat().st_size
-        if size > JSON_BYTES:
-            raise ValueError(f"it has {size} bytes, more than the {JSON_BYTES} that are read")
+        if size > most_bytes:
+            raise ValueError(f"it has {size} bytes, more than the {most_bytes} that are read")
         value = json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{path} cannot be read: its lists or objects are nested too deep") from error
@@ -142,6 +154,14 @@ def json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {short(str(error))}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} cannot be read: it is not a JSON object")
+    return value
+
+
+def config_object(path: Path) -> dict[str, Any]:
+    """The object in an ``adapter_config.json``. Raises a ValueError as `json_object` does, and for odd fields."""
+    value = json_object(path, CONFIG_BYTES)
+    for name in {"self", "cls"} & value.keys():  # PEFT would pass them on as arguments of methods
+        raise ValueError(f"{path} cannot be read: it has the field {name!r}, which no config has")
     return value
 
 
@@ -155,6 +175,8 @@ def names(field: str, value: Any, remedy: str) -> list[str]:
     """A list, tuple or set of non-empty strings, as a list (sorted if it was a set)."""
     if not isinstance(value, _LIST_TYPES):
         refuse(field, "must be a list of names", value, remedy)
+    if len(value) > _MOST_NAMES:
+        refuse(field, f"must hold at most {_MOST_NAMES} names", len(value), remedy)
     for name in value:
         if not isinstance(name, str) or not name:
             refuse(field, "must hold non-empty strings only", name, remedy)
@@ -165,7 +187,9 @@ def integers(field: str, value: Any, remedy: str) -> list[int]:
     """A list, tuple, set or range of integers >= 0, as a list."""
     if not isinstance(value, (*_LIST_TYPES, range)):
         refuse(field, "must be a list of integers", value, remedy)
-    return [integer(field, item, 0, remedy) for item in value]
+    # Most are plain integers, of which there can be very many.
+    plain = all(type(item) is int and 0 <= item <= LARGEST for item in value)
+    return list(value) if plain else [integer(field, item, 0, remedy) for item in value]
 
 
 def mapping(field: str, value: Any, remedy: str) -> dict[str, Any]:

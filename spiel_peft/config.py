@@ -266,7 +266,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
         """PEFT's `from_json_file`; a file that is too large, too deep or damaged is a ValueError that names it."""
-        check.json_object(Path(path_json_file))
+        check.config_object(Path(path_json_file))
         return super().from_json_file(path_json_file, **kwargs)
 
     def check_patterns(self, names: Iterable[str]) -> None:
@@ -319,8 +319,7 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         for name in ("rank_pattern", "density_pattern"):
             value = getattr(self, name)
             pattern = {} if value is None else check.mapping(name, value, remedy)
-            for key in pattern:
-                check.regex(name, key, "Escape special characters, or use the module's name.")
+            check.regexes(name, pattern, "Escape special characters, or use the module's name.")
             setattr(self, name, pattern)
         for key, value in self.rank_pattern.items():
             self.rank_pattern[key] = check.integer(f"rank_pattern[{key!r}]", value, 1, _R_REMEDY)
@@ -386,8 +385,8 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         remedy = "Pass the name of the model's list of layers, such as 'layers' or 'h'."
         if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
             self.layers_pattern = check.names("layers_pattern", self.layers_pattern, remedy)
-        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
-            check.regex("layers_pattern", pattern, remedy)
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        check.regexes("layers_pattern", patterns, remedy)
         for name in ("layers_to_transform", "layers_pattern"):
             value = getattr(self, name)
             if value is None:
@@ -406,8 +405,8 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         if self.modules_to_save is not None:
             remedy = "Pass a list such as ['classifier'], or None."
             self.modules_to_save = check.names("modules_to_save", self.modules_to_save, remedy)
-            for name in self.modules_to_save:
-                check.regex("modules_to_save", name, "PEFT takes each as a regex: escape special characters.")
+            remedy = "PEFT takes each as a regex: escape special characters."
+            check.regexes("modules_to_save", self.modules_to_save, remedy)
         if self.trainable_token_indices is not None:
             rows = check.token_indices("trainable_token_indices", self.trainable_token_indices)
             self.trainable_token_indices = rows

@@ -336,16 +336,8 @@ class SpIELModel(BaseTuner):
             ValueError: an adapter is unknown, or with `safe_merge` a result is not finite.
         """
         self._check_before_merge(adapter_names, safe_merge)
-        before = [(layer, list(layer.merged_adapters)) for layer in self._spiel_layers()]
-        try:
+        with self._merged_whole_or_not():
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        except BaseException:  # Ctrl-C too
-            for layer, names in before:
-                if layer.merged_adapters != names:
-                    layer._restore_originals()
-                    if names:
-                        layer._write_merged(names)
-            raise
         report_merge_loss(self._spiel_layers())
 
     def _unload_and_optionally_merge(
@@ -364,14 +356,41 @@ class SpIELModel(BaseTuner):
                     layer.unmerge()
         layers = self._spiel_layers()
         tied = self.get_model_config(self.model).get("tie_word_embeddings")
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        structure = ModelStructure(self.model)
+        try:
+            with self._merged_whole_or_not():
+                model = super()._unload_and_optionally_merge(
+                    merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+                )
+        except BaseException:
+            structure.restore()  # the layers that were taken out
+            raise
         if merge:
             report_merge_loss(layers)
+            for layer in layers:
+                layer.keep_merged()
             if tied:
                 untie_weights(model)
         return model
+
+    @contextmanager
+    def _merged_whole_or_not(self) -> Iterator[None]:
+        """Undo all merges of the block if it is left by an exception, Ctrl-C too."""
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        before = [(layer, list(layer.merged_adapters)) for layer in layers if hasattr(layer, "merged_adapters")]
+        try:
+            yield
+        except BaseException:
+            for layer, names in before:
+                if layer.merged_adapters == names:
+                    continue
+                if isinstance(layer, SpIELLayer):
+                    layer._restore_originals()
+                    if names:
+                        layer._write_merged(names)
+                elif not names:  # trained tokens, LoRA
+                    layer.unmerge()
+            raise
 
     def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from .adapter_format import (
     MARKER,
+    NOT_FINITE,
     check_cast,
     check_indices_and_values,
     check_training_state,
+    not_finite,
     overflows,
     split_file_key,
 )
@@ -102,12 +104,53 @@ def check_adapter_tensors(tensors: Mapping[str, Tensor], deltas: Mapping[str, Sp
         if problem is not None:
             name, what = problem
             raise ValueError(f"{REFUSED}: tensor '{module}{MARKER}{name}' {what}")
-    others = sorted(set(modules) - set(deltas))
+    _refuse_other_modules(set(modules), deltas)
+
+
+def check_header(model: nn.Module, adapter_name: str, dtypes: Mapping[str, torch.dtype | None]) -> None:
+    """Refuse a file that transformers is about to load, by what it says of its tensors.
+
+    transformers assigns tensor after tensor, and casts each before. `SparseDelta` checks their entries then.
+
+    Args:
+        model: the model, with the new adapter.
+        adapter_name: name of the adapter.
+        dtypes: of the file's tensors, by key; None for one that this package cannot compute with.
+
+    Raises:
+        ValueError: a tensor is of no module of the adapter, alone, or not of the kind of numbers that it has to be.
+    """
+    modules = {key: split_file_key(key.removeprefix(PREFIX)) for key in dtypes}
+    own = _deltas_of(model, adapter_name)
+    _refuse_other_modules({parts[0] for parts in modules.values() if parts is not None}, own)
+    for key, (module, name) in ((key, parts) for key, parts in modules.items() if parts is not None):
+        other = {"indices": "values", "values": "indices"}.get(name)
+        if other is None:
+            continue
+        if f"{key.removesuffix(name)}{other}" not in dtypes:
+            raise ValueError(f"{REFUSED}: tensor '{module}{MARKER}{other}' is missing, while its {name} are there")
+        dtype = dtypes[key]
+        if dtype is None or dtype.is_complex or dtype.is_floating_point != (name == "values"):
+            kind = "a floating" if name == "values" else "an integer"
+            raise ValueError(f"{REFUSED}: tensor '{module}{MARKER}{name}' must have {kind} dtype, got {dtype}")
+
+
+def _refuse_other_modules(modules: set[str], deltas: Mapping[str, SparseDelta]) -> None:
+    others = sorted(modules - set(deltas))
     if others:
         raise ValueError(
             f"{REFUSED}: it is of a run that trained modules which this adapter lacks ({first_of(others)}); load it "
             "into the model and with the target_modules that it was made with"
         )
+
+
+def _deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
+    """The deltas of an adapter by the names that their modules have in files."""
+    return {
+        clean_name(name).removeprefix(PREFIX): layer.spiel_delta[adapter_name]
+        for name, layer in model.named_modules()
+        if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
+    }
 
 
 def _check_module(entries: dict[str, Tensor], delta: SparseDelta | None) -> tuple[str, str] | None:
@@ -214,10 +257,7 @@ def _not_finite(found: Any, own: Any, is_parameter: bool) -> str | None:
         return None
     if overflows(found, own.dtype):
         return f"has values that are too large for {own.dtype}, the dtype that the model has there"
-    local = found.to_local() if hasattr(found, "to_local") else found
-    if is_parameter and found.is_floating_point() and not bool(torch.isfinite(local).all()):
-        return "has values that are not finite"
-    return None
+    return NOT_FINITE if is_parameter and not_finite({"": found}) else None
 
 
 def saved_entries(
@@ -237,27 +277,30 @@ def saved_entries(
         found: the tensors that PEFT has chosen from `state_dict`.
 
     Raises:
-        ValueError: deltas are NaN or infinite; names their modules. A good checkpoint must not make way for them.
+        ValueError: what was trained is NaN or infinite; names it. A good checkpoint must not make way for it.
     """
     out = dict(found)
     out.update(checkpointed_entries(model, state_dict, biases=config.bias == "spiel_only"))
-    _refuse_ruined_values(adapter_name, out)
+    _refuse_ruined(adapter_name, {**out, **_full_parameters(model, adapter_name, state_dict)})
     if not config.inference_mode:
         out.update(_training_entries(model, adapter_name))
     return own_names(model, out)
 
 
-def _refuse_ruined_values(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    finite = {
-        key.rpartition(MARKER)[0].removeprefix(PREFIX): tensor.isfinite().all()
-        for key, tensor in tensors.items()
-        if MARKER in key and key.endswith("values") and isinstance(tensor, Tensor) and not tensor.is_meta
-    }
-    names = [name for name, sound in finite.items() if not sound]
-    if names:
+def _full_parameters(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT adds to an adapter file besides deltas and biases: modules in full, without buffers, and tokens."""
+    parameters = {name for name, _ in model.named_parameters()}
+    stored = full_modules(model, adapter_name)
+    return {stored[key]: state_dict[key] for key in stored.keys() & parameters & state_dict.keys()}
+
+
+def _refuse_ruined(adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    names = {key: key.partition(MARKER)[0].removeprefix(PREFIX) for key in tensors}
+    ruined = [names[key] for key in not_finite(tensors)]
+    if ruined:
         raise ValueError(
-            f"Adapter {adapter_name!r} is not saved: deltas of {len(names)} of {len(finite)} modules are NaN or "
-            f"infinite ({listed(names)}). Resume from the last checkpoint."
+            f"Adapter {adapter_name!r} is not saved: {len(ruined)} of its {len(set(names.values()))} trained tensors "
+            f"are NaN or infinite ({listed(ruined)}). Resume from the last checkpoint."
         )
 
 
@@ -289,11 +332,7 @@ class AdapterLoading:
     ) -> None:
         check_unmerged(model, adapter_name, "loaded")
         self.model, self.adapter_name = model, adapter_name
-        deltas = {
-            clean_name(name).removeprefix(PREFIX): layer.spiel_delta[adapter_name]
-            for name, layer in model.named_modules()
-            if isinstance(layer, SpIELLayer) and adapter_name in layer.spiel_delta
-        }
+        deltas = _deltas_of(model, adapter_name)
         tensors = drop_orphans({k.replace("._orig_mod.", "."): v for k, v in state_dict.items()})
         if config.inference_mode:
             tensors = {k: v for k, v in tensors.items() if k.rpartition(".")[2] not in STATE_KEYS}

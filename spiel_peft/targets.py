@@ -18,7 +18,7 @@ from .adapter_format import split_file_key
 from .checks import first_of
 from .config import SpIELConfig, names_module
 from .layers import SpIELLayer, SpIELParameter, SpIELParameters
-from .weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
+from .weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo, memory_of
 
 # Continues the name of a target whose parent is `bypassed_by`.
 BYPASSED = (
@@ -53,17 +53,28 @@ def modules_of(state_dict: dict[str, Tensor] | None) -> tuple[set[str] | None, d
 
 
 def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, ...]]:
-    """The targets whose weight is tied to other modules, each with the names of those modules."""
-    owners: dict[int, list[str]] = {}
+    """The targets whose weight is tied to other modules, each with the names of those modules.
+
+    A weight counts as tied to every parameter and buffer of the model that lies in the same memory, such as a view; one
+    that is not called "weight" is named in full.
+    """
+    users: list[tuple[int, int, int, str]] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(name.replace(".base_layer", ""))
-    shared = {}
-    for names in owners.values():
-        for name in targets & set(names) if len(set(names)) > 1 else ():
-            shared[name] = tuple(sorted(set(names) - {name}))
-    return shared
+        path = name.replace(".base_layer", "")
+        for own, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                users.append((*memory_of(tensor), path if own == "weight" else f"{path}.{own}"))
+    users.sort()
+    shared: dict[str, set[str]] = {}
+    for number, (memory, _, end, name) in enumerate(users):
+        following = number + 1
+        while following < len(users) and users[following][0] == memory and users[following][1] < end:
+            other = users[following][3]
+            following += 1
+            shared.setdefault(name, set()).add(other)
+            shared.setdefault(other, set()).add(name)
+    others = {name: tuple(sorted(names - {name})) for name, names in shared.items() if name in targets}
+    return {name: names for name, names in others.items() if names}
 
 
 def untie_weights(model: nn.Module) -> None:
@@ -211,13 +222,10 @@ def find_target_parameters(
             f"target_parameters names parameters that the model does not have: {unknown[:5]}; give full names or "
             f"suffixes of model.named_parameters(){f', such as {known[:4]}' if known else ''}"
         )
-    users: dict[int, list[str]] = {}
-    for parameter in everything:
-        users.setdefault(id(parameter.module._parameters.get(parameter.name)), []).append(parameter.full_name)
     found, problems = {}, []
     for parameter in wanted:
         info = _inspect(parameter, config, targets, wanted)
-        others = [n for n in users[id(parameter.module._parameters.get(parameter.name))] if n != parameter.full_name]
+        others = [p.full_name for p in everything if p.full_name != parameter.full_name and _overlap(p, parameter)]
         if not isinstance(info, str) and others:
             info = f"is tied to {others[0]}; untie them, or adapt the module of that name (ensure_weight_tying)"
         if isinstance(info, str):
@@ -226,6 +234,15 @@ def find_target_parameters(
         else:
             found[parameter.full_name] = (parameter, info)
     return found, problems
+
+
+def _overlap(one: BareParameter, other: BareParameter) -> bool:
+    """Whether two parameters lie in the same memory."""
+    tensors = (one.module._parameters.get(one.name), other.module._parameters.get(other.name))
+    if tensors[0] is None or tensors[1] is None:  # computed by parametrizations
+        return False
+    (memory, begin, end), (other_memory, other_begin, other_end) = map(memory_of, tensors)
+    return memory == other_memory and begin < other_end and other_begin < end
 
 
 def _inspect(

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapter_format import MARKER, check_indices_and_values, split_file_key
+from ..adapter_format import DELTA_KEYS, MARKER, check_indices_and_values, split_file_key
 from ..card import FILE_NAME as CARD
 from ..card import facts_of_counts, update_card
-from ..checks import json_object
+from ..checks import config_object
 from ..config import SpIELConfig, names_module
 from ..state import STATE_KEYS
 from .folder import whole_folder
@@ -145,7 +145,7 @@ def read_config(folder: Path) -> PeftConfig:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is not an adapter folder")
-    json_object(path)
+    config_object(path)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
@@ -167,8 +167,17 @@ def read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def tensors_file(folder: Path) -> Path | None:
-    """The file of an adapter folder that holds its tensors; None if there is none."""
-    return next((folder / n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / n).is_file()), None)
+    """The file of an adapter folder that holds its tensors; None if there is none.
+
+    Raises:
+        ValueError: something else has the name of that file, such as a folder or a pipe; the message names it.
+    """
+    for path in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME):
+        if path.is_file():
+            return path
+        if os.path.lexists(path):
+            raise ValueError(f"{path} is not a file")
+    return None
 
 
 def load_adapter_pickle(path: Path) -> dict[str, Tensor]:
@@ -203,7 +212,7 @@ def unannounced(
     return sorted(
         key
         for key in keys
-        if split_file_key(key) is None
+        if not _is_of_delta(key)
         and not _is_full_module(key, config)
         and not _is_bias(key, config, adapted)
         and not (key.endswith(_TOKENS) and config.trainable_token_indices)
@@ -211,6 +220,11 @@ def unannounced(
         and not any(names_module(name, key.rpartition(".")[0]) for name in single)
         and not any(key.startswith(f"{name}.base_layer.") for name in of_adapted)
     )
+
+
+def _is_of_delta(key: str) -> bool:
+    parts = split_file_key(key)
+    return parts is not None and parts[1] in DELTA_KEYS
 
 
 def _is_full_module(key: str, config: SpIELConfig) -> bool:

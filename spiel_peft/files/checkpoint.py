@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from ..checks import json_object
 from ..weights.base_weight import BaseInfo
+from .folder import file_within
 from .model_names import ModelNames, names_of_folder, parameters_of_keys
 from .tensors import MemoryTensor, StoredTensor, read_pickled, read_safetensors
 
@@ -311,6 +312,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     files: dict[str, list[str]] = {}
     for name, expected in _weight_files(folder).items():
+        file_within(folder, folder / name)
         held = _read_file(folder / name)
         missing = sorted(set(expected or ()) - set(held))
         if missing:

@@ -78,6 +78,11 @@ def copy_other_files(base: Path, adapter: Path, out: Path) -> None:
 
 def _copy_file(source: Path, target: Path, folder: Path) -> None:
     """Copy a file of a folder; see `copy_other_files` for what links may lead to."""
+    shutil.copyfile(file_within(folder, source), target)
+
+
+def file_within(folder: Path, source: Path) -> Path:
+    """The real path of a file of a folder. Raises a ValueError if it leads out of it; see `copy_other_files`."""
     inside, found = folder.resolve(), source.resolve()
     allowed = [inside]
     if inside.parent.name == "snapshots":
@@ -87,7 +92,7 @@ def _copy_file(source: Path, target: Path, folder: Path) -> None:
             f"{source} is a link to {found}, outside of {folder}: put a copy of the file there if it is to be in the "
             "result, or remove the link"
         )
-    shutil.copyfile(found, target)
+    return found
 
 
 def _is_copied(name: str) -> bool:

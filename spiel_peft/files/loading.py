@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -19,8 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.integrations import PeftAdapterMixin
 
-from ..adapter_format import MARKER
-from ..checks import first_of, json_object
+from ..adapter_format import MARKER, not_finite
+from ..checks import config_object, first_of
 from ..config import SpIELConfig
 from ..delta import SparseDelta
 from .adapter_file import PREFIX, load_adapter_pickle, tensors_file, unannounced
@@ -198,23 +198,29 @@ def full_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
 # The loaders
 
 
-def guard_loaders() -> None:
+Check = Callable[[nn.Module, str, Mapping[str, torch.dtype | None]], None]
+
+
+def guard_loaders(check: Check) -> None:
     """Make the loaders of PEFT and transformers load a SpIEL adapter whole or not at all.
 
     They add the adapter to the model first and read its file then, and there is no hook that hears of a failure in
     between. Adapters of other methods are left to the loaders as they are.
+
+    Args:
+        check: refuses a file by the dtypes of its tensors; for transformers' loader, see `check_header` in `saving`.
     """
     places = ((PeftModel, "from_pretrained"), (PeftModel, "load_adapter"), (PeftAdapterMixin, "load_adapter"))
     for owner, name in places:
         loader = vars(owner)[name]
         loader = getattr(loader, "__func__", loader)
         original = getattr(loader, "_spiel_original", loader)  # of an earlier import of this package
-        guarded = _guarded(original)
+        guarded = _guarded(original, check)
         guarded._spiel_original = original  # type: ignore[attr-defined]
         setattr(owner, name, classmethod(guarded) if name == "from_pretrained" else guarded)
 
 
-def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(original: Callable[..., Any], check: Check) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @wraps(original)
@@ -228,8 +234,16 @@ def _guarded(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         model = given.get("model", given.get("self"))
         name = given.get("adapter_name") or "default"
-        with whole_or_not(model, _max_deltas(folder)), _keys_checked(model, name):
-            result = original(*args, **kwargs)
+        with whole_or_not(model, _max_deltas(folder)), _file_checked(model, name, check):
+            try:
+                result = original(*args, **kwargs)
+            except KeyError as error:
+                if "trainable_tokens_delta" not in str(error):
+                    raise
+                # PEFT takes for granted that they are in the file.
+                raise ValueError(
+                    f"{REFUSED}: its config has trainable_token_indices, but tensor {error} is missing"
+                ) from error
             _check_loaded(result if isinstance(result, nn.Module) else model, name)
         return result
 
@@ -250,7 +264,7 @@ def _may_be_spiel(given: dict[str, Any], folder: Path | None) -> bool:
     config = given.get("config") or given.get("peft_config")
     if folder is not None and (folder / "adapter_config.json").is_file():
         # Read in any case: PEFT reads it as well.
-        kind = json_object(folder / "adapter_config.json").get("peft_type")
+        kind = config_object(folder / "adapter_config.json").get("peft_type")
         kind = config.peft_type if isinstance(config, PeftConfig) else kind
     elif config is not None:
         kind = config.get("peft_type") if isinstance(config, dict) else getattr(config, "peft_type", None)
@@ -264,17 +278,18 @@ def _max_deltas(folder: Path | None) -> int | None:
     path = None if folder is None else tensors_file(folder)
     if path is None:
         return None
-    _keys_of_file(path)
+    _dtypes_of_file(path)
     return _ROOM * (path.stat().st_size + _SMALL) // _BYTES_PER_DELTA
 
 
-def _keys_of_file(path: Path) -> list[str]:
-    return list(read_safetensors(path) if path.suffix == ".safetensors" else load_adapter_pickle(path))
+def _dtypes_of_file(path: Path) -> dict[str, torch.dtype | None]:
+    tensors = read_safetensors(path) if path.suffix == ".safetensors" else load_adapter_pickle(path)
+    return {key: tensor.dtype for key, tensor in tensors.items()}
 
 
 @contextmanager
-def _keys_checked(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Check the keys of a file that transformers loads, which goes past PEFT's loader.
+def _file_checked(model: nn.Module, adapter_name: str, check: Check) -> Iterator[None]:
+    """Check the file that transformers loads, which goes past PEFT's loader.
 
     transformers calls this method of the model between adding the adapter and reading its tensors.
     """
@@ -286,11 +301,12 @@ def _keys_checked(model: nn.Module, adapter_name: str) -> Iterator[None]:
     def load(*args: Any, **kwargs: Any) -> Any:
         config = model.peft_config[adapter_name]
         if isinstance(config, SpIELConfig):
-            keys = list(kwargs.get("state_dict") or {})
-            for file in kwargs.get("checkpoint_files") or ():
-                keys += _keys_of_file(Path(file))
+            dtypes = {key: tensor.dtype for key, tensor in (kwargs.get("state_dict") or {}).items()}
+            for file in map(Path, kwargs.get("checkpoint_files") or ()):
+                dtypes.update(_dtypes_of_file(file))
             known = full_modules(model, adapter_name).values()
-            refuse_unannounced(model, config, adapter_name, keys, {*known, *(f"{PREFIX}{key}" for key in known)})
+            refuse_unannounced(model, config, adapter_name, dtypes, {*known, *(f"{PREFIX}{key}" for key in known)})
+            check(model, adapter_name, dtypes)
         return original(*args, **kwargs)
 
     vars(model)["_load_pretrained_model"] = load
@@ -316,7 +332,6 @@ def _check_loaded(model: nn.Module, adapter_name: str) -> None:
             own = dict(module.named_parameters())
             stored = module.adapter_state_dict_load_map(adapter_name)
             tensors.update({f"{name}.{key}": own[live] for key, live in stored.items() if live in own})
-    for key, tensor in tensors.items():
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        if not local.is_meta and local.is_floating_point() and not bool(torch.isfinite(local.detach()).all()):
-            raise ValueError(f"{REFUSED}: tensor {key!r} is not finite in {tensor.dtype}, the dtype that it gets here")
+    for key in not_finite(tensors):
+        dtype = tensors[key].dtype
+        raise ValueError(f"{REFUSED}: tensor {key!r} is not finite in {dtype}, the dtype that it gets here")

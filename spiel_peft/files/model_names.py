@@ -21,6 +21,8 @@ _HEADS = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+# A module is built for each of these parts of a model.
+_COUNTS, _MOST_PARTS = ("layers", "layer", "blocks", "experts", "depth"), 10_000
 
 
 @dataclass
@@ -86,13 +88,17 @@ def names_of_folder(folder: Path) -> ModelNames | None:
     settings = json_object(path)
     if "model_type" not in settings:
         return None
+    _refuse_endless(path, settings)
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except (ValueError, KeyError, ImportError, OSError):
         return None  # this version of transformers does not know the model
     except Exception as error:  # values of wrong types can raise anything in a config's constructor
         raise ValueError(f"{path} is no config of {settings['model_type']!r} models: {short(str(error))}") from error
-    architecture = (settings.get("architectures") or [""])[0]
+    names = settings.get("architectures") or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise ValueError(f"{path}: architectures must be a list of names, got {short(names)}")
+    architecture = names[0]
     kind = getattr(transformers, str(architecture), None)
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     try:
@@ -103,6 +109,15 @@ def names_of_folder(folder: Path) -> ModelNames | None:
     except Exception as error:  # a damaged config can raise anything in a model's constructor
         raise ValueError(f"{path}: {architecture or 'the model'} cannot be built from it: {error}") from error
     return ModelNames.of(model)
+
+
+def _refuse_endless(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError if the config asks for more layers, experts and the like than could be built in a moment."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _refuse_endless(path, value)
+        elif isinstance(value, int) and value > _MOST_PARTS and name.endswith(_COUNTS):
+            raise ValueError(f"{path}: {name} must be at most {_MOST_PARTS}, got {short(value)}")
 
 
 def names_with_head(

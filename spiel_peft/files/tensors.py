@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch import Tensor
 Progress = Callable[[int, int, str], None]
 # Bytes of a piece in which tensors are read, changed and written.
 PIECE_BYTES = 16 << 20
+# Tied weights are stored once and read several times; no model ties more than this, on average over all its weights.
+_COPIES = 16
 
 _DTYPES = {
     "F64": torch.float64,
@@ -166,9 +169,12 @@ def load_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
         mmap: map the tensors into memory; files of PyTorch before 1.6 cannot be.
 
     Raises:
-        ValueError: as `read_pickled`; or a tensor has more entries than the file, which tensors of stride 0 can have.
+        ValueError: as `read_pickled`; or it would take far more memory than it has bytes: it is packed, or its tensors
+            share memory or have stride 0.
     """
+    size = path.stat().st_size
     try:
+        _refuse_unpacking(path, size)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
@@ -178,7 +184,6 @@ def load_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
     named = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dict of tensors. Save the model as safetensors.")
-    size = path.stat().st_size
     for name, tensor in tensors.items():
         problem = None
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -187,7 +192,29 @@ def load_pickled(path: Path, mmap: bool) -> dict[str, Tensor]:
             problem = f"has {tensor.numel()} entries, more than the file of {size} bytes can hold"
         if problem is not None:
             raise ValueError(f"{path}: tensor {name!r} {problem}. Save the model as safetensors.")
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if held > _COPIES * size:
+        raise ValueError(
+            f"{path}: its tensors have {held} bytes together, far more than the file of {size} bytes: they share "
+            "memory. Save the model as safetensors."
+        )
     return dict(tensors)
+
+
+def _refuse_unpacking(path: Path, size: int) -> None:
+    """Raise a ValueError if reading a file of torch.save, which are zip archives, takes more memory than its bytes."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("it is a packed archive, which torch.save does not write.")
+        if sum(entry.file_size for entry in entries) > size:
+            raise ValueError("its parts are larger than the file.")
+        for entry in entries:
+            # The only function that PyTorch lets a file call which makes an object of any size.
+            if entry.filename.endswith("data.pkl") and b"bytearray" in archive.read(entry):
+                raise ValueError("it makes other objects than tensors.")
 
 
 @dataclass(frozen=True)

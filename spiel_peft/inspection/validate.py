@@ -17,13 +17,21 @@ from torch import Tensor
 
 from spiel_kernels import index_dtype
 
-from ..adapter_format import MARKER, check_indices_and_values, check_training_state, split_file_key
+from ..adapter_format import (
+    DELTA_KEYS,
+    MARKER,
+    NOT_FINITE,
+    check_indices_and_values,
+    check_training_state,
+    not_finite,
+    split_file_key,
+)
 from ..budget import allocate_deltas
 from ..config import SpIELConfig, names_module
 from ..files.adapter_file import PREFIX, parents, read_config, read_tensors, tensors_file, unannounced
 from ..files.checkpoint import Base, Checkpoint, open_base
-from ..state import STATE_KEYS, RunSettings
-from ..weights.base_weight import FLOAT_DTYPES, PARAMETER, BaseInfo
+from ..state import RunSettings
+from ..weights.base_weight import PARAMETER, BaseInfo
 from .facts import matrix_shape, rows_of, weight_name
 
 _DELTA = ("indices", "values")
@@ -70,12 +78,13 @@ def validate_adapter(folder: str | os.PathLike[str], base: Base | None = None) -
     config_file = str(folder / "adapter_config.json")
     findings: list[Finding] = []
     config, tensors = None, None
-    path = tensors_file(folder) or folder / SAFETENSORS_WEIGHTS_NAME
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     try:
         config = read_config(folder)
     except (ValueError, FileNotFoundError) as error:
         findings.append(_of_error(config_file, error))
     try:
+        path = tensors_file(folder) or path
         path, tensors = read_tensors(folder)
     except (ValueError, FileNotFoundError) as error:
         findings.append(_of_error(str(path), error))
@@ -120,7 +129,7 @@ def _sorted_by_module(
             odd.append((key, "names an adapter; files hold '<module>.spiel_delta.indices' and '.values'"))
         elif parts is None:
             others[key] = tensor
-        elif parts[1] in (*_DELTA, *STATE_KEYS):
+        elif parts[1] in DELTA_KEYS:
             modules.setdefault(parts[0], {})[parts[1]] = tensor
         else:
             odd.append((key, "is not a tensor of a SpIEL delta"))
@@ -162,9 +171,6 @@ def _delta_problems(
 def _pair_problems(entries: Entries, size: int | None) -> Iterator[tuple[str, str]]:
     """Problems of indices and values, of both if both are bad."""
     values = entries.get("values")
-    if values is not None and values.is_floating_point() and values.dtype not in FLOAT_DTYPES:
-        yield "values", f"have the dtype {values.dtype}, which deltas cannot have"
-        return
     problem = check_indices_and_values(entries, size)
     if problem is None:
         return
@@ -184,8 +190,8 @@ def _other_problems(
     deltas = [f"{module}{MARKER}values" for module in adapted]
     odd = set(unannounced([*others, *deltas], config, _embeddings(base))) if config is not None else set()
     for key, tensor in others.items():
-        if tensor.dtype in FLOAT_DTYPES and not bool(torch.isfinite(tensor).all()):
-            yield key, "has values that are not finite"
+        if not_finite({key: tensor}):
+            yield key, NOT_FINITE
         if key in odd:
             yield key, "is in the file, but not in the config (modules_to_save, bias, trainable_token_indices)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,19 @@ from torch import Tensor, nn
 from spiel_kernels import adapted_entries, apply_deltas, read_entries, write_entries
 
 from ..sharding import refuse_merge
-from ..weights.base_weight import EntryBackup, ParameterBackup, QuantizedBackup, WeightBackup, writable
+from ..weights.base_weight import (
+    EntryBackup,
+    ParameterBackup,
+    QuantizedBackup,
+    WeightBackup,
+    memory_of,
+    repeats_memory,
+    writable,
+)
 from ..weights.merge_report import MERGE_IN_FLOAT32, MergeLoss, count_lost, log_loss
+
+# The layers that have merged deltas into a plain weight in place, by the memory of the weight.
+_WRITTEN: dict[int, weakref.WeakSet[Any]] = {}
 
 
 class MergingMixin:
@@ -80,18 +92,38 @@ class MergingMixin:
     def _write_merged(self, adapter_names: list[str]) -> None:
         base = self.get_base_layer()
         self.undo_interrupted()
+        if self.quantization_backend is None:
+            self._refuse_second_merge(base.weight)
         if self.quantization_backend is not None:
             self._write_quantized(base, adapter_names)
-        elif self.shared_with:
+        elif self.shared_with or repeats_memory(base.weight):
             self._write_shared(base, adapter_names)
         else:
             weight = base.weight.detach()
+            _WRITTEN.setdefault(memory_of(weight)[0], weakref.WeakSet()).add(self)
             positions, sums = adapted_entries(weight, self._pairs(adapter_names))
             originals, rounded = read_entries(weight, positions), sums.to(weight.dtype)
             self._backup = EntryBackup(positions, originals)
             write_entries(weight, positions, rounded)
             self._count_loss(originals, sums, rounded)
         self.merged_adapters = list(adapter_names)
+
+    def _refuse_second_merge(self, weight: Tensor) -> None:
+        """Raise a ValueError if a layer of another model has merged deltas into the same memory.
+
+        The second of the two to unmerge would restore entries that hold deltas of the first.
+        """
+        memory, begin, end = memory_of(weight)
+        for other in _WRITTEN.get(memory, ()):
+            if other is self or not isinstance(other._backup, EntryBackup):
+                continue
+            other_memory, other_begin, other_end = memory_of(other.get_base_layer().weight)
+            if other_memory == memory and other_begin < end and begin < other_end:
+                raise ValueError(
+                    f"{self.module_name}: another model that shares this weight has merged an adapter into it "
+                    f"({other.merged_adapters}); call unmerge_adapter() there first, or give one of the two models "
+                    "weights of its own"
+                )
 
     def _count_loss(self, originals: Tensor, sums: Tensor, rounded: Tensor) -> None:
         """Count the deltas that rounding to a half-precision weight has lost; in float32 hardly any are."""
@@ -136,6 +168,10 @@ class MergingMixin:
                 self._backup.restore(self)
             self._backup = None
         self.merged_adapters = []
+
+    def keep_merged(self) -> None:
+        """Forget the originals: the merged weight is the base weight from now on."""
+        self._backup = None
 
     def unmerge(self) -> None:
         """Undo `merge`: every overwritten weight gets its original bits back."""

@@ -101,6 +101,33 @@ def _inspect_bitsandbytes(weight: Tensor, shape: tuple[int, int]) -> str | None:
     return None
 
 
+def memory_of(tensor: Tensor) -> tuple[int, int, int]:
+    """An identity of the memory that a tensor lies in, and the tensor's first byte and the end of its last one there.
+
+    A tensor without plain memory of its own, such as one on the meta device or a sharded one, is all of its memory.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.numel():
+        return id(tensor), 0, 1
+    address = tensor.untyped_storage().data_ptr()
+    if not address:
+        return id(tensor), 0, 1
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = tensor.storage_offset()
+    return address, begin * tensor.element_size(), (begin + reach + 1) * tensor.element_size()
+
+
+def repeats_memory(tensor: Tensor) -> bool:
+    """Whether several entries of a tensor may lie in the same memory, as those of an expanded one do."""
+    if tensor.is_contiguous():
+        return False
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += (size - 1) * step
+    return False
+
+
 def keep_readable(module: nn.Module) -> None:
     """Undo and prevent the repacking of a 4-bit weight, which bitsandbytes does at the first evaluation on some CPUs.
 

@@ -24,6 +24,8 @@ from spiel_kernels import apply_deltas, copy_fold, read_entries, sum_entries, un
 from spiel_kernels.dispatch import on_host
 from spiel_kernels.workspace import workspace
 
+from .base_weight import repeats_memory
+
 Pairs = Sequence[tuple[Tensor, Tensor]]
 T = TypeVar("T")
 
@@ -192,7 +194,7 @@ def can_fold(parameter: Tensor) -> bool:
         type(parameter) in (Tensor, nn.Parameter)  # a sharded weight is a subclass
         and on_host(parameter)
         and not parameter.is_inference()
-        and 0 not in parameter.stride()
+        and not repeats_memory(parameter)
         and not parameter.untyped_storage().is_shared()
         and not hasattr(parameter, "ds_id")  # DeepSpeed's ZeRO stage 3
     )

@@ -59,7 +59,8 @@ TEXTS = {
     "a list": ("[1, 2]", "not a JSON object"),
     "cut off": ('{"peft_type": "SPIEL"', "cannot be read"),
     "a number of 5000 digits": ('{"peft_type": "SPIEL", "r": ' + "9" * 5000 + "}", "cannot be read"),
-    "large": ('{"a": "' + "x" * (33 << 20) + '"}', "bytes, more than"),
+    "large": ('{"a": "' + "x" * (5 << 20) + '"}', "bytes, more than"),
+    "an argument of PEFT's methods": ('{"peft_type": "SPIEL", "self": 1}', "has the field 'self'"),
 }
 
 
@@ -90,6 +91,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "target_modules": {"target_modules": "(" * 20_000 + ")" * 20_000},
     "layers_to_transform": {"layers_to_transform": [2**63]},
     "trainable_token_indices": {"trainable_token_indices": [2**63]},
+    "density_pattern": {"density_pattern": {f"a{number}.*": 0.1 for number in range(2000)}},
+    "exclude_modules": {"exclude_modules": [f"a{number}" for number in range(200_000)]},
 }
 
 
@@ -238,6 +241,30 @@ def test_bin_files_that_were_packed(folder: Path) -> None:
             packed.writestr(name, data)
     for read in READERS.values():
         with soon(), pytest.raises(ValueError, match="adapter_model.bin"):
+            read(folder)
+
+
+def test_bin_files_that_make_other_objects(folder: Path) -> None:
+    path = as_bin(folder, lambda ts: None)
+    with zipfile.ZipFile(path) as source:
+        content = {info.filename: source.read(info) for info in source.infolist()}
+    with zipfile.ZipFile(path, "w") as made:
+        for name, data in content.items():
+            huge = b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R."  # 2 GiB of zeros
+            made.writestr(name, huge if name.endswith("data.pkl") else data)
+    for read in READERS.values():
+        with soon(), pytest.raises(ValueError, match="adapter_model.bin.*other objects than tensors"):
+            read(folder)
+
+
+def test_bin_files_whose_tensors_share_memory(folder: Path) -> None:
+    """Each of them fits into the file, but not all of them together."""
+    values, indices = torch.zeros(1 << 16), torch.arange(1 << 16, dtype=torch.int32)
+    names = [f"model.layers.{number}.mlp.down_proj" for number in range(200)]
+    shared = {key_of(name, "values"): values for name in names} | {key_of(name, "indices"): indices for name in names}
+    as_bin(folder, lambda ts: ts.update(shared))
+    for read in READERS.values():
+        with soon(), pytest.raises(ValueError, match="adapter_model.bin.*share memory"):
             read(folder)
 
 

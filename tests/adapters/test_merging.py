@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel
-from support.adapters import adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config
+from support.adapters import adapted, assert_unchanged, deltas_of, layers_of, snapshot, spiel_config, trainable
 from support.models import logits, tiny_llama
 from support.tensors import same_bits
 from torch import nn
+
+from spiel_peft import SpIELLayer
 
 ALL = "all-linear"
 
@@ -216,3 +220,29 @@ def test_merging_writes_in_place_and_keeps_parameter_objects() -> None:
     assert [weight_of(layer).data_ptr() for layer in layers_of(model)] == pointers
     model.unmerge_adapter()
     assert all(weight_of(layer) is parameter for layer, parameter in zip(layers_of(model), parameters, strict=True))
+
+
+@pytest.mark.parametrize("fields", [{}, {"trainable_token_indices": [1, 2]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_interrupt_of_merge_and_unload_leaves_the_adapted_model(fields, late: bool, monkeypatch) -> None:
+    """Not one in which some modules have lost their deltas, and some base weights their values."""
+    model = adapted(**fields)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.add_(0.1)
+    before, expected = snapshot(model), logits(model)
+    last, merge = layers_of(model)[-1], SpIELLayer.merge
+
+    def interrupted(layer: SpIELLayer, *args: Any, **kwargs: Any) -> None:
+        if layer is not last or late:
+            merge(layer, *args, **kwargs)
+        if layer is last:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SpIELLayer, "merge", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_and_unload()
+    assert_unchanged(model, before)
+    assert same_bits(logits(model), expected)
+    assert same_bits(logits(model.merge_and_unload()), expected)

@@ -276,3 +276,26 @@ def test_transformers_adds_sets_disables_and_deletes_adapters(saved: Saved) -> N
     assert same_bits(logits(model), saved.logits)
     state = model.get_adapter_state_dict("loaded")
     assert {key.rpartition(".")[2] for key in state} == {"values", "indices"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "lm_head.modules_to_save.default.weight"),
+        ({"bias": "all"}, "k_proj.bias"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_tokens_delta.default"),
+        ({}, "q_proj.spiel_delta.default.values"),
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_training_has_ruined_is_not_saved(tmp_path: Path, fields: dict, name: str, value: float) -> None:
+    """Such a file could not be loaded, and would take the place of a good one."""
+    model = adapted(tiny_llama(attention_bias=True), **fields)
+    model.save_pretrained(tmp_path)
+    good = (tmp_path / FILE).read_bytes()
+    ruined = [parameter for key, parameter in model.named_parameters() if key.endswith(name)]
+    with torch.no_grad():
+        ruined[0].view(-1)[0] = value
+    with pytest.raises(ValueError, match="is not saved: 1 of its .* NaN or infinite"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / FILE).read_bytes() == good

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,16 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def refused_and_unchanged(model: nn.Module, error: type[BaseException], message: str = "") -> Iterator[None]:
+    """The block raises this error, and leaves the model as it was."""
+    before, state = snapshot(model), state_of(model)
+    with pytest.raises(error, match=message):
+        yield
+    assert_unchanged(model, before)
+    assert state_of(model) == state
+
+
 def by_from_pretrained(model: nn.Module, folder: Path, **kwargs: Any) -> object:
     return PeftModel.from_pretrained(model, folder, **kwargs)
 
@@ -67,7 +80,6 @@ def test_errors_while_the_file_is_read(
     saved: Saved, monkeypatch: pytest.MonkeyPatch, make, load, error: type[BaseException]
 ) -> None:
     model = make(saved)
-    before, state = snapshot(model), state_of(model)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error("in the middle of reading")
@@ -75,10 +87,8 @@ def test_errors_while_the_file_is_read(
     with monkeypatch.context() as patch:
         patch.setattr(peft.utils.save_and_load, "safe_load_file", fail)
         patch.setattr(transformers.modeling_utils, "convert_and_load_state_dict_in_model", fail)
-        with pytest.raises(error, match="in the middle of reading"):
+        with refused_and_unchanged(model, error, "in the middle of reading"):
             load(model, saved.adapter)
-    assert_unchanged(model, before)
-    assert state_of(model) == state
     result = load(model, saved.adapter)  # the name is free again
     model = result if isinstance(result, nn.Module) else model
     if len(model.peft_config) > 1:
@@ -90,7 +100,6 @@ def test_errors_while_the_file_is_read(
 def test_interrupts_while_tensors_are_copied(saved: Saved, monkeypatch: pytest.MonkeyPatch, make, load) -> None:
     """Ctrl-C at the third tensor: the first two are taken back."""
     model = make(saved)
-    before, state = snapshot(model), state_of(model)
     calls = [0]
 
     def interrupted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,16 +114,14 @@ def test_interrupts_while_tensors_are_copied(saved: Saved, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         for name in ("_load_from_state_dict", "_check_assigned"):
             patch.setattr(SparseDelta, name, interrupted(getattr(SparseDelta, name)))
-        with pytest.raises(KeyboardInterrupt):
+        with refused_and_unchanged(model, KeyboardInterrupt):
             load(model, saved.adapter)
     assert calls == [3]
-    assert_unchanged(model, before)
-    assert state_of(model) == state
 
 
 def test_an_adapter_that_is_loaded_again_keeps_its_deltas(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(saved.load_base(), seed=9)
-    before, states = snapshot(model), {name: delta.state for name, delta in deltas_of(model).items()}
+    states = {name: delta.state for name, delta in deltas_of(model).items()}
     original, last = SparseDelta._load_from_state_dict, list(deltas_of(model).values())[-1]
 
     def interrupted(delta: SparseDelta, *args: Any) -> None:
@@ -128,9 +135,8 @@ def test_an_adapter_that_is_loaded_again_keeps_its_deltas(saved: Saved, monkeypa
         lambda: set_peft_model_state_dict(model, read_adapter(saved.adapter)),
         lambda: set_peft_model_state_dict(model, read_adapter(saved.adapter), low_cpu_mem_usage=True),
     ):
-        with pytest.raises(KeyboardInterrupt):
+        with refused_and_unchanged(model, KeyboardInterrupt):
             load()
-        assert_unchanged(model, before)
         assert all(delta.state is states[name] for name, delta in deltas_of(model).items())
 
 
@@ -140,11 +146,8 @@ def test_files_that_are_cut_off(saved: Saved, tmp_path: Path, make, load) -> Non
     content = (folder / FILE).read_bytes()
     (folder / FILE).write_bytes(content[: len(content) * 2 // 3])
     model = make(saved)
-    before, state = snapshot(model), state_of(model)
-    with pytest.raises(ValueError, match=f"{FILE} cannot be read, it is damaged or incomplete"):
+    with refused_and_unchanged(model, ValueError, f"{FILE} cannot be read, it is damaged or incomplete"):
         load(model, folder)
-    assert_unchanged(model, before)
-    assert state_of(model) == state
 
 
 # --- what a file may hold ---
@@ -154,6 +157,7 @@ UNANNOUNCED = {
     "a weight": "model.layers.0.self_attn.k_proj.weight",
     "the weight of an adapted layer": "model.layers.0.self_attn.q_proj.base_layer.weight",
     "a norm": "model.norm.weight",
+    "a delta's unknown tensor": "model.layers.0.self_attn.q_proj.spiel_delta.spiel_extra",
     "another adapter's head": "lm_head.modules_to_save.default.weight",
     "the head's original": "lm_head.original_module.weight",
     "trained tokens": "model.embed_tokens.token_adapter.trainable_tokens_delta",
@@ -165,11 +169,8 @@ UNANNOUNCED = {
 def test_tensors_that_the_config_does_not_announce(saved: Saved, damaged, make, load, key: str) -> None:
     folder = damaged(lambda tensors: tensors.update({f"{PREFIX}{key}": torch.zeros(40, 16)}))
     model = make(saved)
-    before, state = snapshot(model), state_of(model)
-    with pytest.raises(ValueError, match=f"does not announce 1 of its tensors.*'{key}'"):
+    with refused_and_unchanged(model, ValueError, f"does not announce 1 of its tensors.*'{key}'"):
         load(model, folder)
-    assert_unchanged(model, before)
-    assert state_of(model) == state
     assert key in [finding.tensor for finding in validate_adapter(folder, saved.base)]
 
 
@@ -180,10 +181,8 @@ def test_a_head_is_not_written_by_another_adapters_file(saved: Saved, tmp_path: 
         folder = shutil.copytree(tmp_path / "good", tmp_path / key)
         edit_adapter(folder, lambda tensors, key=key: tensors.update({PREFIX + key: torch.zeros(40, 16)}))
         model = adapted(saved.load_base(), modules_to_save=["lm_head"])
-        before = snapshot(model)
-        with pytest.raises(ValueError, match=f"'{key}'"):
+        with refused_and_unchanged(model, ValueError, f"'{key}'"):
             model.load_adapter(folder, "second")
-        assert_unchanged(model, before)
         assert [finding.tensor for finding in validate_adapter(folder)] == [key]
     model.load_adapter(tmp_path / "good", "second")
 
@@ -236,16 +235,13 @@ OVERFLOWS = {
 def test_deltas_that_overflow(tmp_path: Path, base, fields, kwargs, stored, value: float, low_memory: bool) -> None:
     adapted(tiny_llama(dtype=base), **fields).save_pretrained(tmp_path)
     edit_adapter(tmp_path, lambda tensors: too_large(tensors, "values", stored, value))
+    message = "spiel_delta.values' (has values that are too large for|is not finite in)"
     model = tiny_llama(dtype=base)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="spiel_delta.values' (has values that are too large for|is not finite in)"):
+    with refused_and_unchanged(model, ValueError, message):
         PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low_memory, **kwargs)
-    assert_unchanged(model, before)
     model = adapted(tiny_llama(dtype=base), **fields)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="spiel_delta.values' (has values that are too large for|is not finite in)"):
+    with refused_and_unchanged(model, ValueError, message):
         model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_memory, **kwargs)
-    assert_unchanged(model, before)
 
 
 @pytest.mark.parametrize(("stored", "value"), [(torch.float64, 1e300), (torch.float32, float("nan"))])
@@ -253,10 +249,9 @@ def test_heads_that_are_not_finite(tmp_path: Path, stored: torch.dtype, value: f
     adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     edit_adapter(tmp_path, lambda tensors: too_large(tensors, "lm_head.weight", stored, value))
     model = tiny_llama()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="lm_head"):
+    with refused_and_unchanged(model, ValueError, "lm_head"):
         PeftModel.from_pretrained(model, tmp_path)
-    assert_unchanged(model, before)
+    before = snapshot(model)
     try:
         model.load_adapter(tmp_path)
     except ValueError as error:
@@ -266,11 +261,10 @@ def test_heads_that_are_not_finite(tmp_path: Path, stored: torch.dtype, value: f
         assert all(parameter.isfinite().all() for parameter in model.parameters())
         model = tiny_llama()
     live = get_peft_model(model, spiel_config(modules_to_save=["lm_head"]))
-    before = snapshot(live)
     key = f"{PREFIX}lm_head.modules_to_save.default.weight"
-    with pytest.raises(RuntimeError, match=f"{key} has values that are"):
-        live.load_state_dict({**before, key: torch.full((40, 16), value, dtype=stored)})
-    assert_unchanged(live, before)
+    bad = {**snapshot(live), key: torch.full((40, 16), value, dtype=stored)}
+    with refused_and_unchanged(live, RuntimeError, f"{key} has values that are"):
+        live.load_state_dict(bad)
 
 
 def test_deltas_of_modules_that_the_adapter_lacks(saved: Saved) -> None:
@@ -278,3 +272,33 @@ def test_deltas_of_modules_that_the_adapter_lacks(saved: Saved) -> None:
     model = adapted(saved.load_base(), target_modules=["q_proj"])
     with pytest.raises(ValueError, match="modules which this adapter lacks .*down_proj"):
         set_peft_model_state_dict(model, read_adapter(saved.adapter))
+
+
+def test_indices_without_values(damaged, saved: Saved) -> None:
+    """PEFT leaves such a module out and says so; transformers would give it these positions without a word."""
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.spiel_delta.values"
+    model = saved.load_base()
+    with refused_and_unchanged(model, ValueError, "values' is missing, while its indices are there"):
+        model.load_adapter(damaged(lambda tensors: tensors.pop(key)))
+
+
+@loaders
+def test_names_of_the_file_that_are_no_file(saved: Saved, tmp_path: Path, make, load) -> None:
+    """A pipe would be read for ever."""
+    for number, make_it in enumerate((Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"))):
+        folder = Path(shutil.copytree(saved.adapter, tmp_path / str(number)))
+        (folder / FILE).unlink()
+        make_it(folder / FILE)
+        model = make(saved)
+        with refused_and_unchanged(model, ValueError, f"{FILE} is not a file"):
+            load(model, folder)
+        assert "is not a file" in str(validate_adapter(folder)[0])
+
+
+def test_trained_tokens_that_the_file_lacks(saved: Saved, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved.adapter, tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "trainable_token_indices": [1]}))
+    model = saved.load_base()
+    with refused_and_unchanged(model, ValueError, "trainable_tokens_delta' is missing"):
+        PeftModel.from_pretrained(model, folder)

@@ -42,7 +42,11 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
     "NaN": (lambda t: values(t)[:1].fill_(float("nan")), "values", "not finite"),
     "infinite": (lambda t: values(t)[:1].fill_(float("inf")), "values", "not finite"),
     "integer values": (lambda t: put(t, "values", Tensor.int), "values", "floating dtype"),
-    "8-bit values": (lambda t: put(t, "values", lambda v: v.to(torch.float8_e4m3fn)), "values", "dtype torch.float8"),
+    "8-bit values": (
+        lambda t: put(t, "values", lambda v: v.to(torch.float8_e4m3fn)),
+        "values",
+        "floating dtype, got torch.float8",
+    ),
     "one value less": (lambda t: put(t, "values", lambda v: v[1:]), "values", "must have shape"),
     "no values": (lambda t: t.pop(key_of(Q, "values")), "values", "is missing"),
     "no indices": (lambda t: t.pop(key_of(Q, "indices")), "indices", "is missing"),

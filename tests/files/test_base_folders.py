@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,32 @@ def test_links_out_of_the_base_are_refused(folders, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a.jinja is a link to .*secret"):
         merge_adapter_into_checkpoint(base, folders[1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_links_out_of_the_base_are_refused(folders, tmp_path: Path) -> None:
+    base, adapter = shutil.copytree(folders[0], tmp_path / "base"), folders[1]
+    weights = next(base.glob("*.safetensors"))
+    weights.rename(tmp_path / "others.safetensors")
+    weights.symlink_to(tmp_path / "others.safetensors")
+    with pytest.raises(ValueError, match="is a link to .*others.safetensors, outside of"):
+        merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": 5}, "architectures must be a list of names, got 5"),
+        ({"architectures": [["a"]]}, "architectures must be a list of names"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 10000"),
+    ],
+)
+def test_base_configs_of_absurd_values(folders, tmp_path: Path, fields: dict[str, object], message: str) -> None:
+    base, adapter = shutil.copytree(folders[0], tmp_path / "base"), folders[1]
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ValueError, match=f"config.json: {message}"):
+        merge_adapter_into_checkpoint(base, adapter, tmp_path / "out")
 
 
 def test_links_within_the_base_and_within_a_cache_are_copied(folders, tmp_path: Path) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+from peft import get_peft_model
 from support.layers import CASES, HALF_AND_FULL, LayerCase, adapt, spiel_layer, values_of
 from support.tensors import assert_close, assert_same_bits
-from torch import nn
+from torch import Tensor, nn
+
+from spiel_peft import SpIELConfig
 
 NAN_MESSAGE = "NaNs detected in the merged weights"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -187,3 +191,94 @@ def test_shared_weight_merged_between_forward_and_backward_is_noticed() -> None:
         out.sum().backward()
     model.unmerge_adapter()
     assert layer.weight is weight
+
+
+# --- memory that others use ---
+
+
+def pair_of_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+
+def another_parameter(net: nn.Sequential) -> Tensor:
+    net[1].weight = nn.Parameter(net[0].weight.data)
+    return net[1].weight
+
+
+def a_transposed_view(net: nn.Sequential) -> Tensor:
+    net[1].weight = nn.Parameter(net[0].weight.data.T)
+    return net[1].weight
+
+
+def an_overlapping_part(net: nn.Sequential) -> Tensor:
+    memory = torch.randn(12, 8)
+    net[0].weight, net[1].weight = nn.Parameter(memory[:8]), nn.Parameter(memory[4:])
+    return net[1].weight
+
+
+def a_buffer(net: nn.Sequential) -> Tensor:
+    net.register_buffer("copy", net[0].weight.data)
+    return net.copy
+
+
+def another_name(net: nn.Sequential) -> Tensor:
+    net.table = net[0].weight
+    return net.table
+
+
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.parametrize(
+    "share",
+    [another_parameter, a_transposed_view, an_overlapping_part, a_buffer, another_name],
+    ids=lambda f: f.__name__,
+)
+def test_memory_that_others_use_keeps_its_bits(share: Callable[[nn.Sequential], Tensor], unload: bool) -> None:
+    net = pair_of_layers()
+    other = share(net)
+    before = other.detach().clone()
+    config = SpIELConfig(density=0.5, target_modules=["0"], init_weights=False)
+    model = get_peft_model(net, config).eval()
+    x = torch.randn(3, 8)
+    expected = model(x)
+    if unload:
+        assert torch.equal(model.merge_and_unload()(x), expected)
+    else:
+        model.merge_adapter()
+        assert torch.equal(model(x), expected)
+    assert torch.equal(other, before)
+
+
+def test_entries_that_share_memory_are_merged_into_a_copy() -> None:
+    net, memory = pair_of_layers(), torch.randn(8 * 4 + 8)
+    net[0].weight = nn.Parameter(memory.as_strided((8, 8), (4, 1)))
+    before = memory.clone()
+    model = get_peft_model(net, SpIELConfig(density=0.5, target_modules=["0"], init_weights=False)).train()
+    x = torch.randn(3, 8)
+    expected = model(x)
+    dense = net[0].get_base_layer().weight.detach() + net[0].get_delta_weight("default")
+    torch.testing.assert_close(expected, net[1](nn.functional.linear(x, dense, net[0].get_base_layer().bias)))
+    model.merge_adapter()
+    assert torch.equal(model(x), expected) and torch.equal(memory, before)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), expected) and torch.equal(memory, before)
+
+
+def test_two_models_on_one_weight_are_not_merged_together() -> None:
+    """Unmerged in the order of merging, the second would restore what held deltas of the first."""
+    net = pair_of_layers()
+    other = copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
+    before = net[0].weight.detach().clone()
+    first, second = (
+        get_peft_model(base, SpIELConfig(density=0.5, target_modules=["0"], init_weights=False, seed=seed))
+        for seed, base in enumerate((net, other))
+    )
+    first.merge_adapter()
+    with pytest.raises(ValueError, match="another model that shares this weight has merged"):
+        second.merge_adapter()
+    first.unmerge_adapter()
+    second.merge_adapter()
+    second.unmerge_adapter()
+    assert torch.equal(net[0].get_base_layer().weight, before)
+    first.merge_and_unload()  # the base weight of both, from now on
+    second.merge_adapter()
