@@ -1,15 +1,15 @@
 """Compile every Triton kernel for GPUs that are not there, at the sizes of LLaMA-2-7B: registers, spills, instructions.
 
 Needs no GPU: the compiler and the assembler come with Triton. Ends with status 1 if a kernel spills registers, asks for
-more shared memory than the part has, lacks a barrier between writing elements and overwriting some of them, or multiplies
-matrices of 16-bit numbers without the part's matrix instructions.
+more shared memory than the part has, lacks a barrier between writing elements and overwriting some of them, or
+multiplies matrices of 16-bit numbers without the part's matrix instructions.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,11 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_argument(parser)
 
 
-def deltas(rows: int, cols: int) -> int:
-    """How many deltas a matrix has at the rank."""
-    return RANK * (rows + cols)
-
-
 def launches_of(
     part: int,
     shapes: Iterable[tuple[int, int]] = SHAPES,
@@ -46,6 +41,7 @@ def launches_of(
     stored: Iterable[str] = STORED,
 ) -> list[Launch]:
     """What training matrices of these shapes, dtypes and formats launches on a part, one of each compilation."""
+    from spiel_kernels.matrix_kind import MatrixKind
     from spiel_kernels.triton_backend import every_launch as every
 
     from .launches import recorded
@@ -55,7 +51,7 @@ def launches_of(
     with recorded(part) as launches:
         for rows, cols in shapes:
             for dtype in dtypes:
-                kinds = [every.MatrixKind(rows, cols, dtype, form, deltas(rows, cols)) for form in stored]
+                kinds = [MatrixKind(rows, cols, dtype, form, k=RANK * (rows + cols)) for form in stored]
                 every.launch_all(kinds[0])
                 for kind in kinds[1:]:
                     every.launch_folds(kind)
@@ -64,7 +60,7 @@ def launches_of(
     return distinct(launches)
 
 
-def _with_tf32(run: Any) -> None:
+def _with_tf32(run: Callable[[], None]) -> None:
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -1,7 +1,7 @@
 """Compiles recorded launches for GPUs that are not there, and looks at the machine code that they would run.
 
-Registers, spills and shared memory decide how many programs run at a time; an instruction that is missing shows that the
-compiler understood a kernel otherwise than it was meant.
+Registers, spills and shared memory decide how many programs run at a time; an instruction that is missing shows that
+the compiler understood a kernel otherwise than it was meant.
 """
 
 from __future__ import annotations

@@ -25,14 +25,17 @@ from .gather import (
     gather_outer_sets,
 )
 from .index_set import check_index_set, index_dtype, replace_positions, sample_positions, sorted_order
+from .matrix_kind import MatrixKind
 from .momentum import sm3_accumulate_, top_outer_positions
 from .select import topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
+from .warming import warm_up
 
 # Before the packages that look for `kernels` are imported: spiel_peft and the benchmarks import this package first.
 _folder_name.hide_folder()
 
 __all__ = [
+    "MatrixKind",
     "StreamingTopK",
     "adapted_entries",
     "apply_deltas",
@@ -60,5 +63,6 @@ __all__ = [
     "topk_embedding",
     "topk_outer",
     "union_positions",
+    "warm_up",
     "write_entries",
 ]

@@ -1,7 +1,7 @@
 """What a GPU would be given to do, seen without one.
 
-Triton's compiler and its interpreter exclude each other in a process: with TRITON_INTERPRET=1, as `make test` sets it in
-a process of its own, the interpreter's tests run, and the compiler's without it.
+Triton's compiler and its interpreter exclude each other in a process: with TRITON_INTERPRET=1, as `make test` sets it
+in a process of its own, the interpreter's tests run, and the compiler's without it.
 """
 
 from __future__ import annotations

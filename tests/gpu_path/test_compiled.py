@@ -18,6 +18,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from spiel_kernels import triton_backend
+from spiel_kernels.matrix_kind import MatrixKind
 from spiel_kernels.outer_plan import plan_outer
 from spiel_kernels.triton_backend import every_launch, outer
 
@@ -128,7 +129,7 @@ def test_counts_have_no_compilations_of_their_own() -> None:
         for k in (1, 16, 170, 6000):
             with launches.recorded(90) as found:
                 for stored in ("plain", "nf4 nested", "int8"):
-                    every_launch.launch_all(every_launch.MatrixKind(192, 320, dtype, stored, k))
+                    every_launch.launch_all(MatrixKind(192, 320, dtype, stored, k=k))
             keys.append({(launch.name, launch.key) for launch in found})
         assert all(one == keys[0] for one in keys[1:])
 
