@@ -110,27 +110,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def compiled_table(result: dict[str, Any]) -> str:
-    """A row per kernel, number of warps and width of operands: the largest numbers of all its compilations."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """A row per kernel, number of warps and use of matrix units: the largest numbers of all compilations of it."""
+    parts = [f"sm_{part}" for part in result["parts"]]
+    groups: dict[tuple[str, int, bool], list[dict[str, dict[str, int]]]] = {}
     for row in result["kernels"]:
-        groups.setdefault((row["kernel"], row["warps"]), []).append(row)
-    columns, parts = result["columns"], [f"sm_{part}" for part in result["parts"]]
-    lines = []
-    for (kernel, warps), group in sorted(groups.items()):
-        cells = [f"`{kernel}`", str(warps), str(len(group))]
-        for part in parts:
-            codes = [dict(zip(columns, row[part], strict=True)) for row in group if part in row]
-            cells.append(", ".join(_largest(codes)))
-        lines.append(cells)
-    return markdown(["kernel", "warps", "compilations", *parts], lines)
+        codes = {part: dict(zip(result["columns"], row[part], strict=True)) for part in parts if part in row}
+        matrix = any(code["matrix"] for code in codes.values())
+        groups.setdefault((row["kernel"], row["warps"], matrix), []).append(codes)
+    rows = []
+    for (kernel, warps, matrix), group in sorted(groups.items()):
+        cells = [_largest([codes[part] for codes in group if part in codes]) for part in parts]
+        rows.append([f"`{kernel}`", str(warps), "yes" if matrix else "", str(len(group)), *cells])
+    return markdown(["kernel", "warps", "matrix units", "compilations", *parts], rows)
 
 
-def _largest(codes: list[dict[str, int]]) -> Iterable[str]:
+def _largest(codes: list[dict[str, int]]) -> str:
     if not codes:
-        return
-    yield f"{max(code['registers'] for code in codes)} registers"
-    spilled = max(code["stack_bytes"] for code in codes)
-    if spilled:
-        yield f"{spilled} bytes spilled"
-    yield f"{max(code['shared_bytes'] for code in codes) / 1024:.3g} KiB"
-    yield f"{max(code['instructions'] for code in codes)} instructions"
+        return ""
+    most = {name: max(code[name] for code in codes) for name in codes[0]}
+    return f"{most['registers']}, {most['stack_bytes']}, {most['shared_bytes'] / 1024:.3g}, {most['instructions']}"
