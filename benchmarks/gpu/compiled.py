@@ -1,8 +1,8 @@
 """Compile every Triton kernel for GPUs that are not there, at the sizes of LLaMA-2-7B: registers, spills, instructions.
 
 Needs no GPU: the compiler and the assembler come with Triton. Ends with status 1 if a kernel spills registers, asks for
-more shared memory than the part has, lacks a barrier between writing elements and overwriting some of them, or
-multiplies matrices of 16-bit numbers without the part's matrix instructions.
+more shared memory than the part has, lacks a barrier between writing elements and overwriting some of them, multiplies
+matrices of 16-bit numbers without the part's matrix instructions, or divides 32-bit positions in 64 bits.
 """
 
 from __future__ import annotations

@@ -136,6 +136,8 @@ def faults(launch: Launch, kernel: CompiledKernel, code: MachineCode, arch: int)
         found.append(f"{code.shared_bytes} bytes of shared memory, of {part.shared_bytes} on sm_{arch}")
     if wants_matrix_units(kernel.asm["ttir"]) and not code.matrix:
         found.append(f"no {part.matrix_instruction} on sm_{arch}")
+    if launch.signature.get("indices") == "*i32" and re.search(r"\b(div|rem)\.[su]64", kernel.asm["ptx"]):
+        found.append("positions of 32 bits are divided in 64")
     source, first_line = inspect.getsourcelines(launch.kernel.fn)
     if any("tl.debug_barrier()" in line for line in source):
         if not barrier_holds(kernel.asm["ptx"], source, first_line):
