@@ -49,7 +49,7 @@ demo: $(VENV)/.demo-installed
 # so its tests have one of their own.
 test: lint $(VENV)/.quantizers-installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton tests/gpu_path $(PYTEST_ARGS)
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/quantizers OMP_NUM_THREADS=1 $(BIN)/pytest tests/optimizers/test_low_bit.py \
 		tests/layers/test_other_quantizers.py $(PYTEST_ARGS)
 

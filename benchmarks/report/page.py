@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..gpu import PARTS
+from ..gpu.compiled import RESULT as COMPILED
+from ..gpu.compiled import compiled_table
 from ..gpu.table import gpu_table
 from ..gpu.training import AG, MA, UNIFORM
 from ..layer import FROZEN
@@ -277,6 +279,21 @@ def _gpu(results: Results) -> Iterator[str]:
         yield from _section("GPU", measured[0], gpu_table(found), _plot(results, "gpu_gather"))
 
 
+def _compiled(results: Results) -> Iterator[str]:
+    result = results.get(COMPILED)
+    if result is not None:
+        faults = "".join(f"\n- {fault}" for fault in result["faults"])
+        yield from _section(
+            "Kernels compiled for GPUs that are not there",
+            result,
+            "Every Triton kernel at the sizes of LLaMA-2-7B, from the launches that training would make. For each "
+            "part: registers and bytes of spilled registers per thread, KiB of shared memory per program, machine "
+            "instructions; the largest of all compilations of a kernel.",
+            compiled_table(result),
+            f"Faults:\n{faults}" if faults else "No fault: nothing spills, barriers and matrix instructions are there.",
+        )
+
+
 def results_page(results: Results) -> str:
     """The whole page; results that do not exist are left out."""
     blocks = [_HEAD.strip(), "## Targets", target_table(results)]
@@ -288,6 +305,7 @@ def results_page(results: Results) -> str:
     if scaling is not None:
         blocks += _section("Scaling on a CPU", scaling, scaling_table(scaling), _plot(results, "scaling"))
     blocks += _gpu(results)
+    blocks += _compiled(results)
     profile = results.get("profile_smollm2")
     if profile is not None:
         blocks += _section("How gradients concentrate", profile, profile_table(profile))

@@ -25,15 +25,18 @@ from .gather import (
     gather_outer_sets,
 )
 from .index_set import check_index_set, index_dtype, sample_positions, sorted_order
+from .matrix_kind import MatrixKind
 from .momentum import sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
 from .select import Largest, largest_outer, topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
+from .warming import warm_up
 
 # Before the packages that look for `kernels` are imported: spiel_peft and the benchmarks import this package first.
 _folder_name.hide_folder()
 
 __all__ = [
     "Largest",
+    "MatrixKind",
     "StreamingTopK",
     "adapted_entries",
     "apply_deltas",
@@ -62,5 +65,6 @@ __all__ = [
     "topk_embedding",
     "topk_outer",
     "union_positions",
+    "warm_up",
     "write_entries",
 ]

@@ -64,6 +64,20 @@ def _packed_weight(base: nn.Module) -> _Packed4bit | _Packed8bit | None:
     return None
 
 
+def stored_as(base: nn.Module) -> tuple[str, torch.dtype | None, int] | None:
+    """How the kernels see the weight of a bitsandbytes layer.
+
+    Returns:
+        What `spiel_kernels.MatrixKind` calls ``stored``, ``weight_dtype`` and ``blocksize``; None for layers whose
+        weight `adapted_in_workspace` cannot make.
+    """
+    packed = _packed_weight(base)
+    if isinstance(packed, _Packed4bit):
+        nested = " nested" if packed.state.state2 is not None else ""
+        return packed.state.quant_type + nested, packed.state.dtype, packed.state.blocksize
+    return None if packed is None else ("int8", None, 64)
+
+
 def _readable_4bit(weight: Tensor, state: Any) -> bool:
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return False  # not quantized, or repacked for a CPU kernel

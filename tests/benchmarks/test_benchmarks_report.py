@@ -192,3 +192,21 @@ def test_links_of_the_page_exist() -> None:
     for name in plots.drawable(tables.Results()):
         assert f"(results/plots/{name}.png)" in text
         assert (ROOT / "benchmarks" / "results" / "plots" / f"{name}.png").is_file()
+
+
+def test_compiled_kernels(tmp_path: Path) -> None:
+    columns = ["registers", "stack_bytes", "shared_bytes", "matrix", "barriers", "instructions"]
+    tile = {"kernel": "tile", "warps": 4, "sm_80": [122, 0, 32768, 32, 8, 400], "sm_90": [66, 0, 49152, 4, 4, 500]}
+    plain = {"kernel": "tile", "warps": 4, "sm_80": [206, 8, 16384, 0, 6, 2500]}
+    result = {
+        "parts": [80, 90],
+        "columns": columns,
+        "kernels": [tile, {**tile, "sm_80": [140, 0, 1024, 32, 8, 300]}, plain],
+    }
+    environment.save("compiled_kernels", {**result, "faults": ["tile (a fp32): 8 bytes"]}, tmp_path)
+    text = page.results_page(tables.Results(tmp_path))
+    assert "| `tile` | 4 |  | 1 | 206, 8, 16, 2500 |  |\n" in text
+    assert "| `tile` | 4 | yes | 2 | 140, 0, 32, 400 | 66, 0, 48, 500 |\n" in text
+    assert "Faults:\n\n- tile (a fp32): 8 bytes\n" in text
+    environment.save("compiled_kernels", {**result, "faults": []}, tmp_path)
+    assert "No fault: nothing spills" in page.results_page(tables.Results(tmp_path))

@@ -9,7 +9,7 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _write_adapted_kernel(
     weight,  # [numel], contiguous
     indices,  # [k] int32 or int64

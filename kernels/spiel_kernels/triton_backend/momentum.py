@@ -14,7 +14,7 @@ _BLOCK = 128
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cols"])
 def _accumulate_kernel(
     row,  # [rows] float32, changed
     col,  # [cols] float32, the old accumulators

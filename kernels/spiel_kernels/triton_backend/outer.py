@@ -73,7 +73,7 @@ def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
     splits = triton.cdiv(padded, tokens_per_split)
     size = max(1, min(total, _WORKSPACE_BYTES // (4 * splits * high * wide)))
     products = torch.empty(splits * size * high * wide, dtype=torch.float32, device=a.device)
-    half = a.dtype.itemsize == 2
+    half, precision = a.dtype.itemsize == 2, _precision(a.dtype)
     for first in range(0, total, size):
         count = min(size, total - first)
         tile_products_kernel[(count, splits)](
@@ -91,11 +91,12 @@ def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
             HIGH=high,
             WIDE=wide,
             TOKENS=64 if half else 32,
-            PRECISION=_precision(a.dtype),
+            PRECISION=precision,
             # Triton's interpreter multiplies the bits of bfloat16 operands.
             WIDEN=interpreting() and a.dtype == torch.bfloat16,
             num_warps=8 if high * wide > 64 * 128 else 4,
-            num_stages=3,
+            # Without matrix instructions products take longer than the next operands; a third stage spills registers.
+            num_stages=3 if half or precision == "tf32" else 2,
         )
         pick_entries_kernel[(triton.cdiv(plan.k, _PICK_BLOCK),)](
             indices,
@@ -131,7 +132,7 @@ def _gather_entries(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
         a.shape[1],
         BLOCK=_DOT_BLOCK,
         TOKENS=_TOKENS,
-        num_warps=4,
+        num_warps=4 if a.dtype.itemsize == 2 else 8,  # as many bytes per thread
     )
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def token_major_kernel(
     x,  # [tokens, width] any strides
     out,  # [width, padded] contiguous, zero from `tokens` on
@@ -29,7 +29,7 @@ def token_major_kernel(
     tl.store(out + w[:, None] * padded + n[None, :], turned, mask=(w < width)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def tile_products_kernel(
     a,  # [rows, >= padded] token-major, a row every stride_a
     b,  # [cols, >= padded] token-major
@@ -74,7 +74,7 @@ def tile_products_kernel(
     tl.store(base + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "matrix_cols", "first", "count", "splits", "split_stride", "steps"])
 def pick_entries_kernel(
     indices,  # [k] int32 or int64
     row_rank,  # [rows] int16 or int32
@@ -95,7 +95,8 @@ def pick_entries_kernel(
 ):
     slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = slots < k
-    position = tl.load(indices + slots, mask=inside, other=0).to(tl.int64)
+    # Divided in the width of the indices: a division of 64 bits takes several times as long.
+    position = tl.load(indices + slots, mask=inside, other=0)
     row = position // matrix_cols
     col = (position - row * matrix_cols).to(tl.int32)
     rank = tl.load(row_rank + row, mask=inside, other=0).to(tl.int32)
@@ -118,7 +119,7 @@ def pick_entries_kernel(
     tl.store(out + slots, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "matrix_cols"])
 def entry_dots_kernel(
     a,  # [rows, >= padded] token-major, a row every stride_a
     b,  # [cols, >= padded] token-major
@@ -135,9 +136,10 @@ def entry_dots_kernel(
     # Sorted positions of one row follow each other, so that most rows of a come from the nearest cache.
     slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = slots < k
-    position = tl.load(indices + slots, mask=inside, other=0).to(tl.int64)
+    position = tl.load(indices + slots, mask=inside, other=0)
     row = position // matrix_cols
-    col = position - row * matrix_cols
+    col = (position - row * matrix_cols).to(tl.int64)
+    row = row.to(tl.int64)
     n = tl.arange(0, TOKENS)
     a_block = a + row[:, None] * stride_a + n[None, :]
     b_block = b + col[:, None] * stride_b + n[None, :]
@@ -168,7 +170,7 @@ def _first_at_least(
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def dense_entries_kernel(
     a,  # [tokens, rows] any strides
     b,  # [tokens, cols] any strides

@@ -50,7 +50,7 @@ def _count_kernel(
     tl.store(counts + tl.program_id(0), tl.sum(reached.to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "first"])
 def _append_kernel(
     product,  # [numel] float32
     bound,  # [1] float32, not negative
