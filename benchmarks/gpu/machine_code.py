@@ -104,13 +104,19 @@ def wants_matrix_units(ttir: str) -> bool:
     return False
 
 
-def barrier_holds(ptx: str, source: Iterable[str], first_line: int) -> bool:
-    """Whether all stores before a kernel's barrier are separated by it from all stores after it.
+def barriers_hold(ptx: str, source: Iterable[str], first_line: int) -> bool:
+    """Whether each barrier of a kernel separates the stores before it from those after it.
+
+    A barrier with no stores after it, other than the kernel's only one, ends a loop: it has to follow the last store.
 
     Args:
-        source: lines of the kernel, which has ``tl.debug_barrier()`` once; first_line: number of the first one.
+        source: lines of the kernel, with ``tl.debug_barrier()`` at least once; first_line: number of the first one.
     """
-    (barrier,) = (first_line + number for number, line in enumerate(source) if "tl.debug_barrier()" in line)
+    lines = [first_line + number for number, text in enumerate(source) if "tl.debug_barrier()" in text]
+    return all(_barrier_holds(ptx, line, ends_loop=len(lines) > 1 and line == lines[-1]) for line in lines)
+
+
+def _barrier_holds(ptx: str, barrier: int, ends_loop: bool) -> bool:
     line, events = 0, []
     for text in ptx.splitlines():
         place = re.match(r"\s*\.loc\s+\d+ (\d+) \d+(?:.*inlined_at \d+ (\d+))?", text)
@@ -120,10 +126,12 @@ def barrier_holds(ptx: str, source: Iterable[str], first_line: int) -> bool:
             events.append("barrier")
         elif "st.global" in text:
             events.append("before" if line < barrier else "after")
-    if "after" not in events:
-        return "before" in events
-    stores = events.index("after")
+    if "before" not in events:
+        return False
     last = len(events) - 1 - events[::-1].index("before")
+    if "after" not in events:
+        return not ends_loop or "barrier" in events[last:]
+    stores = events.index("after")
     return last < stores and "barrier" in events[last:stores]
 
 
@@ -140,7 +148,7 @@ def faults(launch: Launch, kernel: CompiledKernel, code: MachineCode, arch: int)
         found.append("positions of 32 bits are divided in 64")
     source, first_line = inspect.getsourcelines(launch.kernel.fn)
     if any("tl.debug_barrier()" in line for line in source):
-        if not barrier_holds(kernel.asm["ptx"], source, first_line):
+        if not barriers_hold(kernel.asm["ptx"], source, first_line):
             found.append("no barrier between the stores before and after tl.debug_barrier()")
     return found
 

@@ -94,14 +94,24 @@ def test_a_missing_barrier_is_found(name: str) -> None:
     launch = next(one for one in named(half_launches(90), name) if machine_code.describe(one)["FOLD"] == "True")
     ptx = machine_code.compile_launch(launch, 90).asm["ptx"]
     source = inspect.getsourcelines(launch.kernel.fn)
-    assert machine_code.barrier_holds(ptx, *source)
+    assert machine_code.barriers_hold(ptx, *source)
     lines = ptx.splitlines()
     barriers = [number for number, line in enumerate(lines) if "bar.sync" in line]
     without = [line for number, line in enumerate(lines) if number not in barriers]
-    assert not machine_code.barrier_holds("\n".join(without), *source)
+    assert not machine_code.barriers_hold("\n".join(without), *source)
     last_store = max(number for number, line in enumerate(without) if "st.global" in line)
     late = [*without[: last_store + 1], lines[barriers[0]], *without[last_store + 1 :]]
-    assert not machine_code.barrier_holds("\n".join(late), *source)
+    assert not machine_code.barriers_hold("\n".join(late), *source)
+
+
+def test_a_missing_barrier_at_the_end_of_a_loop_is_found() -> None:
+    launch = named(half_launches(90), "dense_entries_kernel")[0]
+    lines = machine_code.compile_launch(launch, 90).asm["ptx"].splitlines()
+    source = inspect.getsourcelines(launch.kernel.fn)
+    assert machine_code.barriers_hold("\n".join(lines), *source)
+    last_store = max(number for number, line in enumerate(lines) if "st.global" in line)
+    open_end = [line for number, line in enumerate(lines) if number < last_store or "bar.sync" not in line]
+    assert not machine_code.barriers_hold("\n".join(open_end), *source)
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -170,7 +170,7 @@ def _first_at_least(
     return low
 
 
-@triton.jit(do_not_specialize=["tokens", "steps"])
+@triton.jit(do_not_specialize=["tokens", "rows", "cols", "across", "tiles", "steps"])
 def dense_entries_kernel(
     a,  # [tokens, rows] any strides
     b,  # [tokens, cols] any strides
