@@ -107,6 +107,29 @@ def runs_triton(*tensors: Tensor) -> bool:
     return True
 
 
+def tf32_allowed() -> bool:
+    """Whether matrix products of float32 tensors on a GPU may round their operands to TF32.
+
+    PyTorch 2.9 has another setting than earlier versions, and reading the old one raises once the new one was set, as
+    transformers' ``TrainingArguments(tf32=True)`` does.
+    """
+    if not hasattr(torch.backends, "fp32_precision"):
+        return torch.backends.cuda.matmul.allow_tf32
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def tags_of(schema: str, decides_at_run_time: bool = False) -> tuple[torch.Tag, ...]:
+    """The tags of an operator that `torch.compile` should know.
+
+    Out of CUDA graphs stay operators that write to their arguments in place, as a replay would write to the memory of
+    the recording, and those that decide at run time what they launch. PyTorch before 2.8 does not know that tag.
+    """
+    tags = [torch.Tag.pt2_compliant_tag]
+    if ("!)" in schema or decides_at_run_time) and hasattr(torch.Tag, "cudagraph_unsafe"):
+        tags.append(torch.Tag.cudagraph_unsafe)
+    return tuple(tags)
+
+
 def operation(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     """Register a function as ``torch.ops.spiel_kernels.<name>``; under `torch.compile` calls go through that.
 
@@ -120,7 +143,7 @@ def operation(schema: str, fake: Callable[..., Any]) -> Callable[[F], F]:
     name = schema.partition("(")[0]
 
     def decorate(function: F) -> F:
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(schema, tags=tags_of(schema))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 

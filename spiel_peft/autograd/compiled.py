@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spiel_kernels.dispatch import new_library
+from spiel_kernels.dispatch import new_library, tags_of
 from spiel_kernels.gather import ConvGeometry
 
 from ..delta import SparseDelta
@@ -198,7 +198,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
 def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register an operator for all devices. `fake` returns empty tensors of its outputs' shapes."""
     name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(schema, tags=tags_of(schema, decides_at_run_time=True))
     _library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 

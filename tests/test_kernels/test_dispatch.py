@@ -57,3 +57,46 @@ def test_the_environment_is_checked() -> None:
     done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "SPIEL_KERNELS must be one of auto, torch, triton, got 'fast'" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="PyTorch does not know the tag yet")
+def test_operators_that_write_in_place_stay_out_of_cuda_graphs() -> None:
+    import spiel_kernels.quantized  # noqa: F401  registers its operators
+    import spiel_peft.autograd.compiled  # noqa: F401
+
+    unsafe = torch.Tag.cudagraph_unsafe
+    ops, own = torch.ops.spiel_kernels, torch.ops.spiel_peft
+    in_place = [ops.copy_fold, ops.dequantize_fold_4bit, ops.dequantize_fold_8bit, ops.sm3_accumulate_]
+    decide = [own.adapted, own.adapted_grad_input, own.adapted_grad_values]
+    assert all(unsafe in op.default.tags for op in [*in_place, *decide])
+    assert unsafe not in ops.topk_outer.default.tags
+    names = [name for name in torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")]
+    ours = [name.removeprefix("spiel_kernels::") for name in names if name.startswith("spiel_kernels::")]
+    for name in ours:
+        overload = getattr(ops, name).default
+        assert ("!)" in str(overload._schema)) == (unsafe in overload.tags), name
+
+
+SETTINGS = {
+    "nothing": ("pass", False),
+    "legacy": ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+    "matmul precision": ("torch.set_float32_matmul_precision('high')", True),
+}
+if hasattr(torch.backends, "fp32_precision"):
+    SETTINGS |= {
+        "all backends": ("torch.backends.fp32_precision = 'tf32'", True),
+        "products": ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        "all but products": (
+            "torch.backends.fp32_precision = 'tf32'; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+            False,
+        ),
+    }
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tf32_is_read_however_it_was_set(setting: str) -> None:
+    """In a process each, as PyTorch refuses to mix its settings."""
+    statement, expected = SETTINGS[setting]
+    program = f"import torch; from spiel_kernels.dispatch import tf32_allowed; {statement}; print(tf32_allowed())"
+    got = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert got.stdout.strip() == str(expected)

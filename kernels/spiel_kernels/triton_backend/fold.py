@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,6 +35,7 @@ def write_adapted(weight: Tensor, indices: Tensor, values: Tensor, out: Tensor) 
     if k == 0:
         return
     grid = (triton.cdiv(k, _BLOCK),)
-    _write_adapted_kernel[grid](
-        weight, indices.contiguous(), values.detach().contiguous(), out, k, BLOCK=_BLOCK, num_warps=4
-    )
+    with torch.cuda.device_of(out):
+        _write_adapted_kernel[grid](
+            weight, indices.contiguous(), values.detach().contiguous(), out, k, BLOCK=_BLOCK, num_warps=4
+        )

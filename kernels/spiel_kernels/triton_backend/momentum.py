@@ -41,13 +41,15 @@ def _accumulate_kernel(
         position = tl.load(indices + slots, mask=inside, other=0).to(tl.int64)
         column = tl.where(inside, position - first, 0)
         g = tl.load(gradient + slots, mask=inside, other=0.0).to(tl.float32)
-        value = tl.minimum(old, tl.load(col + column, mask=inside, other=0.0)) + g * g
+        known = tl.load(col + column, mask=inside, other=0.0)
+        value = tl.minimum(old, known, propagate_nan=tl.PropagateNan.ALL) + g * g
         tl.store(nu + slots, value, mask=inside)
         # NaN above all numbers, whatever its sign.
         bits = tl.where(value == value, value.to(tl.int32, bitcast=True), _NAN_BITS)
         tl.atomic_max(col_bits + column, bits, mask=inside, sem="relaxed")
         most = tl.maximum(most, tl.where(inside, bits, 0))
-    best = tl.maximum(tl.max(most, axis=0), old.to(tl.int32, bitcast=True))
+    old_bits = tl.where(old == old, old.to(tl.int32, bitcast=True), _NAN_BITS)
+    best = tl.maximum(tl.max(most, axis=0), old_bits)
     tl.store(row + program, best.to(tl.float32, bitcast=True))
 
 

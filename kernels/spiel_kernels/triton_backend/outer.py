@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..dispatch import interpreting
+from ..dispatch import interpreting, tf32_allowed
 from ..index_set import row_bounds_of
 from ..outer_plan import BUSY_PROGRAMS, OuterPlan, token_splits
 from ..outer_products import check_planned, gather_by_plan
@@ -60,7 +60,7 @@ def token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def _gather_compact(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: Tensor) -> None:

@@ -72,3 +72,18 @@ def test_strided_and_wide_operands_stay_with_pytorch(device: str) -> None:
         with use_backend("triton"):
             assert torch.equal(sm3_accumulate_(row, col, indices, gradient), expected)
         assert torch.equal(row, expected_row) and torch.equal(col, expected_col)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+@pytest.mark.parametrize("side", ["row", "col"])
+def test_accumulators_that_are_nan_stay_so_and_spread_as_in_pytorch(side: str, sign: int, device: str) -> None:
+    """A minimum that ignores NaN would go on with the other accumulator, as if nothing had happened."""
+    results = []
+    for backend in ("torch", "triton"):
+        row, col = torch.ones(3, device=device), torch.ones(4, device=device)
+        (row if side == "row" else col)[1] = math.copysign(math.nan, sign)
+        indices = torch.tensor([0, 1, 4, 7, 10], device=device)
+        with use_backend(backend):
+            nu = sm3_accumulate_(row, col, indices, torch.full((5,), 0.5, device=device))
+        results.append([tensor.isnan().tolist() for tensor in (nu, row, col)])
+    assert results[0] == results[1] and any(results[0][0])
