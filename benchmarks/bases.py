@@ -36,6 +36,7 @@ class LlamaShape:
 
 LLAMA_2_7B = LlamaShape(4096, 11008, 32, 32, 32, 32000)
 LLAMA_2_13B = LlamaShape(5120, 13824, 40, 40, 40, 32000)
+LLAMA_2_70B = LlamaShape(8192, 28672, 80, 64, 8, 32000)
 TINY = LlamaShape(64, 128, 2, 4, 2, 128)
 
 
@@ -99,12 +100,8 @@ def keep_smollm2(folder: Path) -> BaseSpec:
     return BaseSpec(checkpoint=str(folder))
 
 
-def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
-    """Build a frozen Llama with random weights, layer by layer on the device.
-
-    With `nf4`, at most one unquantized matrix of a layer exists at a time.
-    """
-    config = LlamaConfig(
+def llama_config(shape: LlamaShape, dtype: torch.dtype) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -115,6 +112,14 @@ def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf
         tie_word_embeddings=False,
         dtype=dtype,
     )
+
+
+def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf4: bool) -> Any:
+    """Build a frozen Llama with random weights, layer by layer on the device.
+
+    With `nf4`, at most one unquantized matrix of a layer exists at a time.
+    """
+    config = llama_config(shape, dtype)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     generator = torch.Generator(device=device).manual_seed(0)
@@ -125,14 +130,22 @@ def random_llama(shape: LlamaShape, dtype: torch.dtype, device: torch.device, nf
                 data.normal_(0.0, _INIT_STD, generator=generator)
             setattr(module, key, nn.Parameter(data, requires_grad=False))
         if nf4 and isinstance(module, nn.Linear) and module is not model.lm_head:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, nf4_linear(module.weight.data, dtype))
-            module.weight = None  # type: ignore[assignment]
+            replace_by_nf4(model, name, dtype)
     # Buffers of this module are computed from the config.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     if nf4:
         model.is_loaded_in_4bit = True  # PEFT's LoRA reads this to choose its 4-bit layers
     return model
+
+
+def replace_by_nf4(model: nn.Module, name: str, compute_dtype: torch.dtype) -> None:
+    """Quantize the linear layer of this name, in place, and free its weight."""
+    parent, _, child = name.rpartition(".")
+    module = model.get_submodule(name)
+    quantized = nf4_linear(module.weight.data, compute_dtype)
+    module.weight = None  # type: ignore[assignment]
+    quantized.bias = module.bias
+    setattr(model.get_submodule(parent), child, quantized)
 
 
 def nf4_linear(weight: Tensor, compute_dtype: torch.dtype) -> nn.Module:

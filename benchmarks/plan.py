@@ -1,6 +1,7 @@
-"""Memory per GPU and bytes sent per step for a model too large to be run here, computed from formulas.
+"""Memory per GPU and bytes sent per step for large models, from counted bytes (`python -m benchmarks memory --count`).
 
-Nothing is measured. The source of every formula is given; `--write` puts the tables into docs/scaling.md.
+Counts are of one process. What several GPUs add, share or send is computed from formulas, each with its source.
+`--write` puts the tables into docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -9,101 +10,23 @@ import argparse
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from spiel_peft.cycle.window import SHORTLIST
+
+from .environment import RESULTS, load_all
+from .ledger import BASE, GRADIENTS, OPTIMIZER, PARTS, VALUES, WINDOW
+from .memory import BETWEEN, PREFIX, entry_name
+from .stepping import LORA
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 _MARKED = re.compile(r"(<!-- plan: (\w+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _GIB = 2**30
 
 FLOAT32, BFLOAT16, INT32 = 4, 2, 4
-# bitsandbytes' NF4 with double quantization (Dettmers et al., 2023, QLoRA, section 3): half a byte per weight, one byte
-# of scale per 64 weights, one float32 per 256 of these.
-NF4 = 0.5 + 1 / 64 + FLOAT32 / (64 * 256)
-# A candidate of an open window has a position, a sum, a sum of squares and the gradient of this step.
-CANDIDATE = INT32 + 3 * FLOAT32
 # Defaults of SpIELConfig.
 REGROW_EVERY, ACCUMULATION_STEPS = 20, 5
-BASES = {"bf16": BFLOAT16, "NF4": NF4}
-
-
-@dataclass(frozen=True)
-class Llama:
-    """The shape of a Llama model with grouped key-value heads; every linear layer of a block is adapted."""
-
-    hidden: int
-    intermediate: int
-    key_value: int
-    blocks: int
-    vocabulary: int
-
-    def matrices(self) -> list[tuple[int, int]]:
-        """``(rows, cols)`` of one block's linear layers."""
-        attention = [(self.hidden, self.hidden)] * 2 + [(self.key_value, self.hidden)] * 2
-        return [*attention, *[(self.intermediate, self.hidden)] * 2, (self.hidden, self.intermediate)]
-
-    @property
-    def block_weights(self) -> int:
-        """Number of weights in one block's linear layers."""
-        return sum(rows * cols for rows, cols in self.matrices())
-
-    @property
-    def embedding(self) -> int:
-        """Number of weights of the input embedding; the output layer has as many."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def norms(self) -> int:
-        return (2 * self.blocks + 1) * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        return self.blocks * self.block_weights + 2 * self.embedding + self.norms
-
-    @property
-    def sides(self) -> int:
-        """Rows plus columns of all adapted matrices: the values of LoRA of rank 1, and the accumulators of SM3."""
-        return self.blocks * sum(rows + cols for rows, cols in self.matrices())
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        return max(self.matrices(), key=lambda shape: shape[0] * shape[1])
-
-    def base_bytes(self, per_weight: float) -> float:
-        """Bytes of the base model: the blocks' linear layers at `per_weight`, the rest in bfloat16."""
-        return self.blocks * self.block_weights * per_weight + (2 * self.embedding + self.norms) * BFLOAT16
-
-
-LLAMA_70B = Llama(hidden=8192, intermediate=28672, key_value=1024, blocks=80, vocabulary=32000)
-
-
-@dataclass(frozen=True)
-class Method:
-    """Bytes that one method of training needs.
-
-    Attributes:
-        name: for the table.
-        index: bytes per trained value for its position.
-        state: optimizer bytes per trained value.
-        per_side: bytes per row and column of a matrix.
-        window: whether the method has windows in which candidates are collected.
-        sharded: whether FSDP2 shards the trained values.
-    """
-
-    name: str
-    index: int
-    state: int
-    per_side: int
-    window: bool
-    sharded: bool
-
-
-LORA = Method("LoRA, AdamW", 0, 2 * FLOAT32, 0, window=False, sharded=True)
-METHODS = (
-    LORA,
-    Method("SpIEL-AG, AdamW", INT32, 2 * FLOAT32, 0, window=True, sharded=False),
-    Method("SpIEL-MA, SM3", INT32, 0, FLOAT32, window=False, sharded=False),
-)
+ON_ONE_GPU, ON_EIGHT_GPUS = ("llama-2-7b", "llama-2-13b"), ("llama-2-70b",)
 
 
 @dataclass(frozen=True)
@@ -111,77 +34,65 @@ class Plan:
     """One line of the tables, in bytes per GPU.
 
     Attributes:
-        gpus: number of GPUs that train together.
-        sharded: by FSDP2, whose units are the blocks; otherwise every GPU has the whole base (DDP).
+        settings, entry: of a counted run (`benchmarks.memory`).
+        gpus: number of GPUs that train together, each on a batch as counted.
+        sharded: by FSDP2, whose units are the decoder layers; otherwise every GPU has the whole base (DDP).
     """
 
-    model: Llama
-    method: Method
-    r: int
-    base: str
-    gpus: int
-    sharded: bool
+    settings: dict[str, Any]
+    entry: dict[str, Any]
+    gpus: int = 1
+    sharded: bool = False
+
+    @property
+    def _is_lora(self) -> bool:
+        return self.entry["variant"] == LORA
 
     @property
     def trained(self) -> int:
-        """Number of trained values: r per row and column, for LoRA and for SpIEL (`spiel_peft.budget`)."""
-        return self.r * self.model.sides
-
-    @property
-    def name(self) -> str:
-        return self.method.name.replace("LoRA", "QLoRA") if self.base == "NF4" else self.method.name
+        return self.entry["trainable"]
 
     # Memory
 
     def weights(self) -> float:
         """Bytes of the frozen model.
 
-        With FSDP2: a share of it, and the parts that are gathered at one time: two blocks (one is prefetched), the
+        With FSDP2: a share of it, and the parts that are gathered at one time: two layers (one is prefetched), the
         embedding and the output layer (accelerate's `fsdp2_prepare_model` makes them units of their own).
         """
-        per_weight = BASES[self.base]
+        whole, part = self.entry["largest"][BASE], self.settings["base_bytes"]
         if not self.sharded:
-            return self.model.base_bytes(per_weight)
-        gathered = 2 * self.model.block_weights * per_weight + 2 * self.model.embedding * BFLOAT16
-        return self.model.base_bytes(per_weight) / self.gpus + gathered
+            return whole
+        return whole / self.gpus + 2 * part["layer"] + part["embedding"] + part["head"]
 
-    def workspace(self) -> float:
-        """Bytes of the workspace that all layers share: the largest matrix in bfloat16, with deltas.
+    def at_peak(self, phase: str) -> dict[str, float]:
+        """Bytes by part at the peak of a phase.
 
-        LoRA makes no adapted copy; it needs a workspace only to dequantize NF4.
+        FSDP2 shards the trained values of LoRA, and with them gradients and optimizer state. DDP has buckets as large
+        as the gradients, unless gradient_as_bucket_view is set. Several ranks first collect a shortlist; they agree on
+        candidates matrix by matrix, from the proposals of all ranks.
         """
-        rows, cols = self.model.largest
-        return rows * cols * BFLOAT16 if self.base == "NF4" or self.method.index else 0.0
+        parts = {part: float(self.entry["phases"][phase]["parts"].get(part, 0)) for part in PARTS}
+        parts[BASE] = self.weights()
+        if self.gpus == 1:
+            return parts
+        if self.sharded and self._is_lora:
+            for part in (VALUES, GRADIENTS, OPTIMIZER):
+                parts[part] /= self.gpus
+        if not self.sharded:
+            parts[GRADIENTS] += self.entry["largest"][GRADIENTS]
+        if parts[WINDOW]:
+            proposals = self.gpus * self.settings["r"] * self.settings["base_bytes"]["widest"] * (INT32 + FLOAT32)
+            parts[WINDOW] = SHORTLIST * parts[WINDOW] + proposals
+        return parts
 
-    def values(self) -> float:
-        """Bytes of values, gradients (both float32) and indices.
+    def memory(self, phase: str) -> float:
+        """Bytes in all at the peak of a phase."""
+        return sum(self.at_peak(phase).values())
 
-        DDP's gradient buckets add as much as the gradients, unless gradient_as_bucket_view is set.
-        """
-        per_value = 2 * FLOAT32 + self.method.index
-        if self.sharded and self.method.sharded:
-            return self.trained * per_value / self.gpus
-        buckets = 0 if self.sharded else FLOAT32
-        return self.trained * (per_value + buckets)
-
-    def optimizer(self) -> float:
-        state = self.trained * self.method.state
-        shared = self.gpus if self.sharded and self.method.sharded else 1
-        return state / shared + self.model.sides * self.method.per_side
-
-    def window(self) -> float:
-        """Bytes of an open window when it is largest (`spiel_peft.cycle.window`).
-
-        Ranks first collect a shortlist; they agree on candidates matrix by matrix, from the proposals of all ranks.
-        """
-        if not self.method.window:
-            return 0.0
-        proposals = self.gpus * self.r * sum(self.model.largest) * (INT32 + FLOAT32)
-        return SHORTLIST * self.trained * CANDIDATE + proposals
-
-    def memory(self) -> float:
-        """Bytes in all, without activations, which are the same for all methods."""
-        return self.weights() + self.workspace() + self.values() + self.optimizer() + self.window()
+    def worst(self) -> str:
+        """The phase that needs most."""
+        return max(self.entry["phases"], key=self.memory)
 
     # Bytes that one GPU sends. In a ring (Thakur et al., 2005), all-gather and reduce-scatter of S bytes send
     # (n - 1) / n * S, all-reduce twice as much.
@@ -191,19 +102,20 @@ class Plan:
         return (self.gpus - 1) / self.gpus
 
     def sent_for_weights(self) -> float:
-        """Bytes sent for weights: FSDP2 gathers blocks and embedding twice, for the forward and the backward pass, and
+        """Bytes sent for weights: FSDP2 gathers layers and embedding twice, for the forward and the backward pass, and
         the output layer once."""
         if not self.sharded:
             return 0.0
-        twice = self.model.blocks * self.model.block_weights * BASES[self.base] + self.model.embedding * BFLOAT16
-        return self._once * (2 * twice + self.model.embedding * BFLOAT16)
+        part = self.settings["base_bytes"]
+        twice = self.settings["layers"] * part["layer"] + part["embedding"]
+        return self._once * (2 * twice + part["head"])
 
     def sent_for_gradients(self) -> float:
         """Bytes sent for gradients, which are averaged in float32.
 
         Sharded values are gathered twice in bfloat16, and their gradients are reduce-scattered.
         """
-        if self.sharded and self.method.sharded:
+        if self.sharded and self._is_lora:
             return self._once * self.trained * (2 * BFLOAT16 + FLOAT32)
         return 2 * self._once * self.trained * FLOAT32
 
@@ -214,7 +126,7 @@ class Plan:
         shortlist once, of k candidates in the window's other steps. SpIEL-MA: none, as the accumulators are updated
         with averaged gradients.
         """
-        if not self.method.window:
+        if not self.entry["largest"][WINDOW]:
             return 0.0
         proposals = (self.gpus - 1) * self.trained * (INT32 + FLOAT32)
         sums = 2 * self._once * self.trained * FLOAT32 * (SHORTLIST + ACCUMULATION_STEPS - 1)
@@ -225,25 +137,52 @@ class Plan:
         return self.sent_for_weights() + self.sent_for_gradients() + self.sent_for_growth()
 
 
-def plans(sharded: bool, model: Llama = LLAMA_70B, gpus: int = 8) -> list[Plan]:
-    """Plans for every base, rank and method."""
-    return [Plan(model, method, r, base, gpus, sharded) for base in BASES for r in (16, 64) for method in METHODS]
+def plans(models: tuple[str, ...], gpus: int = 1, sharded: bool = False, folder: Path = RESULTS) -> list[Plan]:
+    """Plans for everything that was counted of these models with checkpointing."""
+    results = [r for r in load_all(PREFIX, folder).values() if r["settings"]["model"] in models]
+    results.sort(
+        key=lambda r: (models.index(r["settings"]["model"]), r["settings"]["base"] != "bf16", r["settings"]["r"])
+    )
+    return [
+        Plan(result["settings"], entry, gpus, sharded)
+        for result in results
+        for entry in result["counts"]
+        if entry["checkpointing"]
+    ]
 
 
 def table(lines: list[Plan]) -> str:
-    """Format plans as a Markdown table, in GiB."""
-    head = ["base", "r", "method", "weights", "workspace", "values", "optimizer", "window", "sum", "sent per step"]
+    """Format plans as a Markdown table, in GiB; the parts are those at the largest peak."""
+    several = any(plan.gpus > 1 for plan in lines)
+    trained = (VALUES, GRADIENTS, "indices")
+    head = ["model", "base", "r", "method", "between windows", "largest", "it is at", "weights", "trained", OPTIMIZER]
+    head += [WINDOW, "rest", *(["sent per step"] if several else [])]
     rows = [head, ["---"] * len(head)]
     for plan in lines:
-        parts = (plan.weights(), plan.workspace(), plan.values(), plan.optimizer(), plan.window(), plan.memory())
-        rows.append([plan.base, str(plan.r), plan.name, *(f"{part / _GIB:.2f}" for part in (*parts, plan.sent()))])
+        worst = plan.worst()
+        parts = plan.at_peak(worst)
+        shown = [parts.pop(BASE), sum(parts.pop(part) for part in trained), parts.pop(OPTIMIZER), parts.pop(WINDOW)]
+        shown += [sum(parts.values()), *([plan.sent()] if several else [])]
+        settings = plan.settings
+        row = [settings["model"], settings["base"], str(settings["r"]), entry_name(plan.entry)]
+        row += [f"{plan.memory(BETWEEN) / _GIB:.2f}", f"{plan.memory(worst) / _GIB:.2f}", worst]
+        rows.append([*row, *(f"{part / _GIB:.2f}" for part in shown)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def tables() -> dict[str, str]:
+    """All tables of docs/scaling.md, by name."""
+    return {
+        "one": table(plans(ON_ONE_GPU)),
+        "ddp": table(plans(ON_EIGHT_GPUS, 8)),
+        "fsdp2": table(plans(ON_EIGHT_GPUS, 8, sharded=True)),
+    }
 
 
 def page(text: str) -> str:
     """Replace the tables in the text of docs/scaling.md."""
-    tables = {"ddp": table(plans(sharded=False)), "fsdp2": table(plans(sharded=True))}
-    return _MARKED.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[4]}", text)
+    found = tables()
+    return _MARKED.sub(lambda match: f"{match[1]}\n{found[match[2]]}\n{match[4]}", text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the tables."""
-    for title, sharded in (("DDP", False), ("FSDP2", True)):
-        print(f"{title}, GiB per GPU\n\n{table(plans(sharded))}")
+    titles = {"one": "One GPU", "ddp": "Eight GPUs, DDP", "fsdp2": "Eight GPUs, FSDP2"}
+    for name, found in tables().items():
+        print(f"{titles[name]}, GiB per GPU\n\n{found}")
     if args.write:
         PAGE.write_text(page(PAGE.read_text()))

@@ -71,11 +71,14 @@ class TrainingRun:
         self.warmup_steps = warmup_steps
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    def step(self, ids: Tensor) -> None:
-        """Forward pass, backward pass and update on a batch ``[batch, tokens]``; the loss is over all positions."""
+    def loss(self, ids: Tensor) -> Tensor:
+        """Forward pass on a batch ``[batch, tokens]``; the loss is over all positions."""
         with _autocast(self.model):
-            loss = self.model(labels=ids, use_cache=False, **self._inputs(ids)).loss
-        loss.backward()
+            return self.model(labels=ids, use_cache=False, **self._inputs(ids)).loss
+
+    def step(self, ids: Tensor) -> None:
+        """Forward pass, backward pass and update on a batch ``[batch, tokens]``."""
+        self.loss(ids).backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -191,9 +194,9 @@ def build(name: str, base: Any, budget: Budget) -> TrainingRun:
     return VARIANTS[name](base, budget)
 
 
-def cycling_run(growth: str, base: Any, budget: Budget) -> TrainingRun:
-    """Set up SpIEL with its default cycle, to time windows and closes."""
-    model = get_peft_model(base, spiel_config(budget, growth=growth))
+def cycling_run(growth: str, base: Any, budget: Budget, **settings: Any) -> TrainingRun:
+    """Set up SpIEL with its default cycle, but for `settings` of the config, to measure windows and closes."""
+    model = get_peft_model(base, spiel_config(budget, growth=growth, **settings))
     return TrainingRun(model, _sm3(model) if growth == "momentum" else _adamw(model), FIRST_CLOSE)
 
 

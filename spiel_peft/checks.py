@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import numbers
 import re
 import signal
@@ -72,6 +73,13 @@ def fraction(field: str, value: Any, remedy: str) -> float:
     """A number from 0 to 1."""
     if not _is_number(value) or not 0 <= value <= 1:
         refuse(field, "must be a number from 0 to 1", value, remedy)
+    return float(value)
+
+
+def multiple(field: str, value: Any, remedy: str) -> float:
+    """A finite number of at least 1."""
+    if not _is_number(value) or not 1 <= value < math.inf:
+        refuse(field, "must be a number of at least 1", value, remedy)
     return float(value)
 
 

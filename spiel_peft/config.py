@@ -97,6 +97,9 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         accumulation_steps (`int`): Optimizer steps over which candidates' gradients are summed before a
             close, and for every criterion the step of the first close. At most `regrow_every` if the
             criterion gathers.
+        candidates (`float`, *optional*): Positions whose gradients a window collects, for each delta that its close
+            can grow; at least 1, never more in all than there are deltas. None: as many as deltas, or what the
+            criterion says. A candidate takes 16 bytes while the window is open.
         initial_regrow_rate (`float`): Share of the deltas replaced at a close, at the start of the schedule.
         regrow_schedule (`str`): How that share falls over `total_steps`: "linear", "cosine" or "constant".
         total_steps (`int`, *optional*): Optimizer steps of the whole run. None: taken from the trainer where
@@ -164,6 +167,13 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
         metadata={
             "help": "Optimizer steps over which candidates' gradients are summed before a close; also the "
             "step of the first close. At most `regrow_every` if the criterion gathers gradients."
+        },
+    )
+    candidates: float | None = field(
+        default=None,
+        metadata={
+            "help": "Positions whose gradients a window collects, for each delta that its close can grow: a number of "
+            "at least 1. None: as many as there are deltas, or what the growth criterion says."
         },
     )
     initial_regrow_rate: float = field(
@@ -346,6 +356,12 @@ class SpIELConfig(RefusesLoraFields, PeftConfig):
                 self.accumulation_steps,
                 "Lower `accumulation_steps` or raise `regrow_every`.",
             )
+        if self.candidates is not None:
+            remedy = "It counts candidates per delta that can grow: 2 is a start, None takes as many as deltas."
+            self.candidates = check.multiple("candidates", self.candidates, remedy)
+            if not criterion.gathers:
+                rule = f"works only with a growth criterion that gathers gradients, not with {self.growth!r}"
+                check.refuse("candidates", rule, self.candidates, "Drop `candidates`: no window is opened.")
         remedy = "It is a share of the deltas: 0.2 replaces 20% at the first scheduled close, 0 none."
         self.initial_regrow_rate = check.fraction("initial_regrow_rate", self.initial_regrow_rate, remedy)
         remedy = "It is a fraction of `total_steps`: 1.0 regrows to the end."

@@ -86,9 +86,8 @@ class GrowthCriterion:
         prune_score: function from a `PruneRequest` to float [k] without NaN. The deltas with the lowest scores are
             pruned, among equal scores that at the lowest position first; those with an infinite score last. None: the
             absolute value of the delta (Ansell et al., 2024, section 3.1).
-        candidates_per_grown: number of candidates in a window for each delta that its close can grow, if the rate of
-            that close is known in advance; never more candidates than deltas. None: as many candidates as deltas.
-            (Several ranks reduce their common candidates to the number of deltas.)
+        candidates_per_grown: number of candidates in a window for each delta that its close can grow, where the config
+            does not say (`SpIELConfig.candidates`); never more candidates than deltas. None: as many as deltas.
     """
 
     name: str

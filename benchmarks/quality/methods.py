@@ -102,6 +102,7 @@ def _sparse(base: Any, task: Task, settings: dict[str, Any], r: int, steps: int,
     growth = _registered_growth(settings)
     fields: dict[str, Any] = {name: settings[name] for name in _CYCLE_FIELDS if name in settings}
     fields |= {"growth": growth, "seed": seed, "total_steps": steps, "task_type": task.task_type}
+    fields["candidates"] = settings.get("candidates_per_grown")
     fields |= _budget(base, task, settings, r)
     config = SpIELConfig(**fields)
     if settings["kind"] == "sparse":
@@ -138,9 +139,8 @@ def _budget(base: Any, task: Task, settings: dict[str, Any], r: int) -> dict[str
 def _registered_growth(settings: dict[str, Any]) -> str:
     """The name of a criterion that grows as `settings["growth"]` does and prunes as they say."""
     growth, prune = settings["growth"], settings.get("prune", "magnitude")
-    per_grown = settings.get("candidates_per_grown")
     protect = settings.get("protect_grown", False)
-    if prune == "magnitude" and not protect and per_grown is None:
+    if prune == "magnitude" and not protect:
         return growth
     builtin = get_growth_criterion(growth)
     name = f"{growth}_of_the_benchmark"
@@ -150,7 +150,6 @@ def _registered_growth(settings: dict[str, Any]) -> str:
         gathers=builtin.gathers,
         accumulates=builtin.accumulates,
         prune_score=_PruneScore(prune, protect),
-        candidates_per_grown=per_grown,
         override=True,
     )
     return name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .. import memory
 from ..gpu import PARTS
 from ..gpu.compiled import RESULT as COMPILED
 from ..gpu.compiled import compiled_table
@@ -117,6 +118,17 @@ def _gpu_fold(rows: int, cols: int) -> Value:
     return value
 
 
+def _counted(phase: str, variant: str, candidates: float | None = None) -> Value:
+    """Counted peak bytes of a phase over those of LoRA, LLaMA-2-7B, NF4, r=64, checkpointing."""
+
+    def value(results: Results) -> float | None:
+        counts = (results.get(f"{memory.PREFIX}llama-2-7b_nf4_r64_1x2048") or {}).get("counts", [])
+        entry = memory.find(counts, variant, True, candidates)
+        return None if entry is None else memory.ratios(counts, entry).get(phase)
+
+    return value
+
+
 def _alone(r: int, part: str) -> Value:
     return lambda results: ratio_by_round(alone_seconds(results.get(f"alone_smollm2_r{r}_4x128"), part), SPIEL, LORA)
 
@@ -124,6 +136,7 @@ def _alone(r: int, part: str) -> Value:
 _ALONE = "CPU, SmolLM2-135M, fp32, 4x128, as users run it: step, SpIEL / LoRA"
 _STEP = "CPU, SmolLM2-135M, fp32, 4x128, many models in one process: step"
 _NF4 = "H100, 7B NF4, r=64, checkpointing, 1x2048"
+_COUNTED = "counted bytes, 7B NF4, r=64, checkpointing, 1x2048: peak"
 _BF16 = "H100, 7B bf16, r=64, 1x2048"
 TARGETS = (
     Target(f"{_ALONE}, whole cycle, r=16", 1.0, _alone(16, "cycle")),
@@ -151,6 +164,11 @@ TARGETS = (
     Target(f"{_NF4}: peak memory, SpIEL-AG + AdamW / QLoRA", 1.03, _gpu_whole(SPIEL, "peak_mib")),
     Target(f"{_BF16}: step, SpIEL-AG / LoRA, slice, profile indices", 1.05, _gpu_step("steps_7b_bf16", AG, False)),
     Target(f"{_BF16}, checkpointing: step, SpIEL-AG / LoRA, slice", 1.05, _gpu_step("steps_7b_bf16", AG, True)),
+    Target(f"{_COUNTED}, SpIEL-MA + SM3 / QLoRA", 0.95, _counted(memory.BETWEEN, SPIEL_MA)),
+    Target(f"{_COUNTED}, SpIEL-MA + SM3 / QLoRA, at the first close", 0.95, _counted(memory.FIRST_CLOSE, SPIEL_MA)),
+    Target(f"{_COUNTED}, SpIEL-AG + AdamW / QLoRA, between windows", 1.10, _counted(memory.BETWEEN, SPIEL)),
+    Target(f"{_COUNTED}, SpIEL-AG + AdamW / QLoRA, window open", 1.20, _counted(memory.OPEN, SPIEL)),
+    Target(f"{_COUNTED}, the same with candidates=2", 1.20, _counted(memory.OPEN, SPIEL, 2.0)),
     Target("H100: NF4 dequantize + scatter-add over its byte floor, 4096x4096", 1.3, _gpu_fold(4096, 4096)),
     Target("H100: NF4 dequantize + scatter-add over its byte floor, 11008x4096", 1.3, _gpu_fold(11008, 4096)),
 )
@@ -272,6 +290,19 @@ def _operations(results: Results) -> Iterator[str]:
     )
 
 
+def _counts(results: Results) -> Iterator[str]:
+    found = list(results.starting(memory.PREFIX).values())
+    if found:
+        yield from _section(
+            "Memory on a GPU, counted",
+            found[0],
+            "GiB of all live tensors at the peak of each phase of training, on the path that a GPU takes; counted on a "
+            "CPU by `python -m benchmarks memory --count`, not measured. LoRA has as many trained values. The first "
+            "window and close are those of a fresh adapter, which replaces all positions.",
+            *(f"{memory.title(r)}:\n\n{memory.counts_table(r)}" for r in found),
+        )
+
+
 def _gpu(results: Results) -> Iterator[str]:
     found = {part.name: results.get(f"gpu_{part.name}") for part in PARTS}
     measured = [result for result in found.values() if result is not None]
@@ -304,6 +335,7 @@ def results_page(results: Results) -> str:
     scaling = results.get("scaling_cpu")
     if scaling is not None:
         blocks += _section("Scaling on a CPU", scaling, scaling_table(scaling), _plot(results, "scaling"))
+    blocks += _counts(results)
     blocks += _gpu(results)
     blocks += _compiled(results)
     profile = results.get("profile_smollm2")

@@ -118,7 +118,7 @@ def _fingerprint(deltas: list[SparseDelta]) -> int:
     """A hash of the settings and the training state that decide how the run goes on."""
     c = deltas[0].run.config
     parts: list[object] = [c.growth, c.regrow_every, c.accumulation_steps, c.initial_regrow_rate]
-    parts += [c.regrow_schedule, c.stop_regrowing_at, c.seed]
+    parts += [c.regrow_schedule, c.stop_regrowing_at, c.seed, c.candidates]
     for delta in deltas:
         parts += [delta.module_name, delta.weight_shape, delta.k]
         parts += [(name, int(checksum(tensor))) for name, tensor in sorted(delta.state.tensors().items())]

@@ -373,14 +373,22 @@ def _propose(delta: SparseDelta, gradient: WeightGradient) -> None:
 
 
 def candidate_count(delta: SparseDelta) -> int:
-    """How many candidates a window of this delta chooses; at most k."""
+    """How many candidates a window of this delta chooses; at most k.
+
+    The rate of its close is known in advance where the length of the run is. Where it follows the learning rate, no
+    close takes more than the initial rate. (Several ranks propose so many each, and reduce the union to k.)
+    """
     state, run, config = delta.state, delta.run, delta.run.config
-    per_grown = get_growth_criterion(config.growth).candidates_per_grown
+    per_grown = config.candidates
+    if per_grown is None:
+        per_grown = get_growth_criterion(config.growth).candidates_per_grown
     # Whether the first close replaces all deltas is known only after the first step.
-    if per_grown is None or run.total_steps is None or (state.closes == 0 and state.fresh is not False):
+    if per_grown is None or (state.closes == 0 and state.fresh is not False):
         return delta.k
-    close = next_close(state.step, config.regrow_every, config.accumulation_steps)
-    rate = regrow_rate(config.regrow_schedule, config.initial_regrow_rate, close, run.total_steps)
+    rate = config.initial_regrow_rate
+    if run.total_steps is not None:
+        close = next_close(state.step, config.regrow_every, config.accumulation_steps)
+        rate = regrow_rate(config.regrow_schedule, rate, close, run.total_steps)
     return min(delta.k, math.ceil(per_grown * math.floor(rate * delta.k)))
 
 

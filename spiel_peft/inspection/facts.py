@@ -25,6 +25,7 @@ _CONFIG_FIELDS = (
     "growth",
     "regrow_every",
     "accumulation_steps",
+    "candidates",
     "initial_regrow_rate",
     "regrow_schedule",
     "total_steps",

@@ -1,86 +1,98 @@
-"""The command `plan`: its counts are those of real models, and docs/scaling.md has the results of the formulas."""
+"""The command `plan`: what several GPUs add to counted bytes, and docs/scaling.md has its tables."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from benchmarks_under_test import ROOT, plan
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from benchmarks_under_test import ROOT, bases, memory, plan
+from transformers import LlamaForCausalLM
 
-from spiel_peft import SpIELConfig
-
-SMALL = plan.Llama(hidden=64, intermediate=96, key_value=32, blocks=2, vocabulary=40)
-
-
-def small_model() -> nn.Module:
-    config = LlamaConfig(
-        hidden_size=SMALL.hidden,
-        intermediate_size=SMALL.intermediate,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=SMALL.blocks,
-        vocab_size=SMALL.vocabulary,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config)
+MIB = 2**20
+SETTINGS: dict[str, Any] = {
+    "model": "small",
+    "layers": 10,
+    "base": "nf4",
+    "r": 2,
+    "base_bytes": {"layer": 4 * MIB, "embedding": 6 * MIB, "head": 6 * MIB, "widest": 100},
+}
+PARTS = {"base weights": 53 * MIB, "values": MIB, "gradients": MIB, "optimizer state": 2 * MIB, "temporary": MIB}
+BETWEEN = {"bytes": sum(PARTS.values()), "during": "backward", "parts": PARTS}
 
 
-def trained(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+def entry(variant: str, window: int = 0) -> dict[str, Any]:
+    phases = {memory.BETWEEN: BETWEEN}
+    if window:
+        phases[memory.OPEN] = {"bytes": BETWEEN["bytes"] + window, "during": "", "parts": {**PARTS, "window": window}}
+    return {
+        "variant": variant,
+        "checkpointing": True,
+        "candidates": None,
+        "phases": phases,
+        "largest": {**PARTS, "window": window},
+        "trainable": MIB // 4,
+    }
 
 
-def test_counts_are_those_of_a_real_model() -> None:
-    model = small_model()
-    assert SMALL.parameters == sum(p.numel() for p in model.parameters())
-    line = plan.Plan(SMALL, plan.LORA, 4, "bf16", 8, sharded=False)
-    lora = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert line.trained == trained(lora)
-    spiel = get_peft_model(small_model(), SpIELConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    assert line.trained == trained(spiel)
+LORA, AG, MA = entry(plan.LORA), entry("SpIEL-AG", 4 * MIB), entry("SpIEL-MA, SM3")
 
 
-def test_the_model_is_llama_2_70b() -> None:
-    assert plan.LLAMA_70B.parameters == 68_976_648_192
-    assert plan.LLAMA_70B.base_bytes(plan.BFLOAT16) == 2 * 68_976_648_192
+def test_one_gpu_needs_what_was_counted() -> None:
+    line = plan.Plan(SETTINGS, AG)
+    assert line.memory(memory.BETWEEN) == BETWEEN["bytes"]
+    assert line.worst() == memory.OPEN
+    assert line.memory(memory.OPEN) == BETWEEN["bytes"] + 4 * MIB
+    assert plan.Plan(SETTINGS, LORA).sent() == plan.Plan(SETTINGS, AG).sent() == 0
 
 
-def test_bytes_per_delta_are_those_of_the_design() -> None:
-    """Value, gradient, index: 4 bytes each; AdamW 8; SM3 per row and column only; 16 per candidate."""
-    ag, ma = (plan.Plan(SMALL, method, 1, "NF4", 8, sharded=True) for method in plan.METHODS[1:])
-    assert (ag.values() + ag.optimizer()) / ag.trained == 20
-    assert ma.values() / ma.trained == 12
-    assert ma.optimizer() == 4 * SMALL.sides
-    assert plan.CANDIDATE == 16
-    assert ma.window() == ma.sent_for_growth() == 0
+def test_ddp_adds_buckets_and_a_shortlist() -> None:
+    line = plan.Plan(SETTINGS, AG, gpus=8)
+    assert line.memory(memory.BETWEEN) == BETWEEN["bytes"] + MIB
+    proposals = 8 * 2 * 100 * 8
+    assert line.memory(memory.OPEN) == BETWEEN["bytes"] + MIB + plan.SHORTLIST * 4 * MIB + proposals
 
 
-def test_nf4_is_as_large_as_bitsandbytes_makes_it() -> None:
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(torch.randn(512, 512), quant_type="nf4", blocksize=64, compress_statistics=True)
-    bytes_held = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-    assert bytes_held / 512**2 == pytest.approx(plan.NF4)
+def test_fsdp2_shards_the_base_and_loras_values() -> None:
+    spiel, lora = (plan.Plan(SETTINGS, found, 8, sharded=True) for found in (MA, LORA))
+    assert spiel.weights() == lora.weights() == 53 / 8 * MIB + 2 * 4 * MIB + 12 * MIB
+    assert spiel.memory(memory.BETWEEN) == spiel.weights() + 5 * MIB
+    assert lora.memory(memory.BETWEEN) == lora.weights() + 4 / 8 * MIB + MIB
 
 
 def test_rings() -> None:
-    line = plan.Plan(SMALL, plan.LORA, 4, "bf16", 2, sharded=False)
+    line = plan.Plan(SETTINGS, LORA, 2)
     assert line.sent() == line.sent_for_gradients() == line.trained * 4
-    sharded = plan.Plan(SMALL, plan.METHODS[2], 4, "bf16", 2, sharded=True)
-    twice = SMALL.parameters - SMALL.norms - SMALL.embedding
-    assert sharded.sent_for_weights() == 0.5 * 2 * (2 * twice + SMALL.embedding)
+    sharded = plan.Plan(SETTINGS, MA, 2, sharded=True)
+    assert sharded.sent_for_weights() == 0.5 * (2 * (40 + 6) + 6) * MIB
+    assert sharded.sent_for_growth() == 0
+    # 8 bytes of each proposal to the other rank; sums of 2 k and four times of k; once in 20 steps.
+    assert plan.Plan(SETTINGS, AG, 2).sent_for_growth() == line.trained * (8 + 4 * 6) / 20
 
 
-def test_the_page_is_what_the_formulas_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_largest_model_is_llama_2_70b() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(bases.llama_config(bases.LLAMA_2_70B, torch.bfloat16))
+    assert sum(p.numel() for p in model.parameters()) == 68_976_648_192
+
+
+@pytest.mark.parametrize("models", [plan.ON_ONE_GPU, plan.ON_EIGHT_GPUS])
+def test_counts_of_large_models_are_there(models: tuple[str, ...]) -> None:
+    lines = plan.plans(models)
+    assert {line.settings["model"] for line in lines} == set(models)
+    for model in models:
+        assert {line.entry["variant"] for line in lines if line.settings["model"] == model} == set(memory.COUNTED)
+        # r (in + out) values for every matrix, whichever method trains them.
+        assert len({line.trained for line in lines if line.settings["model"] == model}) == 1
+
+
+def test_the_page_has_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
     text = plan.PAGE.read_text()
     assert plan.PAGE.is_relative_to(ROOT)
     assert plan.page(text) == text
-    assert plan.page(text.replace("| NF4 |", "| 4-bit |")) == text
+    assert plan.page(text.replace("| nf4 |", "| 4-bit |")) == text
     plan.run(argparse.Namespace(write=False))
     printed = capsys.readouterr().out
-    assert plan.table(plan.plans(sharded=True)) in printed and plan.table(plan.plans(sharded=False)) in printed
+    assert all(table in printed for table in plan.tables().values())
     assert text.count("SpIEL") > 8

@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_design() -> None:
         "growth": "accumulated_gradient",
         "regrow_every": 20,
         "accumulation_steps": 5,
+        "candidates": None,
         "initial_regrow_rate": 0.2,
         "regrow_schedule": "linear",
         "total_steps": None,
@@ -324,6 +325,23 @@ def test_other_criteria_may_close_first_after_more_than_one_period(growth: str) 
     assert SpIELConfig(growth=growth, accumulation_steps=50).accumulation_steps == 50
 
 
+@pytest.mark.parametrize("value", [0, 0.99, -2, True, "2", NAN, INF, [2]], ids=repr)
+def test_candidates_are_a_multiple_of_at_least_one(value: Any) -> None:
+    with refuses("`candidates` must be a number of at least 1", f"got {value!r}", "None takes as many as deltas"):
+        SpIELConfig(candidates=value)
+
+
+def test_candidates_become_a_float() -> None:
+    assert [repr(SpIELConfig(candidates=value).candidates) for value in (1, np.float32(2.5))] == ["1.0", "2.5"]
+
+
+@pytest.mark.parametrize("growth", ["momentum", "random", "none"])
+def test_candidates_need_a_criterion_that_gathers(growth: str) -> None:
+    with refuses("`candidates` works only with a growth criterion that gathers", f"{growth!r}", "got 2.0", "Drop"):
+        SpIELConfig(growth=growth, candidates=2)
+    assert SpIELConfig(growth=growth).candidates is None
+
+
 @pytest.mark.parametrize("field", ["initial_regrow_rate", "stop_regrowing_at"])
 @pytest.mark.parametrize("value", [-0.01, 1.01, 2, NAN, INF, -INF, "0.5", None, True, [0.1]], ids=repr)
 def test_rates_lie_between_zero_and_one(field: str, value: Any) -> None:
@@ -545,6 +563,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "r": {"r": 3, "target_modules": "all-linear"},
     "total": {"num_deltas": 77},
     "counts": {"num_deltas": {"h.0.q": 5, "h.1.q": 6}},
+    "candidates": {"candidates": 2},
 }
 examples = pytest.mark.parametrize("kwargs", EXAMPLES.values(), ids=EXAMPLES.keys())
 

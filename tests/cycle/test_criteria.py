@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.adapters import deltas_of, first_delta, indices_of, trainable
@@ -203,8 +205,8 @@ def test_a_misbehaving_prune_score_changes_nothing(scores: object, problem: str)
         assert torch.equal(delta.indices, before[name])
 
 
-def test_windows_choose_as_many_candidates_as_the_close_can_grow() -> None:
-    """A window chooses 2 m candidates if m is known in advance; before the first close, which replaces all, k."""
+def noted_counts(**fields: Any) -> dict[int, list[int]]:
+    """Train 20 deltas for 19 of 20 steps; returns the numbers of candidates, by how many deltas the close replaces."""
     counts: dict[int, list[int]] = {}
 
     def note(request: GrowthRequest) -> Tensor:
@@ -213,8 +215,40 @@ def test_windows_choose_as_many_candidates_as_the_close_can_grow() -> None:
 
     with registered_criteria():
         register_growth_criterion("few", note, gathers=True, candidates_per_grown=2)
-        model = adapt(growth="few", num_deltas={"0": 20}, target_modules=None, total_steps=20, initial_regrow_rate=0.4)
+        model = adapt(growth="few", num_deltas={"0": 20}, target_modules=None, initial_regrow_rate=0.4, **fields)
         delta = first_delta(model)
         train(model, adamw(model), 19, after=lambda _: assert_sound(delta, 20))
-    # Closes at 2, 6, 10, 14 and 18 with rates 1 and 0.4 (1 - t / 20), of 20 deltas.
-    assert counts == {20: [20], 5: [10], 4: [8], 2: [4]}
+    return counts
+
+
+# Closes are at 2, 6, 10, 14 and 18 with rates 1 and 0.4 (1 - t / 20), of 20 deltas.
+@pytest.mark.parametrize(
+    ("candidates", "counts"),
+    [
+        (None, {20: [20], 5: [10], 4: [8], 2: [4]}),
+        (1, {20: [20], 5: [5], 4: [4], 2: [2]}),
+        (3.5, {20: [20], 5: [18], 4: [14], 2: [7]}),
+        (1e9, {20: [20], 5: [20], 4: [20], 2: [20]}),
+    ],
+)
+def test_windows_choose_as_many_candidates_as_the_close_can_grow(
+    candidates: float | None, counts: dict[int, list[int]]
+) -> None:
+    """The config's multiple of m, else the criterion's; before the first close, which replaces all, k."""
+    assert noted_counts(total_steps=20, candidates=candidates) == counts
+
+
+def test_without_a_length_windows_choose_for_the_initial_rate() -> None:
+    """The rate follows the learning rate then, and the first is the highest."""
+    assert noted_counts(candidates=1.5) == {20: [20], 8: [12] * 4}
+
+
+def test_a_close_that_grows_nothing_opens_no_window() -> None:
+    model = adapt(total_steps=20, initial_regrow_rate=0.0, candidates=2)
+    optimizer = adamw(model)
+    train(model, optimizer, 2)
+
+    def without_window(_: int) -> None:
+        assert all(delta.state.window is None for delta in deltas_of(model).values())
+
+    train(model, optimizer, 8, first=3, after=without_window)

@@ -98,9 +98,9 @@ def with_half_the_data(rank: int, growth: str) -> dict[str, Any]:
     return {"before": before, "after": after, "log": [report.replaced for report in log_of(training.model)]}
 
 
-def choosing(rank: int, size: int) -> dict[str, Any]:
+def choosing(rank: int, size: int, **settings: Any) -> dict[str, Any]:
     """Dense gradients and candidates, step by step."""
-    training = doubles(rank)
+    training = doubles(rank, **settings)
     out: dict[str, Any] = {"gradients": [], "windows": [], "k": {n: d.k for n, d in deltas_of(training.model).items()}}
     for number in range(1, STEPS + 1):
         out["gradients"].append(dense_gradients(training, number, size))
@@ -132,6 +132,7 @@ GROWTHS = ["accumulated_gradient", "momentum", "random"]
 SCENARIOS = {
     **{f"half the data, {growth}": partial(with_half_the_data, growth=growth) for growth in GROWTHS},
     "choosing": partial(choosing, size=12),
+    "choosing few": partial(choosing, size=12, candidates=2, initial_regrow_rate=0.2, total_steps=None),
     "choosing from much data": partial(choosing, size=400),
     "all entries": sums_of_all_entries,
 }
@@ -178,6 +179,16 @@ def test_shortlist_is_the_union_and_candidates_its_best(launched: dict[str, list
             for run in by_rank:
                 assert run["windows"][opening - 2][name].tolist() == union.tolist()
                 assert run["windows"][opening - 1][name].tolist() == best.tolist()
+
+
+def test_ranks_propose_as_many_as_the_close_can_grow(launched: dict[str, list[Any]]) -> None:
+    by_rank = results_of(launched, "choosing few")
+    for opening in (5, 9, 13):
+        for name, k in by_rank[0]["k"].items():
+            few = 2 * int(0.2 * k)
+            own = [torch.topk(run["gradients"][opening - 2][name].abs(), few).indices for run in by_rank]
+            for run in by_rank:
+                assert run["windows"][opening - 2][name].tolist() == torch.unique(torch.cat(own)).tolist()
 
 
 def test_the_first_window_chooses_by_what_ranks_propose(launched: dict[str, list[Any]]) -> None:

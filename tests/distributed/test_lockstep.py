@@ -115,6 +115,8 @@ SCENARIOS = {
     "windows of one step": partial(ordinary, regrow_every=4, accumulation_steps=1),
     "micro-batches": partial(ordinary, micro_batches=3),
     "no_sync": partial(ordinary, micro_batches=3, no_sync=True),
+    "few candidates": partial(ordinary, candidates=1.5, initial_regrow_rate=0.3),
+    "few candidates, length unknown": partial(ordinary, candidates=1, initial_regrow_rate=0.3, total_steps=None),
     "everything may be proposed": partial(ordinary, density=0.9),
     "regrowth ends": partial(ordinary, stop_regrowing_at=0.3),
     "unused layer": unused_layer,

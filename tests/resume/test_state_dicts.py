@@ -154,6 +154,21 @@ def test_through_the_wrapper(route: Route, tmp_path: Path) -> None:
         assert_same(resumed(Run(wrapped=True), stop, route, tmp_path / str(stop)).everything(), whole.everything())
 
 
+@pytest.mark.parametrize("total_steps", [20, None])
+def test_windows_of_few_candidates(total_steps: int | None, tmp_path: Path) -> None:
+    """What a window chose stays chosen, and the next one chooses as many as in the whole run."""
+    settings = {"candidates": 1.5, "total_steps": total_steps}
+    whole = Run(**settings).train(1)
+    for stop in (2, 4, 6, 7):
+        run = Run(**settings).train(1, stop)
+        window = next(iter(deltas_of(run.model).values())).state.window
+        if stop > 5:
+            assert window.positions.numel() < next(iter(deltas_of(run.model).values())).k / 2
+        for route in (state_dicts, save_pretrained):
+            folder = tmp_path / f"{route.__name__}{stop}"
+            assert_same(resumed(Run(**settings), stop, route, folder).everything(), whole.everything())
+
+
 def test_a_length_that_nobody_knows(tmp_path: Path) -> None:
     """The regrow rate depends on the highest learning rate so far, which must be restored too."""
 
