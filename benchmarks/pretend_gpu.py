@@ -246,7 +246,7 @@ def _appended(noise: Noise, launch: SimpleNamespace) -> None:
     start = int(launch.starts[0])
     slots = noise.reached[: max(0, launch.capacity - start)]
     place = slice(start, start + slots.numel())
-    launch.pool_scores[place] = launch.product.flatten().index_select(0, slots).abs_()
+    launch.pool_values[place] = launch.product.flatten().index_select(0, slots)
     launch.pool_positions[place] = slots + launch.first
 
 
@@ -266,6 +266,7 @@ STAND_INS: dict[str, Callable[[Noise, SimpleNamespace], None]] = {
     "tile_products_kernel": _nothing,
     "pick_entries_kernel": _gathered,
     "entry_dots_kernel": _gathered,
+    "dense_entries_kernel": _gathered,
     "_count_kernel": _counted,
     "_append_kernel": _appended,
     "_accumulate_kernel": _accumulated,

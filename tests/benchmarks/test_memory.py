@@ -47,7 +47,8 @@ def test_parts_are_as_large_as_the_design_says(ag: dict[str, Any]) -> None:
     assert ag["trainable"] == K
     assert largest["values"] == largest["indices"] == largest["gradients"] == 4 * K
     assert largest["optimizer state"] == 8 * K + 4 * matrices
-    assert largest["window"] == 16 * K + 16 * (8 + 4) * matrices
+    # And, per matrix, a number beyond the gradients that the search has found, and the zero that sums begin with.
+    assert largest["window"] == 16 * K + 16 * (8 + 4) * matrices + 8 * matrices
     assert largest["workspace"] >= 2 * 96 * 64
 
 
@@ -105,7 +106,9 @@ def test_few_candidates_make_small_windows(ag: dict[str, Any]) -> None:
     """The rate of the second close is 0.2; the first replaces all."""
     few = counted(AG, candidates=2.0)
     window = few["phases"][memory.OPEN]["parts"]["window"]
-    assert window == pytest.approx(0.4 * ag["phases"][memory.OPEN]["parts"]["window"], rel=0.05)
+    # At its peak the step is the window's first one, which has no sums yet: positions and gradients, 8 bytes each.
+    assert window == pytest.approx(0.4 * 8 * K, rel=0.1)
+    assert ag["phases"][memory.OPEN]["parts"]["window"] == pytest.approx(16 * K, rel=0.1)
     assert few["phases"][memory.FIRST_OPEN] == ag["phases"][memory.FIRST_OPEN]
 
 
