@@ -135,7 +135,8 @@ def moves_of(source: Tensor) -> Moves:
     left = torch.ones(source.shape, dtype=torch.bool, device=source.device)
     left[kept] = False
     slots = left.nonzero().flatten()
-    order = torch.where(source >= 0, source, slots[(-1 - source).clamp(0, max(0, slots.numel() - 1))])
+    order = source.clone()
+    order[source < 0] = slots[-1 - source[source < 0]]
     incoming = torch.where(left, 1, -1)
     return Moves(Joined([source.numel()], source.device), incoming, torch.arange(source.numel()), order)
 
