@@ -12,6 +12,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from support.adapters import first_delta, indices_of, log_of, trainable
+from support.quantized import needs_bitsandbytes_050
 from support.runs import adapt, assert_sound, moved, reseed
 from torch import Tensor, nn
 
@@ -22,7 +23,10 @@ BLOCK = 256
 K = 4096 + 300
 STEPS = 4
 # Paged optimizers are ordinary ones on a CPU, and say so.
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+pytestmark = [
+    needs_bitsandbytes_050,
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
+]
 
 
 def stepped(

@@ -9,7 +9,7 @@ import torch
 from support.adapters import adapted, layers_of
 from support.checkpoints import contents, loaded, saved
 from support.models import logits, tiny_gpt2, tiny_llama
-from support.quantized import dequantized
+from support.quantized import dequantized, needs_bitsandbytes_050
 from support.tensors import same_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -39,6 +39,7 @@ def trained(
     return adapted(model, target_modules=targets)
 
 
+@needs_bitsandbytes_050
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_the_merged_weights_are_those_of_training(tmp_path: Path, base: Path, case: str, dtype: torch.dtype) -> None:

@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
+# Before 0.50 bitsandbytes' optimizers need a GPU, and so do its FP4 layers.
+needs_bitsandbytes_050 = pytest.mark.skipif(
+    Version(bnb.__version__) < Version("0.50") and not torch.cuda.is_available(),
+    reason="this part of bitsandbytes runs on a CPU from version 0.50 on",
+)
 # COLS is a multiple of the block size 64, as bitsandbytes misreads blocks that straddle rows on a CPU.
 ROWS, COLS = 64, 128
 
