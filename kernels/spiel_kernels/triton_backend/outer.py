@@ -33,7 +33,8 @@ _TOKENS = 64
 # Tiles computed before their entries are picked: at most this many bytes, which stay in an H100's L2 cache.
 _WORKSPACE_BYTES = 32 << 20
 _PICK_BLOCK = 512
-_DENSE_TILE = (128, 128)
+# Of the dense gather; without matrix units a large tile does not fit the registers.
+_DENSE_TILE, _DENSE_TILE_WITHOUT_UNITS = (128, 128), (64, 64)
 _DOT_BLOCK = 16
 
 
@@ -138,8 +139,9 @@ def _gather_entries(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out:
 
 def _gather_dense(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: Tensor) -> None:
     """Compute every tile of the product that holds entries, and pick them from it."""
-    high, wide = _DENSE_TILE
     dtype = torch.promote_types(a.dtype, b.dtype)
+    units = dtype.itemsize == 2 or _precision(dtype) == "tf32"
+    high, wide = _DENSE_TILE if units else _DENSE_TILE_WITHOUT_UNITS
     a, b = a.to(dtype), b.to(dtype)
     across = triton.cdiv(plan.cols, wide)
     tiles = triton.cdiv(plan.rows, high) * across
@@ -161,12 +163,12 @@ def _gather_dense(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: T
         min(plan.k, plan.cols).bit_length(),
         HIGH=high,
         WIDE=wide,
-        TOKENS=64 if dtype.itemsize == 2 else 32,
+        TOKENS=64 if dtype.itemsize == 2 else 32 if units else 16,
         PRECISION=_precision(dtype),
         # Triton's interpreter multiplies the bits of bfloat16 operands.
         WIDEN=interpreting() and dtype == torch.bfloat16,
         num_warps=8,
-        num_stages=3,
+        num_stages=3 if units else 2,
     )
 
 
