@@ -115,12 +115,14 @@ class PerIndexSet(Generic[T]):
 
     def get(self, indices: Tensor, key: tuple[Hashable, ...], compute: Callable[[], T]) -> T:
         """The result of `compute` for these indices and this key, computed anew only if it is not known."""
-        if indices.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
-            return compute()
-        known = self._known.get(indices)
-        if known is None or known[0] != (indices._version, *key):
-            known = self._known[indices] = ((indices._version, *key), compute())
-        return known[1]
+        found = self.known(indices, key)
+        return self.keep(indices, key, compute()) if found is None else found
+
+    def keep(self, indices: Tensor, key: tuple[Hashable, ...], result: T) -> T:
+        """Remember a result, which is not None, and return it."""
+        if not indices.is_inference():  # an inference tensor has no version, so a write to it would go unnoticed
+            self._known[indices] = ((indices._version, *key), result)
+        return result
 
     def known(self, indices: Tensor, key: tuple[Hashable, ...]) -> T | None:
         """The result for these indices and this key if it is known, else None."""

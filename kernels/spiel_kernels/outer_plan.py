@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -345,11 +344,7 @@ def plan_together(matrices: Sequence[tuple[Tensor, int, int]], dtype: torch.dtyp
     counts = iter(torch.stack(counted).tolist() if counted else [])
     for draft in drafts:
         plan = draft.plan(next(counts) if draft.needs_counts else [])
-        _plans.get(draft.indices, (draft.rows, draft.cols, dtype, "auto"), partial(_same, plan))
-
-
-def _same(plan: OuterPlan) -> OuterPlan:
-    return plan
+        _plans.keep(draft.indices, (draft.rows, draft.cols, dtype, "auto"), plan)
 
 
 def narrow_dtype(count: int) -> torch.dtype:

@@ -14,6 +14,7 @@ from spiel_kernels import sorted_order
 from spiel_kernels.dispatch import on_host
 from spiel_kernels.index_set import seeded_generator
 
+from ..adapter_format import not_finite
 from ..checks import listed
 from ..delta import SparseDelta
 from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest, momentum, momentum_unwaited
@@ -147,8 +148,7 @@ def refuse_ruined(deltas: list[SparseDelta]) -> None:
     device = deltas[0].values.device
     sums = [torch.cat([d.values.detach() for d in group]).sum(dtype=torch.float64) for group in joinable(deltas)]
     if not bool(torch.isfinite(torch.stack([total.to(device) for total in sums])).all()):
-        finite = [bool(delta.values.detach().isfinite().all()) for delta in deltas]
-        names = [delta.module_name for delta, sound in zip(deltas, finite, strict=True) if not sound]
+        names = not_finite({delta.module_name: delta.values for delta in deltas})
         raise FloatingPointError(
             f"Adapter {deltas[0].run.adapter_name!r}: an optimizer step has made deltas of {len(names)} of "
             f"{len(deltas)} modules NaN or infinite ({listed(names)}): its gradients were not finite, or the learning "

@@ -197,11 +197,6 @@ def _shared_copy(x: Tensor, dtype: torch.dtype) -> Tensor:
     return found[2]
 
 
-def forget_copies() -> None:
-    """Drop the copies that are kept for layers that share an input."""
-    _copies.kept = []
-
-
 def gather_outer_sets(a: Tensor, b: Tensor, index_sets: Sequence[Tensor], plans: Sequence[OuterPlan]) -> list[Tensor]:
     """`gather_planned` for several index sets of one product; the token-major copies are made once.
 
