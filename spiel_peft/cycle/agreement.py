@@ -1,12 +1,18 @@
-"""Keeps ranks that train together in agreement: compares their place in the run at steps, their deltas at closes."""
+"""Ranks that train together: their collective operations, and the comparisons that keep them in agreement.
+
+At every step ranks compare their place in the run, at every close their deltas and decisions.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..delta import SparseDelta
@@ -14,10 +20,12 @@ from ..growth import GrowthCriterion
 from ..state import FRESH_CODES
 from .close import Doubts, propose, prune_scores
 from .exchange import exchanges, joinable
-from .ranks import Ranks
 
-# Checksums compare tensors across processes without sending them.
+logger = logging.getLogger(__name__)
 
+# Elements per collective, unless a single tensor has more: small tensors are sent together to save latency, large ones
+# alone to save copies.
+BUCKET = 1 << 20
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Odd 64-bit multipliers with well mixed bits; their products wrap around.
@@ -25,10 +33,75 @@ _BY_VALUE, _BY_PLACE, _AGAIN = 0x5851F42D4C957F2D, 0x14057B7EF767814F, 0x2545F49
 _CHUNK = 1 << 20
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Two or more processes that train together. Every method that communicates must be called by all of them.
+
+    Attributes:
+        group: the process group.
+    """
+
+    group: Any
+
+    @property
+    def size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    @property
+    def index(self) -> int:
+        """This process's place in the group."""
+        return dist.get_rank(self.group)
+
+    def name(self, index: int) -> int:
+        """The global rank of a member."""
+        return dist.get_global_rank(self.group, index)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, all of one shape: ``[size, *shape]`` in the order of the group."""
+        out = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather(list(out.unbind(0)), tensor.contiguous(), group=self.group)
+        return out
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor, in place, by its sum over the ranks; they are contiguous."""
+        for bucket in in_buckets(tensors):
+            if len(bucket) == 1:
+                dist.all_reduce(bucket[0], group=self.group)
+                continue
+            flat = torch.cat([tensor.view(-1) for tensor in bucket])
+            dist.all_reduce(flat, group=self.group)
+            for tensor, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.view(-1).copy_(total)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """Overwrite the tensor, in place, with that of the group's member `source`; returns it."""
+        dist.broadcast(tensor, self.name(source), group=self.group)
+        return tensor
+
+    def broadcast_flat(self, tensor: Tensor) -> Tensor:
+        """The first rank's one-dimensional tensor, which may be of another length than this rank's."""
+        size = self.broadcast(torch.tensor([tensor.numel()], device=tensor.device))
+        return self.broadcast(tensor.contiguous() if self.index == 0 else tensor.new_empty(int(size)))
+
+
+def in_buckets(tensors: Sequence[Tensor], limit: int = BUCKET) -> Iterator[list[Tensor]]:
+    """Lists of neighbouring tensors of one dtype and device, with up to `limit` elements or of one tensor."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        like = bucket and bucket[0].dtype == tensor.dtype and bucket[0].device == tensor.device
+        if bucket and (not like or sum(t.numel() for t in bucket) + tensor.numel() > limit):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
 def checksum(tensor: Tensor) -> Tensor:
     """An int64 (0-dimensional, on the tensor's device) that depends on every bit of a tensor and on its place.
 
-    A sum of integers that wraps around does not depend on the order in which a device adds them.
+    Ranks compare tensors by it without sending them. A sum of integers that wraps around does not depend on the order
+    in which a device adds them.
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])
@@ -45,9 +118,6 @@ def checksum(tensor: Tensor) -> Tensor:
 
 # Ranks exchange a few numbers at every step and checksums at every close. Every rank compares the same table, so that
 # all ranks go on or all raise, and none is left waiting.
-
-
-logger = logging.getLogger(__name__)
 
 # Outcomes of a step as one rank sees it.
 SKIPPED, TOOK_PLACE, WITHOUT_GRADIENT = 0, 1, 2

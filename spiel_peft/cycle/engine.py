@@ -23,13 +23,12 @@ from ..delta import LIVE_DELTAS, AdapterRun, SparseDelta
 from ..growth import GrowthCriterion, get_growth_criterion
 from ..state import StepGradient
 from . import parallel, steps
-from .agreement import SKIPPED, WITHOUT_GRADIENT, agree_on_step, check_same, decide
+from .agreement import SKIPPED, WITHOUT_GRADIENT, Ranks, agree_on_step, check_same, decide
 from .close import CycleReport, closes_at, is_skipped, lr_following_rate, refuse_ruined, regrow_rate
 from .exchange import Joined, Moves, joinable, look_up
 from .grown_seeds import GrownSeeds
 from .optimizer_buffers import check_optimizer, check_state, copy_all, counters, reseeded_states
 from .parallel import note_step, ranks_of, refuse_mixed_groups
-from .ranks import Ranks
 from .resume import carry
 from .runs import begin_run, check_total_steps, join, owned_by_another, set_total_steps
 from .steps import accumulate_after_step, any_nonzero, note_gradients, when_known, will_take_place

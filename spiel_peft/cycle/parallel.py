@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..call_stack import live_objects
 from ..delta import AdapterRun, SparseDelta
 from ..sharding import is_plain, refuse_fsdp1, sharding_group
-from .agreement import check_same
-from .ranks import Ranks
+from .agreement import Ranks, check_same
 
 # The ranks that train a delta together are those of the DistributedDataParallel wrapper that its gradients went
 # through.

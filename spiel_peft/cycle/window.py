@@ -19,10 +19,10 @@ from spiel_kernels.outer_plan import known_plan, plan_together
 from ..delta import SparseDelta, WeightGradient
 from ..growth import get_growth_criterion
 from ..state import CandidateWindow, StepGradient
+from .agreement import Ranks, in_buckets
 from .close import in_window, is_skipped, next_close, regrow_rate
 from .exchange import joinable
 from .parallel import is_chosen, queue_average, ranks_of, refuse_deepspeed
-from .ranks import Ranks, in_buckets
 from .resume import seek
 from .steps import gradient_at_probes
 
