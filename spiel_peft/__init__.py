@@ -31,7 +31,7 @@ from .files.merge import merge_adapter_into_checkpoint
 from .growth import GrowthCriterion, GrowthRequest, PruneRequest, get_growth_criterion, register_growth_criterion
 from .inspection import AdapterFacts, Finding, adapter_facts, validate_adapter
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear, SpIELParameter, SpIELParameters
-from .layers.warming import warm_up
+from .layers.kinds import warm_up
 from .model import SpIELModel
 from .optimizers import SM3, SpIELOptimizer
 from .registration import register_classes as _register_classes

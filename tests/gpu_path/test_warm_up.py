@@ -16,7 +16,7 @@ import spiel_kernels
 from spiel_kernels import MatrixKind, triton_backend
 from spiel_kernels.triton_backend import compile_ahead, every_launch, outer_kernels
 from spiel_peft import SpIELConfig, warm_up
-from spiel_peft.layers.warming import matrix_kind
+from spiel_peft.layers.kinds import matrix_kind
 
 from .compiler import launches
 
