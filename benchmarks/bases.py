@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from spiel_peft.finetune.base_model import load_base, load_tokenizer
-from spiel_peft.finetune.data import Example, split_examples
-from spiel_peft.finetune.demo import demo_model, demo_pairs
+from spiel_peft.finetune.base_model import demo_model, load_base, load_tokenizer
+from spiel_peft.finetune.data import Example, demo_pairs, split_examples
 
 _STREAM = "token_stream.pt"
 _INIT_STD = 0.02

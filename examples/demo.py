@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spiel_peft.finetune.demo import demo_model, demo_pairs
+from spiel_peft.finetune.base_model import demo_model
+from spiel_peft.finetune.data import demo_pairs
 
 # From the held-out pairs, so the model was not trained on them.
 QUESTIONS = (

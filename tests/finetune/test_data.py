@@ -13,9 +13,11 @@ from support.models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
+from spiel_peft.finetune.base_model import demo_model
 from spiel_peft.finetune.data import (
     Example,
     InputError,
+    demo_pairs,
     prompt_ids,
     read_corpus,
     read_jsonl,
@@ -23,7 +25,6 @@ from spiel_peft.finetune.data import (
     split_examples,
     split_position,
 )
-from spiel_peft.finetune.demo import demo_model, demo_pairs
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].capitalize() }} : {{ m['content'] }} <end>\n{% endfor %}"
