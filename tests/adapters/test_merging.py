@@ -137,13 +137,13 @@ def test_an_error_in_the_third_layer_leaves_nothing_merged(monkeypatch: pytest.M
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("names", [["nobody"], ["default", "nobody"]])
+@pytest.mark.parametrize("names", [["absent"], ["default", "absent"]])
 @pytest.mark.parametrize("unload", [False, True])
 def test_unknown_adapters_are_named(names: list[str], unload: bool) -> None:
     model = two_adapters()
     before = snapshot(model)
     merge = model.merge_and_unload if unload else model.merge_adapter
-    with pytest.raises(ValueError, match=r"\['nobody'\] do not exist; there are \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"\['absent'\] do not exist; there are \['default', 'other'\]"):
         merge(adapter_names=names)
     assert_unchanged(model, before)
 

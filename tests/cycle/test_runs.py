@@ -108,7 +108,7 @@ def test_one_adapter_under_two_optimizers() -> None:
     assert all(moved(before[name], delta.indices) for name, delta in deltas.items())
 
 
-def test_deltas_that_nobody_steps_are_named_once() -> None:
+def test_deltas_that_no_optimizer_steps_are_named_once() -> None:
     model = adapt(total_steps=20)
     head = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.warns(UserWarning, match=r"adapter 'default' have been given gradients .* no torch\.optim") as caught:

@@ -92,7 +92,7 @@ def test_quantized_checkpoints_are_refused(tmp_path: Path, base: Path) -> None:
         ({"density": None}, "exactly one of density, num_deltas and r"),
         ({"density": 1.5}, "density"),
         ({"scope": "layer"}, "scope must be 'module' or 'global'"),
-        ({"density": None, "num_deltas": {"nobody": 3}}, "nobody"),
+        ({"density": None, "num_deltas": {"absent": 3}}, "absent"),
     ],
 )
 def test_budgets_are_checked_first(tmp_path: Path, base: Path, wanted: dict[str, object], message: str) -> None:

@@ -61,9 +61,9 @@ def test_an_adapter_for_another_base(tmp_path: Path, adapter: Path) -> None:
     smaller = saved(tiny_llama(intermediate_size=32), tmp_path / "smaller")
     edit_file(smaller / "model.safetensors", lambda t: t.update({k: v[:30] for k, v in t.items() if "embed" in k}))
     refused(smaller, tokens, r"rows \[39\] of width 16 do not fit the weight of shape \(30, 16\)")
-    extra = AdapterFile(spiel_config(), {}, {"nobody.weight": torch.zeros(3)})
+    extra = AdapterFile(spiel_config(), {}, {"absent.weight": torch.zeros(3)})
     write_adapter(extra, tmp_path / "extra")
-    refused(tmp_path / "base", tmp_path / "extra", "tensor 'nobody.weight' has no place in")
+    refused(tmp_path / "base", tmp_path / "extra", "tensor 'absent.weight' has no place in")
 
 
 def test_other_methods_and_damaged_adapters(tmp_path: Path, base: Path, adapter: Path) -> None:

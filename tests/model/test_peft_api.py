@@ -192,8 +192,8 @@ def test_two_active_adapters_add_up_and_a_frozen_one_stays() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.set_adapter("nobody"), "Adapter nobody not found"),
-        (lambda model: model.delete_adapter("nobody"), "Adapter nobody does not exist"),
+        (lambda model: model.set_adapter("absent"), "Adapter absent not found"),
+        (lambda model: model.delete_adapter("absent"), "Adapter absent does not exist"),
         (lambda model: model.add_adapter("default", spiel_config()), "'default' already exists"),
         (lambda model: model.add_adapter("other", LoraConfig()), "Cannot combine adapters with different peft types"),
         (lambda model: model(IDS, adapter_names=["default", "__base__"]), "mixed batches.*set_adapter"),

@@ -79,7 +79,7 @@ class TwoIterates(torch.optim.Optimizer):
                 state["z"].sub_(p.grad, alpha=group["lr"])
 
 
-class LionOfSomebody(torch.optim.Optimizer):
+class LionWithoutStep(torch.optim.Optimizer):
     """Lion without a step count."""
 
     def __init__(self, params: Params, lr: float = 0.003, betas: tuple[float, float] = (0.9, 0.95)) -> None:
@@ -143,7 +143,7 @@ OTHERS: dict[str, Make] = {
     "inherited": _of(Inherited, lr=0.02),
     "signed-mean": SignedMean,
     "two-iterates": TwoIterates,
-    "somebodys-lion": LionOfSomebody,
+    "lion-without-step": LionWithoutStep,
 }
 SHARED: dict[str, Make] = {"sm3": _of(SM3, lr=0.05), "sm3-momentum": _of(SM3, lr=0.05, momentum=0.9)}
 # In 32 bits: these matrices are small.

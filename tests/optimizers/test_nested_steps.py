@@ -179,7 +179,7 @@ def test_an_optimizer_for_deltas_and_one_for_the_rest(deltas_first: bool) -> Non
 
 
 @pytest.mark.parametrize("outer", [Sharpness, SharedState])
-@pytest.mark.parametrize("name", ["adamw", "somebodys-lion"])
+@pytest.mark.parametrize("name", ["adamw", "lion-without-step"])
 def test_state_that_two_optimizers_share_moves_once(outer: type[Any], name: str) -> None:
     """No distance uphill: the run of the optimizer inside, whose rules hold."""
     model = fresh()

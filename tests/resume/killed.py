@@ -136,7 +136,7 @@ def finish(kind: str, folder: Path, end: Path) -> None:
     status = os.waitpid(pid, 0)[1]
     os.close(reader)
     if status:
-        sys.exit(f"{kind}: a training that nobody killed has failed")
+        sys.exit(f"{kind}: a training that was not killed has failed")
 
 
 def kill_one(kind: str, folder: Path, step: int, delay_s: float) -> int:

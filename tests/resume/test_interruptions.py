@@ -95,7 +95,7 @@ def test_an_optimizer_that_is_found_late_is_reported() -> None:
     assert_same(again.everything(), whole.everything())
 
 
-def test_optimizers_that_nobody_uses_any_more_do_not_confuse(tmp_path: Path) -> None:
+def test_optimizers_of_earlier_runs_do_not_confuse(tmp_path: Path) -> None:
     """Several optimizers are loaded for the same deltas from different checkpoints; the one that steps counts."""
     whole, run = Run().train(1), Run().train(1, 5)
     early = copy.deepcopy(run.optimizer.state_dict())

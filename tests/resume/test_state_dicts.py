@@ -169,7 +169,7 @@ def test_windows_of_few_candidates(total_steps: int | None, tmp_path: Path) -> N
             assert_same(resumed(Run(**settings), stop, route, folder).everything(), whole.everything())
 
 
-def test_a_length_that_nobody_knows(tmp_path: Path) -> None:
+def test_a_run_of_unknown_length(tmp_path: Path) -> None:
     """The regrow rate depends on the highest learning rate so far, which must be restored too."""
 
     def train(run: Run, first: int, last: int) -> Run:

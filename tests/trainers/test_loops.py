@@ -29,7 +29,7 @@ def test_plain_loop(tmp_path: Path) -> None:
     assert_reloads(model, tmp_path)
 
 
-def test_plain_loop_whose_length_nobody_knows() -> None:
+def test_plain_loop_of_unknown_length() -> None:
     """The share of replaced deltas follows the learning rate."""
     model = adapted()
     watch, optimizer = Watch(model), optimizer_of(model)
