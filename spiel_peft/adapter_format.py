@@ -124,7 +124,7 @@ def check_training_state(tensors: Mapping[str, Tensor], own: RunSettings) -> Pro
         check_settings(tensors, own)
         or _check_window([tensors.get(name) for name in (CANDIDATES, CANDIDATE_SUMS, CANDIDATE_SQUARES)], own)
         or _check_accumulators(tensors.get(ROW), tensors.get(COL), own)
-        or _check_float(MAX_LR, tensors.get(MAX_LR), 1)
+        or _check_float(MAX_LR, tensors.get(MAX_LR), 1, signed=False)
     )
 
 
@@ -155,19 +155,22 @@ def _check_window(window: list[Tensor | None], own: RunSettings) -> Problem | No
     if problem is not None:
         return CANDIDATES, problem
     size = positions.numel()
-    return _check_float(CANDIDATE_SUMS, sums, size) or _check_float(CANDIDATE_SQUARES, squares, size)
+    return _check_float(CANDIDATE_SUMS, sums, size) or _check_float(CANDIDATE_SQUARES, squares, size, signed=False)
 
 
 def _check_accumulators(row: Tensor | None, col: Tensor | None, own: RunSettings) -> Problem | None:
     if (row is None) != (col is None):
         return (ROW if row is None else COL), "is missing, while the other accumulator is there"
     rows, cols = own.weight_shape
-    return _check_float(ROW, row, rows) or _check_float(COL, col, cols)
+    return _check_float(ROW, row, rows, signed=False) or _check_float(COL, col, cols, signed=False)
 
 
-def _check_float(name: str, tensor: Tensor | None, size: int) -> Problem | None:
+def _check_float(name: str, tensor: Tensor | None, size: int, signed: bool = True) -> Problem | None:
     if tensor is None:
         return None
     if not tensor.is_floating_point() or tuple(tensor.shape) != (size,):
         return name, f"must be floating of shape ({size},), got {tensor.dtype} of shape {tuple(tensor.shape)}"
-    return (name, NOT_FINITE) if not_finite({name: tensor}) else None
+    if not_finite({name: tensor}):
+        return name, NOT_FINITE
+    # Optimizers take the square root of what these become.
+    return None if signed or not bool((tensor < 0).any()) else (name, "has negative values")

@@ -35,6 +35,7 @@ from .targets import (
     modules_of,
     name_listed_parameters,
     part_of,
+    refuse_missing_rows,
     shared_weights,
     untie_weights,
     warn_about_fused_experts,
@@ -99,6 +100,7 @@ class SpIELModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if config._from_checkpoint:
             config.check_patterns(name for name, _ in model.named_modules())
+        refuse_missing_rows(model, config)
         name_listed_parameters(config, model)
         self._injection = _Injection(AdapterRun(config, adapter_name), *modules_of(state_dict))
         before = ModelStructure(model)

@@ -77,6 +77,33 @@ def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, 
     return {name: names for name, names in others.items() if names}
 
 
+def refuse_missing_rows(model: nn.Module, config: SpIELConfig) -> None:
+    """Raise a ValueError if `trainable_token_indices` names a row that an embedding of the model does not have."""
+    chosen = config.trainable_token_indices
+    if not chosen:
+        return
+    if isinstance(chosen, dict):
+        modules = [(name.removesuffix(".base_layer"), module) for name, module in model.named_modules()]
+        wanted = [(name, m, rows) for name, m in modules for key, rows in chosen.items() if names_module(key, name)]
+    else:
+        wanted = [("the input embedding", _input_embedding(model), chosen)]
+    for name, module, rows in wanted:
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        size = getattr(base, "num_embeddings", None)
+        if isinstance(size, int) and rows and max(rows) >= size:
+            raise ValueError(
+                f"`trainable_token_indices` names row {max(rows)} of {name}, which has {size} rows. Resize the "
+                "embedding to the tokenizer first, or name rows that are there."
+            )
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def untie_weights(model: nn.Module) -> None:
     """Give all tied weights of a transformers model parameters of their own if merging has changed one of them.
 

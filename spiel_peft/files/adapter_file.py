@@ -31,7 +31,7 @@ from .tensors import load_pickled
 
 PREFIX = "base_model.model."
 # Ends the key of the rows of an embedding that PEFT trains token by token.
-_TOKENS = ".token_adapter.trainable_tokens_delta"
+TOKENS = ".token_adapter.trainable_tokens_delta"
 _SELECTION = (
     "r",
     "density",
@@ -83,17 +83,23 @@ class AdapterFile:
         Raises:
             ValueError: ``trainable_token_indices`` does not name the rows; `where` names the file in the message.
         """
-        if not key.endswith(_TOKENS):
+        if not key.endswith(TOKENS):
             return None
-        module = key.removesuffix(_TOKENS)
-        chosen = self.config.trainable_token_indices
-        if isinstance(chosen, Mapping):
-            chosen = next((rows for name, rows in chosen.items() if names_module(name, module)), None)
-        if not chosen:
+        module = key.removesuffix(TOKENS)
+        chosen = trained_rows(self.config, module)
+        if chosen is None:
             raise ValueError(
                 f"{where}: tensor {key!r}: trainable_token_indices of the config does not say which rows it holds"
             )
-        return f"{module}.weight", torch.tensor(list(chosen), dtype=torch.int64)
+        return f"{module}.weight", torch.tensor(chosen, dtype=torch.int64)
+
+
+def trained_rows(config: SpIELConfig, module: str) -> list[int] | None:
+    """The rows of an embedding that are trained token by token; None if the config names none of it."""
+    chosen = config.trainable_token_indices
+    if isinstance(chosen, Mapping):
+        chosen = next((rows for name, rows in chosen.items() if names_module(name, module)), None)
+    return list(chosen) if chosen else None
 
 
 def parameter_of_key(key: str) -> str:
@@ -215,7 +221,7 @@ def unannounced(
         if not _is_of_delta(key)
         and not _is_full_module(key, config)
         and not _is_bias(key, config, adapted)
-        and not (key.endswith(_TOKENS) and config.trainable_token_indices)
+        and not (key.endswith(TOKENS) and config.trainable_token_indices)
         and not any(names_module(name, parent) for parent in parents(key) for name in whole)
         and not any(names_module(name, key.rpartition(".")[0]) for name in single)
         and not any(key.startswith(f"{name}.base_layer.") for name in of_adapted)

@@ -28,7 +28,16 @@ from ..adapter_format import (
 )
 from ..budget import allocate_deltas
 from ..config import SpIELConfig, names_module
-from ..files.adapter_file import PREFIX, parents, read_config, read_tensors, tensors_file, unannounced
+from ..files.adapter_file import (
+    PREFIX,
+    TOKENS,
+    parents,
+    read_config,
+    read_tensors,
+    tensors_file,
+    trained_rows,
+    unannounced,
+)
 from ..files.checkpoint import Base, Checkpoint, open_base
 from ..state import RunSettings
 from ..weights.base_weight import PARAMETER, BaseInfo
@@ -194,6 +203,25 @@ def _other_problems(
             yield key, NOT_FINITE
         if key in odd:
             yield key, "is in the file, but not in the config (modules_to_save, bias, trainable_token_indices)"
+        elif key.endswith(TOKENS) and config is not None:
+            problem = _token_problem(key.removesuffix(TOKENS), tensor, config, base)
+            if problem is not None:
+                yield key, problem
+
+
+def _token_problem(module: str, tensor: Tensor, config: SpIELConfig, base: Checkpoint | None) -> str | None:
+    """What is wrong with the rows of an embedding that were trained token by token, or None."""
+    rows = trained_rows(config, module)
+    if rows is None:
+        return f"holds rows of {module!r}, which the config's trainable_token_indices does not name"
+    if tuple(tensor.shape[:1]) != (len(rows),):
+        return f"has shape {tuple(tensor.shape)}, but trainable_token_indices names {len(rows)} rows"
+    name = None if base is None else base.find(f"{module}.weight")
+    if base is None or (name is not None and max(rows) < base.shapes[name][0]):
+        return None
+    if name is None:
+        return f"holds rows of a weight that {base.where} does not have"
+    return f"holds row {max(rows)}, but the weight in {base.where} has {base.shapes[name][0]} rows"
 
 
 def _embeddings(base: Checkpoint | None) -> list[set[str]] | None:

@@ -42,6 +42,15 @@ STATE_DAMAGE = {
     ),
     "nan sums": (state_edit("candidate_sums", with_entry(0, float("nan"))), "candidate_sums' has values that are"),
     "short squares": (state_edit("candidate_squares", lambda t: t[:-1]), "candidate_squares' must be floating"),
+    "negative squares": (
+        state_edit("candidate_squares", with_entry(0, -1.0)),
+        "candidate_squares' has negative",
+    ),
+    "negative rate": (state_edit("max_lr", with_entry(0, -1.0)), "max_lr' has negative values"),
+    "negative accumulator": (
+        lambda ts: ts.update({key_of(BAD, "spiel_row"): -torch.ones(16), key_of(BAD, "spiel_col"): torch.ones(24)}),
+        "row' has negative values",
+    ),
     "infinite rate": (state_edit("max_lr", with_entry(0, float("inf"))), "max_lr' has values that are not finite"),
     "row without column": (
         lambda ts: ts.update({key_of(BAD, "spiel_row"): torch.ones(16)}),

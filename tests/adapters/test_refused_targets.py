@@ -30,6 +30,11 @@ REFUSALS = {
     "partly unsupported": ({"target_modules": ["q_proj", "input_layernorm"]}, f"cannot adapt: {NORM}"),
     "a regex too wide": ({"target_modules": r".*layers\.0\.(self_attn\.q_proj|.*norm)"}, f"cannot adapt: {NORM}"),
     "a container": ({"target_modules": ["mlp"]}, r"model\.layers\.0\.mlp \(.*LlamaMLP\) is not a supported layer"),
+    "a token without a row": ({"trainable_token_indices": [1, 40]}, "names row 40 of the input embedding.*40 rows"),
+    "a token without a row, by name": (
+        {"trainable_token_indices": {"embed_tokens": [40]}},
+        "names row 40 of model.embed_tokens, which has 40 rows",
+    ),
     "a total too small": ({"num_deltas": 2}, "num_deltas=2 does not fit"),
 }
 refusals = pytest.mark.parametrize(("fields", "message"), REFUSALS.values(), ids=REFUSALS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,26 @@ def test_another_base(shell: Shell, folders: Path, sound: Path) -> None:
     assert len(missing) == 2 and all("layers.1" in p["tensor"] for p in missing)
     budget = [p for p in found if p["tensor"] == "density"]
     assert any("layers.0.mlp.down_proj" in p["problem"] and "(64, 96)" in p["problem"] for p in budget)
+
+
+@pytest.mark.parametrize(
+    ("rows", "needs_base", "what"),
+    [
+        ([1], False, r"shape \(2, 16\), but trainable_token_indices names 1 rows"),
+        ({"lm_head": [1, 2]}, False, "holds rows of 'model.embed_tokens', which the config's"),
+        ([1, 40], True, "holds row 40, but the weight in .* has 40 rows"),
+    ],
+)
+def test_trained_tokens_that_the_config_does_not_fit(rows: Any, needs_base: bool, what: str, tmp_path: Path) -> None:
+    base, folder = tiny_llama(), tmp_path / "adapter"
+    adapted(base, trainable_token_indices=[1, 2]).save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trainable_token_indices": rows}))
+    if needs_base:
+        assert validate_adapter(folder) == []
+    (finding,) = validate_adapter(folder, tiny_llama() if needs_base else None)
+    assert finding.tensor == "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert re.search(what, finding.problem)
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
