@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 
@@ -178,3 +179,26 @@ def live_objects(kind: type[T]) -> list[T]:
     After `gc.freeze()` the collector no longer lists the objects that it knew before.
     """
     return [found for found in gc.get_objects() if issubclass(type(found), kind)]
+
+
+def is_held_elsewhere(module: nn.Module, name: str) -> bool:
+    """Whether anything besides a module may hold its parameter or the memory of it. True if that cannot be told.
+
+    Reference counts tell it at once, where a search through all live objects takes long.
+    """
+    if _ALONE is None:
+        return True
+    return any(count > alone for count, alone in zip(_references(module, name) or _ALONE, _ALONE, strict=True))
+
+
+def _references(module: nn.Module, name: str) -> tuple[int, int] | None:
+    """How often a parameter, and its memory, are referenced from anywhere; None if PyTorch does not tell."""
+    count_of_storage = getattr(torch._C, "_storage_Use_Count", None)
+    parameter = module._parameters.get(name)
+    if count_of_storage is None or type(parameter) is not nn.Parameter:  # a sharded weight is of a subclass
+        return None
+    return sys.getrefcount(parameter), count_of_storage(parameter.untyped_storage()._cdata)
+
+
+# The counts of a parameter that its module alone holds.
+_ALONE = _references(nn.Linear(1, 1), "weight")

@@ -38,6 +38,7 @@ from .targets import (
     refuse_missing_rows,
     shared_weights,
     untie_weights,
+    used_by_others,
     warn_about_fused_experts,
 )
 from .weights.base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
@@ -395,6 +396,11 @@ class SpIELModel(BaseTuner):
             raise
 
     def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        layers = self._spiel_layers()
+        shared = used_by_others(self.model, [layer for layer in layers if not layer.merged])
+        for layer in layers:
+            if not layer.merged:
+                layer.used_by_others = layer in shared
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             return  # PEFT raises its own TypeError

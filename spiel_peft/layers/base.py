@@ -45,6 +45,7 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("spiel_delta",)
     other_param_names = ()
+    weight_name = "weight"  # of the parameter in `computing_module()`
     _is_fsdp_managed_module = ManagedFlag()
     # Forward methods that this class reproduces. A base layer with another one runs it on the adapted weight.
     known_forwards: tuple[Any, ...] = ()
@@ -63,6 +64,8 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Names of modules that share the base weight; merging must not change theirs.
         self.shared_with: tuple[str, ...] = ()
+        # Whether another model shares it, as far as was found before the merge in progress.
+        self.used_by_others = False
         # The layer whose delta this one shares (`ensure_weight_tying`); in a tuple, so that it is no child module.
         self.tied_to: tuple[SpIELLayer, ...] = ()
         self._backup: WeightBackup | None = None

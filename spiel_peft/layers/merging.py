@@ -96,7 +96,7 @@ class MergingMixin:
             self._refuse_second_merge(base.weight)
         if self.quantization_backend is not None:
             self._write_quantized(base, adapter_names)
-        elif self.shared_with or repeats_memory(base.weight):
+        elif self.shared_with or self.used_by_others or repeats_memory(base.weight):
             self._write_shared(base, adapter_names)
         else:
             weight = base.weight.detach()
@@ -109,9 +109,11 @@ class MergingMixin:
         self.merged_adapters = list(adapter_names)
 
     def _refuse_second_merge(self, weight: Tensor) -> None:
-        """Raise a ValueError if a layer of another model has merged deltas into the same memory.
+        """Raise a ValueError if a layer of another model has merged deltas into the same memory, in place.
 
-        The second of the two to unmerge would restore entries that hold deltas of the first.
+        Before whole models are merged, weights that another model uses too are found, and get memory of their own.
+        Layers that are merged one by one do not know of other models, and neither does a model of one made later. Of
+        two that merge in place, the second to unmerge would restore entries that hold deltas of the first.
         """
         memory, begin, end = memory_of(weight)
         for other in _WRITTEN.get(memory, ()):

@@ -54,7 +54,7 @@ class SpIELParameter(SpIELLayer):
     def __init__(self, host: SpIELParameters, name: str, info: BaseInfo, module_name: str) -> None:
         # `_BareWeight` is no module, so that state dicts do not hold the base layer twice.
         super().__init__(_BareWeight(host.base_layer, name), info, module_name)  # type: ignore[arg-type]
-        self.parameter_name = name
+        self.parameter_name = self.weight_name = name
 
     def get_base_layer(self) -> Any:
         return self.base_layer

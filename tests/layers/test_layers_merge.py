@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from support.layers import CASES, HALF_AND_FULL, LayerCase, adapt, spiel_layer, values_of
 from support.tensors import assert_close, assert_same_bits
 from torch import Tensor, nn
 
-from spiel_peft import SpIELConfig
+from spiel_peft import SpIELConfig, targets
 
 NAN_MESSAGE = "NaNs detected in the merged weights"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -264,21 +265,88 @@ def test_entries_that_share_memory_are_merged_into_a_copy() -> None:
     assert torch.equal(model(x), expected) and torch.equal(memory, before)
 
 
-def test_two_models_on_one_weight_are_not_merged_together() -> None:
-    """Unmerged in the order of merging, the second would restore what held deltas of the first."""
-    net = pair_of_layers()
-    other = copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
-    before = net[0].weight.detach().clone()
-    first, second = (
-        get_peft_model(base, SpIELConfig(density=0.5, target_modules=["0"], init_weights=False, seed=seed))
-        for seed, base in enumerate((net, other))
-    )
-    first.merge_adapter()
-    with pytest.raises(ValueError, match="another model that shares this weight has merged"):
-        second.merge_adapter()
-    first.unmerge_adapter()
-    second.merge_adapter()
-    second.unmerge_adapter()
+def by_parameter(net: nn.Sequential) -> nn.Sequential:
+    return copy.deepcopy(net, {id(parameter): parameter for parameter in net.parameters()})
+
+
+def by_storage(net: nn.Sequential) -> nn.Sequential:
+    """As TRL's `create_reference_model(num_shared_layers=...)` does."""
+    other = copy.deepcopy(net)
+    for parameter, own in zip(other.parameters(), net.parameters(), strict=True):
+        parameter.data = own.data
+    return other
+
+
+def merged_in(base: nn.Sequential, seed: int, **fields: Any) -> PeftModel:
+    settings = {"density": 0.5, "target_modules": ["0"], "init_weights": False, "seed": seed, **fields}
+    return get_peft_model(base, SpIELConfig(**settings)).eval()
+
+
+both_ways = pytest.mark.parametrize("twin_of", [by_parameter, by_storage], ids=lambda f: f.__name__)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "fields", [{}, {"target_modules": [], "target_parameters": ["0.weight"]}], ids=["module", "bare"]
+)
+def test_another_model_on_the_same_weights_sees_nothing_of_a_merge(
+    twin_of: Callable[[nn.Sequential], nn.Sequential], fields: dict[str, Any]
+) -> None:
+    net, x = pair_of_layers(), torch.randn(3, 8)
+    other = twin_of(net)
+    before, weight = other(x), net[0].weight
+    model = merged_in(net, 0, **fields)
+    adapted = model(x)
+    model.merge_adapter()
+    assert torch.equal(model(x), adapted) and torch.equal(other(x), before)
+    model.unmerge_adapter()
+    assert torch.equal(model(x), adapted) and torch.equal(other(x), before)
+    assert dict(model.base_model.model.named_parameters())["0.base_layer.weight"] is weight
+    merged = model.merge_and_unload()
+    assert torch.equal(merged(x), adapted) and torch.equal(other(x), before)
+
+
+@both_ways
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_models_on_one_weight_are_merged_and_unmerged_in_any_order(
+    twin_of: Callable[[nn.Sequential], nn.Sequential], order: tuple[int, int]
+) -> None:
+    net, x = pair_of_layers(), torch.randn(3, 8)
+    models = [merged_in(base, seed) for seed, base in enumerate((net, twin_of(net)))]
+    before, adapted = net[0].get_base_layer().weight.detach().clone(), [model(x) for model in models]
+    for model in models:
+        model.merge_adapter()
+    assert all(torch.equal(model(x), expected) for model, expected in zip(models, adapted, strict=True))
+    for number in order:
+        models[number].unmerge_adapter()
     assert torch.equal(net[0].get_base_layer().weight, before)
-    first.merge_and_unload()  # the base weight of both, from now on
-    second.merge_adapter()
+    assert all(torch.equal(model(x), expected) for model, expected in zip(models, adapted, strict=True))
+
+
+def test_weights_that_no_other_model_uses_are_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search takes long; reference counts tell that it is not needed."""
+    monkeypatch.setattr(targets, "live_objects", lambda kind: pytest.fail("all live objects were searched"))
+    model = merged_in(pair_of_layers(), 0, target_modules=["0", "1"])
+    pointer = model.base_model.model[0].get_base_layer().weight.data_ptr()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, 8)).sum().backward()
+        optimizer.step()
+        model.merge_adapter()
+        assert model.base_model.model[0].get_base_layer().weight.data_ptr() == pointer
+        model.unmerge_adapter()
+
+
+def test_layers_on_one_weight_are_not_merged_together() -> None:
+    """One by one, layers do not look for other models."""
+    net = pair_of_layers()
+    other = by_parameter(net)
+    before = net[0].weight.detach().clone()
+    first, second = (merged_in(base, seed).base_model.model[0] for seed, base in enumerate((net, other)))
+    first.merge()
+    with pytest.raises(ValueError, match="another model that shares this weight has merged"):
+        second.merge()
+    first.unmerge()
+    second.merge()
+    second.unmerge()
+    assert torch.equal(net[0].get_base_layer().weight, before)
