@@ -11,9 +11,8 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support.adapters import adapted
 from support.checkpoints import tensors_of
-from support.models import tiny_bert, tiny_llama
+from support.models import tiny_bert, tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from spiel_peft import SpIELConfig, merge_adapter_into_checkpoint
 from spiel_peft.convert import export_sparse_patch, read_sparse_patches
@@ -24,11 +23,6 @@ from spiel_peft.inspection import adapter_facts
 from .helpers import Q
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-def tiny_gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
 
 
 def save(model: nn.Module, folder: Path) -> None:

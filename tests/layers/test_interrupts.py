@@ -24,7 +24,6 @@ from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 from torch.utils.checkpoint import checkpoint
 
 from spiel_peft import SpIELConfig
-from spiel_peft.layers import SpIELLayer
 
 
 class Experts(nn.Module):
@@ -71,10 +70,6 @@ def network(dtype: torch.dtype = torch.float32, adapters: int = 1, **config: Any
         model.add_adapter(f"a{number}", SpIELConfig(**{**settings, "seed": number}))
     model.base_model.set_adapter([f"a{number}" for number in range(adapters)])
     return model
-
-
-def layers_of(model: nn.Module) -> list[SpIELLayer]:
-    return [module for module in model.modules() if isinstance(module, SpIELLayer)]
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 # A batch for every language model below: their vocabulary has 40 tokens.
@@ -56,6 +58,14 @@ def tiny_bert() -> nn.Module:
     )
     config.initializer_range = 0.3
     return BertForSequenceClassification(config).eval()
+
+
+def tiny_t5(**sizes: int) -> nn.Module:
+    """A T5 with one block on each side, in eval mode."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, **sizes}
+    config = T5Config(vocab_size=40, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    return T5ForConditionalGeneration(config).eval()
 
 
 def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:

@@ -13,12 +13,12 @@ import torch
 from peft import PeftModel
 from support.adapters import log_of
 from support.docs_blocks import code_blocks, page
-from support.models import tiny_llama
+from support.models import tiny_llama, tiny_t5
 from support.text import rows, sentences, texts, tokenizer
 from support.trainer_runs import QUIET
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from trl import DPOConfig, GRPOConfig, RewardConfig, SFTConfig
 
 from .trl_runs import preferences, prompts, share_of_wanted, tiny_scorer
@@ -61,11 +61,6 @@ def loader(count: int) -> DataLoader[Any]:
     return DataLoader([{"input_ids": ids, "labels": ids} for ids in torch.tensor(sentences())[:count]], batch_size=2)
 
 
-def tiny_t5() -> nn.Module:
-    sizes = {"vocab_size": 40, "d_model": 64, "d_kv": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
-
 def lightning_trainer() -> lightning.Trainer:
     switches = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return lightning.Trainer(max_steps=STEPS, accelerator="cpu", **dict.fromkeys(switches, False))
@@ -83,7 +78,11 @@ GENERATING = {"num_generations": 4, "max_completion_length": 4}
 # What the user has before each block.
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "Trainer": lambda: llama(args=arguments(TrainingArguments), dataset=rows()),
-    "Seq2SeqTrainer": lambda: {"model": tiny_t5(), "args": arguments(Seq2SeqTrainingArguments), "dataset": rows()},
+    "Seq2SeqTrainer": lambda: {
+        "model": tiny_t5(d_model=64, d_kv=32, d_ff=64),
+        "args": arguments(Seq2SeqTrainingArguments),
+        "dataset": rows(),
+    },
     "SFTTrainer": lambda: trl(SFTConfig, texts),
     "DPOTrainer": lambda: trl(DPOConfig, preferences),
     "GRPOTrainer": lambda: {**trl(GRPOConfig, prompts, **GENERATING), "reward": share_of_wanted},

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from support.adapters import log_of
+from support.models import tiny_t5
 from support.text import rows, sentences
 from support.trainer_runs import QUIET
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from transformers import (
     BartForConditionalGeneration,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
 )
 
@@ -45,21 +44,6 @@ def test_epochs_tell_the_length_too(tmp_path: Path) -> None:
     model = adapted()
     trainer(model, tmp_path, max_steps=-1, num_train_epochs=3).train()
     assert [report.rate for report in log_of(model)] == pytest.approx([1.0, 0.2 * (1 - 6 / 12), 0.2 * (1 - 10 / 12)])
-
-
-def tiny_t5() -> nn.Module:
-    torch.manual_seed(0)
-    settings = T5Config(
-        vocab_size=40,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    return T5ForConditionalGeneration(settings).eval()
 
 
 def tiny_bart() -> nn.Module:
