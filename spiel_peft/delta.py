@@ -83,7 +83,7 @@ class RunRecord:
         ranks_compared: whether the ranks were found to start from the same deltas.
         engine_checked: whether DeepSpeed's engines were searched for the deltas of the run.
         warned_unheld: whether the user was warned that no optimizer steps the deltas.
-        warned_unreached: whether it was looked, and warned, for deltas that got no gradient.
+        warned_unreached: whether deltas that got no gradient were looked for, and the user was warned of them.
         steps_without_gradient: optimizer steps for which no delta of the adapter had a gradient.
         unfinished: finishes the close that an exception has interrupted, if one has.
     """
@@ -209,7 +209,7 @@ class SparseDelta(nn.Module):
         return self.indices.numel()
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """What `pair` gives. A call, so that hooks which load offloaded tensors run.
+        """Return `pair`. Layers call the module instead, so that accelerate's hooks load offloaded tensors first.
 
         Raises:
             ValueError: the adapter was half loaded from a damaged file.
@@ -270,7 +270,7 @@ class SparseDelta(nn.Module):
         if device.type != "meta":
             self.state.move(lambda tensor: tensor.to(device))
         if self.values.dtype == before.dtype:
-            # A move and no cast that was asked for: the moment to undo an earlier cast that was not asked for.
+            # The model was moved, not cast by the user. So a cast that a trainer has made before can be undone now.
             self.restore_dtype()
         elif before.dtype == self.keep_dtype:
             self._uncast = before
@@ -410,14 +410,19 @@ def _keeps_contents(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
     """Whether `fn`, as given to `nn.Module._apply`, keeps what is in a tensor like this one; `to_empty` does not."""
     if tensor.is_meta:
         return fn(tensor[:0]).is_meta
-    # 2**31 - 1 - i: numbers that memory which was just freed does not hold by chance.
+    # Numbers that memory which was just freed is unlikely to hold: 2**31 - 1 downwards.
     probe = torch.arange(2**31 - 1, 2**31 - 17, -1, device=tensor.device)
     after = fn(probe)
     return after.is_meta or torch.equal(after.to(probe), probe)
 
 
 def undo_cast(values: Tensor, dtype: torch.dtype, candidates: list[Tensor]) -> Tensor:
-    """Values ``[k]`` in `dtype`: the first of `candidates` ``[k]`` that they are a cast of, else what is left."""
+    """Undo a cast of values ``[k]`` to lower precision.
+
+    Returns:
+        A copy of the first of `candidates` ``[k]`` that has the wanted `dtype` and gives `values` when it is cast. If
+        there is none, the cast has lost digits for good: `values` in that dtype.
+    """
     for exact in candidates:
         plain = type(values) is type(exact) is Tensor and not (values.is_meta or exact.is_meta)
         if plain and exact.dtype == dtype and exact.shape == values.shape and torch.equal(exact.to(values), values):

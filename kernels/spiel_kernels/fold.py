@@ -150,7 +150,7 @@ def read_entries(tensor: Tensor, positions: Tensor) -> Tensor:
 def write_entries(tensor: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     """Write `values` ``[u]`` to the unique int64 `positions` ``[u]`` of a tensor of any shape and strides, in place."""
     if torch.are_deterministic_algorithms_enabled():
-        # `put_` refuses to run in this mode, although unique positions leave no order that could matter.
+        # In this mode `put_` raises an error, as its result may depend on the order of writes: not at unique positions.
         return tensor.index_put_(torch.unravel_index(positions, tensor.shape), values)
     if tensor.is_contiguous() and not (tensor.requires_grad or values.requires_grad):
         # `scatter_` takes a fifth of the time of `put_` for a few thousand entries. It writes integers, as PyTorch's

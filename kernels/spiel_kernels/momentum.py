@@ -245,7 +245,7 @@ def _exact_threshold(scores: OuterSum, m: int) -> Tensor:
     hidden = (scores.reached(reach_low) & ~scores.reached(reach_high)).to(torch.int64)
     ties.index_add_(0, scores.left_out_outer, hidden, alpha=-1)
     enough = ties.cumsum(0) >= -surplus(reach_high)
-    # Rows up to and with the first at which the ties are enough.
+    # Ties are taken row by row. This marks the rows up to the one at which there are enough of them, that row included.
     needed = torch.cat([enough.new_zeros(1), enough[:-1]]).logical_not_()
     return reach_low.where(needed, reach_high)
 

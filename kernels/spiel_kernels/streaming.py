@@ -91,7 +91,7 @@ def few_above(scores: Tensor, bound: float) -> Tensor | None:
     """
     grouped = scores.numel() // _GROUP * _GROUP
     groups = scores[:grouped].view(_GROUP, -1)
-    # Not "above": a NaN hides the others of its group.
+    # Asked as "not at or below the bound": the largest of a group with a NaN is NaN, and the group has to be looked at.
     some = true_slots((groups.amax(0) <= bound).logical_not_())
     if _GROUP * some.numel() > grouped // 3:
         return None

@@ -36,7 +36,7 @@ class GrownSeeds:
     steps: int
 
     def single(self, moves: Moves, number: int) -> GrownSeeds:
-        """Those of one matrix of `moves`."""
+        """The statistics of one matrix: the one with this number in `moves`."""
         part = moves.entries.slice(number)
         return GrownSeeds(self.mean[part], self.mean_square[part], self.steps)
 

@@ -33,7 +33,7 @@ _PLAIN_DTYPES = (
     torch.int16,
     torch.bool,
 )
-# Norms of the whole update, whatever their size.
+# What bitsandbytes keeps of the whole update, in vectors whose length may happen to be that of a parameter.
 _BITSANDBYTES_NORMS = ("gnorm_vec", "unorm_vec")
 _BITSANDBYTES_BLOCK = 256
 
@@ -275,10 +275,11 @@ def reseeded_states(
     seeds: GrownSeeds | None,
     known: Mapping[int, int],
 ) -> list[Callable[[], Any]]:
-    """Bring what all optimizers that took part in a step keep for some deltas' values in line with their new indices.
+    """Permute and seed the optimizer state of some deltas whose indices a close changes.
 
-    An optimizer around another one may share its state, as sharpness-aware minimization does: that is changed once, by
-    the rules of the inner one, whose state it is. Buffers of one kind are computed together.
+    This is done in every optimizer that took part in the step. An optimizer around another one may share its state, as
+    sharpness-aware minimization does: that is changed once, by the rules of the inner one, whose state it is. Buffers
+    of one kind are computed together.
 
     Args:
         optimizers: the outermost first; they have just stepped `parameters`.

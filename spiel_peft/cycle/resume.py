@@ -243,8 +243,8 @@ def _misses_this_step(delta: SparseDelta, entry: dict[str, Any]) -> bool:
 
 def _warn_late(run: AdapterRun) -> None:
     warnings.warn(
-        f"The training state of adapter {run.adapter_name!r} was found with its optimizer at the step only: the window "
-        "that is open goes without this step's gradients. Load the optimizer before the first backward pass; if you "
+        f"The training state of adapter {run.adapter_name!r} was found with its optimizer only at the step: the "
+        "open window misses this step's gradients. Load the optimizer before the first backward pass; if you "
         "did, wrap it in SpIELOptimizer, or do not call gc.freeze() before.",
         stacklevel=2,
     )

@@ -21,7 +21,7 @@ from .data import InputError
 ADAPTER = "adapter"
 MERGED = "merged"
 STATE = "trainer_state.json"
-# In a checkpoint as long as the Trainer writes it: what has this file in it was made by a run that was killed then.
+# A checkpoint holds this file while the Trainer writes it. One that still has it was left by a run that was killed.
 WRITING = "spiel-peft-unfinished.json"
 # The name under which checkpoints of an earlier run are set aside until the new one has a checkpoint.
 _EARLIER = "checkpoints"

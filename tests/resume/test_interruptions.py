@@ -88,7 +88,7 @@ def test_an_optimizer_that_is_found_late_is_reported() -> None:
                 again.train(7, 7)
         finally:
             gc.unfreeze()
-        told = [w for w in caught if "found with its optimizer at the step only" in str(w.message)]
+        told = [w for w in caught if "found with its optimizer only at the step" in str(w.message)]
         assert len(told) == (0 if wrapped else 1)
         assert first_delta(again.model).state.step == 7
         assert [report.step for report in log_of(again.train(8).model)] == [8, 13]
