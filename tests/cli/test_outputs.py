@@ -205,6 +205,8 @@ def test_what_makes_a_checkpoint_incomplete(shell: Shell, inputs: Path) -> None:
         problem = run_folder.what_is_missing(copy)
         assert problem is not None and "." in problem, name
         shutil.rmtree(copy)
+    (whole / run_folder.WRITING).write_text("{}")  # all files are there, but perhaps not in full
+    assert run_folder.what_is_missing(whole) == "the run was killed while it was written"
 
 
 @pytest.mark.parametrize("name", ["half an optimizer", "nothing"])
