@@ -209,17 +209,20 @@ class Checkpoints:
 
     @contextmanager
     def saving(self, step: int) -> Iterator[None]:
-        """Mark a checkpoint as unfinished while the block writes it; after an error it is removed if it was made here.
+        """Mark a checkpoint as unfinished while the block writes it; after an error it is removed.
 
-        The checkpoints of the replaced run are set aside, and removed once the first new one is complete.
+        The checkpoints of the replaced run, and one of the same step, are set aside. They are removed once the new one
+        is complete, and put back after an error.
         """
         path = self.folder / f"checkpoint-{step}"
-        if not self.replaced:
+        # A damaged checkpoint that was passed over is there, too: files of two runs must not mix.
+        outdated = list(dict.fromkeys([*self.replaced, *([path] if path.exists() else [])]))
+        if not outdated:
             with self._writing(path):
                 yield
         else:
             with work_folder(self.folder, _EARLIER) as box:
-                set_aside(self.replaced, box)
+                set_aside(outdated, box)
                 with self._writing(path):
                     yield
                 give_up_set_aside(box)
@@ -228,17 +231,13 @@ class Checkpoints:
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        made = not path.exists()
-        if made:
-            path.mkdir()
-            (path / WRITING).write_text('{"made_by": "spiel-peft"}\n', encoding="utf-8")
+        path.mkdir()
+        (path / WRITING).write_text('{"made_by": "spiel-peft"}\n', encoding="utf-8")
         try:
             yield
-            if made:
-                (path / WRITING).unlink()
+            (path / WRITING).unlink()
         except BaseException:
-            if made:
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
             raise
 
     def keep(self, limit: int | None, best: str | None) -> None:

@@ -214,6 +214,7 @@ def test_resuming_falls_back_to_the_last_complete_checkpoint(name: str, shell: S
     train(shell)
     before = tensors_of(inputs / "run" / "adapter")
     shutil.rmtree(inputs / "run" / "adapter")
+    (inputs / "run" / "checkpoint-4" / "optimizer.bin").write_bytes(b"of the first run")
     DAMAGE[name](inputs / "run" / "checkpoint-4")
     data = json.loads(train(shell, "--resume", "--json"))
     assert data["resumed_from"] == "run/checkpoint-2" and data["steps"] == 4
@@ -221,6 +222,29 @@ def test_resuming_falls_back_to_the_last_complete_checkpoint(name: str, shell: S
     after = tensors_of(inputs / "run" / "adapter")
     assert all(after[key].equal(before[key]) for key in before)
     assert run_folder.what_is_missing(inputs / "run" / "checkpoint-4") is None
+    assert not (inputs / "run" / "checkpoint-4" / "optimizer.bin").exists()
+
+
+def test_a_damaged_checkpoint_is_there_until_the_new_one_is_whole(
+    shell: Shell, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(shell)
+    DAMAGE["half an optimizer"](inputs / "run" / "checkpoint-4")
+    before = contents(inputs / "run" / "checkpoint-4")
+    monkeypatch.setattr(run.SFTTrainer, "_save_optimizer_and_scheduler", lambda *_: 1 / 0)
+    train(shell, "--resume", code=70)
+    assert contents(inputs / "run" / "checkpoint-4") == before
+    monkeypatch.undo()
+    monkeypatch.chdir(inputs)
+    # While it is written the new one has the mark, so that a kill leaves no mixture of both that seems complete.
+    marks = []
+    monkeypatch.setattr(
+        run.SFTTrainer,
+        "_save_optimizer_and_scheduler",
+        lambda self, folder: marks.append(sorted(path.name for path in Path(folder).iterdir())),
+    )
+    train(shell, "--resume")
+    assert all(run_folder.WRITING in names and "optimizer.pt" not in names for names in marks) and marks
 
 
 def test_no_complete_checkpoint_and_one_of_a_killed_run(shell: Shell, inputs: Path) -> None:
