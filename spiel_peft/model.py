@@ -24,7 +24,7 @@ from .cycle.window import WindowCollector
 from .delta import AdapterRun
 from .files.loading import ModelStructure, refuse_more_than_file
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .layers.merging import report_merge_loss
+from .layers.merging import report_merge_loss, used_by_others
 from .saving import AdapterLoading, check_live_state_dict, saved_entries
 from .targets import (
     BYPASSED,
@@ -38,7 +38,6 @@ from .targets import (
     refuse_missing_rows,
     shared_weights,
     untie_weights,
-    used_by_others,
     warn_about_fused_experts,
 )
 from .weights.base_weight import CONV, EMBEDDING, SUPPORTED, BaseInfo, inspect_base
@@ -397,7 +396,7 @@ class SpIELModel(BaseTuner):
 
     def _check_before_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         layers = self._spiel_layers()
-        shared = used_by_others(self.model, [layer for layer in layers if not layer.merged])
+        shared = used_by_others([layer for layer in layers if not layer.merged], self.model)
         for layer in layers:
             if not layer.merged:
                 layer.used_by_others = layer in shared

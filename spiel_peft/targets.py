@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from .adapter_format import split_file_key
-from .call_stack import is_held_elsewhere, live_objects
 from .checks import first_of
 from .config import SpIELConfig, names_module
 from .layers import SpIELLayer, SpIELParameter, SpIELParameters
@@ -76,28 +75,6 @@ def shared_weights(model: nn.Module, targets: set[str]) -> dict[str, tuple[str, 
             shared.setdefault(other, set()).add(name)
     others = {name: tuple(sorted(names - {name})) for name, names in shared.items() if name in targets}
     return {name: names for name, names in others.items() if names}
-
-
-def used_by_others(model: nn.Module, layers: Iterable[SpIELLayer]) -> set[SpIELLayer]:
-    """The layers whose plain weight a module outside of the model uses too, by the parameter or by its memory.
-
-    Takes about 0.2 s if anything else holds one of the weights, and no time if nothing does.
-    """
-    plain = [layer for layer in layers if layer.quantization_backend is None]
-    held = [layer for layer in plain if is_held_elsewhere(layer.computing_module(), layer.weight_name)]
-    places: dict[int, list[tuple[int, int, SpIELLayer]]] = {}
-    for layer in held:
-        memory, begin, end = memory_of(layer.get_base_layer().weight)
-        places.setdefault(memory, []).append((begin, end, layer))
-    own = {id(module) for module in model.modules()}
-    found = set()
-    for module in live_objects(nn.Module) if held else ():
-        if id(module) in own:
-            continue
-        tensors = (*vars(module).get("_parameters", {}).values(), *vars(module).get("_buffers", {}).values())
-        for memory, begin, end in (memory_of(tensor) for tensor in tensors if tensor is not None):
-            found.update(layer for first, last, layer in places.get(memory, ()) if first < end and begin < last)
-    return found
 
 
 def refuse_missing_rows(model: nn.Module, config: SpIELConfig) -> None:

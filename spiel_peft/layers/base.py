@@ -64,8 +64,8 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # Names of modules that share the base weight; merging must not change theirs.
         self.shared_with: tuple[str, ...] = ()
-        # Whether another model shares it, as far as was found before the merge in progress.
-        self.used_by_others = False
+        # Whether another model uses it, as the merge of a whole model has found; None: `merge` looks for itself.
+        self.used_by_others: bool | None = None
         # The layer whose delta this one shares (`ensure_weight_tying`); in a tuple, so that it is no child module.
         self.tied_to: tuple[SpIELLayer, ...] = ()
         self._backup: WeightBackup | None = None

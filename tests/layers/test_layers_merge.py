@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from support.layers import CASES, HALF_AND_FULL, LayerCase, adapt, spiel_layer, 
 from support.tensors import assert_close, assert_same_bits
 from torch import Tensor, nn
 
-from spiel_peft import SpIELConfig, targets
+from spiel_peft import SpIELConfig
+from spiel_peft.layers import merging
 
 NAN_MESSAGE = "NaNs detected in the merged weights"
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -319,13 +321,14 @@ def test_two_models_on_one_weight_are_merged_and_unmerged_in_any_order(
     assert all(torch.equal(model(x), expected) for model, expected in zip(models, adapted, strict=True))
     for number in order:
         models[number].unmerge_adapter()
+        assert all(torch.equal(model(x), expected) for model, expected in zip(models, adapted, strict=True))
     assert torch.equal(net[0].get_base_layer().weight, before)
     assert all(torch.equal(model(x), expected) for model, expected in zip(models, adapted, strict=True))
 
 
 def test_weights_that_no_other_model_uses_are_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search takes long; reference counts tell that it is not needed."""
-    monkeypatch.setattr(targets, "live_objects", lambda kind: pytest.fail("all live objects were searched"))
+    monkeypatch.setattr(merging, "live_objects", lambda kind: pytest.fail("all live objects were searched"))
     model = merged_in(pair_of_layers(), 0, target_modules=["0", "1"])
     pointer = model.base_model.model[0].get_base_layer().weight.data_ptr()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -337,16 +340,23 @@ def test_weights_that_no_other_model_uses_are_not_searched_for(monkeypatch: pyte
         model.unmerge_adapter()
 
 
-def test_layers_on_one_weight_are_not_merged_together() -> None:
-    """One by one, layers do not look for other models."""
-    net = pair_of_layers()
-    other = by_parameter(net)
-    before = net[0].weight.detach().clone()
+@both_ways
+def test_layers_that_are_merged_one_by_one_look_for_other_models_too(
+    twin_of: Callable[[nn.Sequential], nn.Sequential],
+) -> None:
+    net, x = pair_of_layers(), torch.randn(3, 8)
+    other = twin_of(net)
+    before, weight = other(x), net[0].weight.detach().clone()
     first, second = (merged_in(base, seed).base_model.model[0] for seed, base in enumerate((net, other)))
     first.merge()
-    with pytest.raises(ValueError, match="another model that shares this weight has merged"):
-        second.merge()
-    first.unmerge()
+    assert torch.equal(second.get_base_layer().weight, weight)
     second.merge()
+    first.unmerge()
+    assert torch.equal(first.get_base_layer().weight, weight) and not torch.equal(other(x), before)
     second.unmerge()
-    assert torch.equal(net[0].get_base_layer().weight, before)
+    assert torch.equal(second.get_base_layer().weight, weight)
+    del second, other
+    gc.collect()
+    pointer = first.get_base_layer().weight.data_ptr()
+    first.merge()
+    assert first.get_base_layer().weight.data_ptr() == pointer, "no other model uses the weight any more"
