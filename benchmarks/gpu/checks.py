@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pytest
 
 _POLL_SECONDS = 1.0
+# A test that takes longer is taken to hang; so is a process that begins none.
+_STUCK_SECONDS = 25.0
 _MESSAGE_CHARACTERS = 1500
 # Exit statuses of pytest: all passed, some failed, no tests were chosen.
 _ENDED = (0, 1, 5)
@@ -39,8 +41,8 @@ def run_tests(context: Context, arguments: Sequence[str]) -> None:
         context.keep(**summary([]))
         begun = -1
         # A process that has begun no test will not do so in a second try.
-        while len(read_lines(outcomes)) > begun:
-            begun = len(read_lines(outcomes))
+        while (count := len(begun_in(read_lines(outcomes)))) > begun:
+            begun = count
             ended = _run_process(context, outcomes, output, arguments)
             if ended is not None:
                 context.keep(ended=ended)
@@ -51,26 +53,31 @@ def run_tests(context: Context, arguments: Sequence[str]) -> None:
 def _run_process(context: Context, outcomes: Path, output: Path, arguments: Sequence[str]) -> str | None:
     """Run the tests that have not begun; returns how they have ended, or None if another process has to go on."""
     command = [sys.executable, "-m", "benchmarks.gpu.checks", str(outcomes), *arguments]
+    lines, since, stuck = read_lines(outcomes), time.monotonic(), False
     with output.open("wb") as stream, process_group(command, stdout=stream, stderr=stream) as process:
-        while (status := process.poll()) is None and not context.clock.expired():
+        while (status := process.poll()) is None and not context.clock.expired() and not stuck:
             time.sleep(_POLL_SECONDS)
-            context.keep(**summary(read_lines(outcomes)))
+            if (found := read_lines(outcomes)) != lines:
+                lines, since = found, time.monotonic()
+                context.keep(**summary(lines))
+            stuck = time.monotonic() - since > _STUCK_SECONDS
     lines = read_lines(outcomes)
-    if status is None:
-        context.keep(**summary(lines))
-        return "the time was up"
-    if status not in (*_ENDED, DEVICE_LOST):
-        lines = _with_crash(lines, status, output.read_text(errors="replace")[-_MESSAGE_CHARACTERS:])
+    if status not in (*_ENDED, DEVICE_LOST) and (status is not None or stuck):
+        why = (
+            f"no end after {_STUCK_SECONDS:.0f} s" if stuck else f"the process of the tests ended with status {status}"
+        )
+        lines = _with_failure(lines, f"{why}\n{output.read_text(errors='replace')[-_MESSAGE_CHARACTERS:]}")
         outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     context.keep(**summary(lines))
-    return "all have run" if status in _ENDED else None
+    if status in _ENDED:
+        return "all have run"
+    return "the time was up" if context.clock.expired() else None
 
 
-def _with_crash(lines: list[dict[str, Any]], status: int, output: str) -> list[dict[str, Any]]:
+def _with_failure(lines: list[dict[str, Any]], message: str) -> list[dict[str, Any]]:
     """The lines of a process that ended in the middle of a test, which has failed thereby."""
-    crashed = f"the process of the tests ended with status {status}\n{output}"
     return [
-        line if "outcome" in line else {**line, "outcome": "failed", "seconds": 0.0, "message": crashed}
+        {"test": line["test"], "outcome": "failed", "seconds": 0.0, "message": message} if line.get("begun") else line
         for line in lines
     ]
 
@@ -86,7 +93,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts by outcome; seconds of each test that passed; message of each that did not; tests without an outcome."""
+    """Counts by outcome; seconds of each test that passed; message of each that did not; tests that did not end."""
     ended = [line for line in lines if "outcome" in line]
     counts = {name: sum(line["outcome"] == name for line in ended) for name in ("passed", "failed", "skipped")}
     return {
@@ -94,16 +101,22 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "failures": [line for line in ended if line["outcome"] == "failed"],
         "skips": {line["test"]: line["message"] for line in ended if line["outcome"] == "skipped"},
         "seconds_of_passed": {line["test"]: line["seconds"] for line in ended if line["outcome"] == "passed"},
-        "unfinished": [line["test"] for line in lines if "outcome" not in line],
+        "unfinished": [line["test"] for line in lines if line.get("begun")],
+        "not_begun": [line["test"] for line in lines if line.get("chosen")],
     }
 
 
+def begun_in(lines: Sequence[dict[str, Any]]) -> set[str]:
+    """The tests that have begun, or could not even be collected."""
+    return {line["test"] for line in lines if not line.get("chosen")}
+
+
 class Recorder:
-    """A plugin of pytest that writes a line when a test begins and another when it has ended."""
+    """A plugin of pytest that writes a line when a test is chosen, when it begins, and when it has ended."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begun = {line["test"] for line in read_lines(path)}
+        self._begun = begun_in(read_lines(path))
         self._reports: list[pytest.TestReport] = []
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -111,9 +124,18 @@ class Recorder:
         config.hook.pytest_deselected(items=begun)
         items[:] = [item for item in items if item.nodeid not in self._begun]
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            message = report.longreprtext[-_MESSAGE_CHARACTERS:]
+            self._write({"test": report.nodeid, "outcome": "failed", "seconds": 0.0, "message": message})
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            self._write({"test": item.nodeid, "chosen": True})
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports = []
-        self._write({"test": nodeid})
+        self._write({"test": nodeid, "begun": True})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._reports.append(report)
@@ -152,5 +174,5 @@ if __name__ == "__main__":
     import pytest
 
     file, *arguments = sys.argv[1:]
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-q", "--tb=short", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     sys.exit(pytest.main([*options, *arguments], plugins=[Recorder(Path(file))]))

@@ -28,7 +28,7 @@ def kernel_times(action: Action, device: torch.device) -> dict[str, Any]:
     entries = [
         (event.key[:_NAME_CHARACTERS], event.count, getattr(event, f"self_{key}_time_total"))
         for event in profiler.key_averages()
-        if event.device_type == wanted
+        if event.device_type == wanted and not event.is_user_annotation
     ]
     entries.sort(key=lambda entry: -entry[2])
     return {

@@ -77,19 +77,18 @@ def in_place(context: Context) -> None:
     as the first and as the last of a round.
     """
     timer, entries = DeviceTimer(context.device), []
-    cases = list(itertools.product(_shapes(context), _BUDGET_DENSITIES, INDEX_SETS, (True, False)))
-    for number, (shape, density, kind, product) in enumerate(cases):
+    cases = list(itertools.product(_shapes(context), _BUDGET_DENSITIES, INDEX_SETS))
+    for number, (shape, density, kind) in enumerate(cases):
         if context.clock.expired():
             context.keep(cases_left_out=len(cases) - number)
             return
         k = max(1, round(density * shape[0] * shape[1]))
-        entry = {"rows": shape[0], "cols": shape[1], "density": density, "k": k, "indices": kind, "product": product}
         indices = draw_index_set(kind, *shape, k, seed=0, device=context.device)
-        entries.append({**entry, **_in_place(context, timer, shape, indices, product)})
-        context.keep(in_place=entries)
-        print(
-            {**entry, **{name: f"{median(s) * 1e6:.1f} us" for name, s in entries[-1]["seconds"].items()}}, flush=True
-        )
+        for product in (True, False):
+            entry = {"rows": shape[0], "cols": shape[1], "density": density, "indices": kind, "product": product}
+            entries.append({**entry, **_in_place(context, timer, shape, indices, product)})
+            context.keep(in_place=entries)
+            print(entry, {name: f"{median(s) * 1e6:.1f} us" for name, s in entries[-1]["seconds"].items()}, flush=True)
 
 
 def _in_place(

@@ -38,11 +38,12 @@ def _tests(results: Entries) -> Iterator[str]:
     if not found:
         return
     rows = [
-        [name, *(str(result[key]) for key in ("passed", "failed", "skipped")), str(len(result["unfinished"]))]
+        [name, *(str(result[key]) for key in ("passed", "failed", "skipped"))]
+        + [str(len(result["unfinished"] + result["not_begun"]))]
         + [result.get("ended", "cut off").replace("|", "/").replace("\n", " ")[:160]]
         for name, result in found.items()
     ]
-    yield markdown(["tests", "passed", "failed", "skipped", "unfinished", "end"], rows)
+    yield markdown(["tests", "passed", "failed", "skipped", "left", "end"], rows)
     failures = [failed for result in found.values() for failed in result["failures"]]
     if failures:
         yield "\n".join(f"- `{failed['test']}`: {_last_line(failed['message'])}" for failed in failures)

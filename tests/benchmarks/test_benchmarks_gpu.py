@@ -204,28 +204,43 @@ def test_wrong(): assert 1 == 2
 def test_crash(): os.abort()
 def test_left_out(): pytest.skip("no such library")
 def test_after(): pass
+def test_stuck(): time.sleep(60)
 def test_slow(): time.sleep(60)
 def test_never(): pass
 """
 
 
-def test_outcomes_of_tests_survive_a_crash_and_the_end_of_time(tmp_path: Path) -> None:
+def test_outcomes_of_tests_survive_a_crash_and_the_end_of_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_POLL_SECONDS", 0.2)
+
+    def keep(result: dict) -> None:
+        # Only now, as the start of a process may take long.
+        if any("test_stuck" in name for name in result["unfinished"]):
+            monkeypatch.setattr(checks, "_STUCK_SECONDS", 0.5)
+        if any("test_stuck" in failed["test"] for failed in result["failures"]):
+            monkeypatch.setattr(checks, "_STUCK_SECONDS", 60.0)
+        saved.append(dict(result))
+
     path = tmp_path / "test_some.py"
     path.write_text(SOME_TESTS)
+    (tmp_path / "test_broken.py").write_text("import no_such_library")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     saved: list[dict] = []
-    own = running.Context(CPU, True, timing.Clock(None), lambda result: saved.append(dict(result)))
+    own = running.Context(CPU, True, timing.Clock(None), keep)
     # The time is up when the slow test has begun.
     own.clock.expired = lambda: bool(saved) and any("test_slow" in name for name in saved[-1]["unfinished"])
-    checks.run_tests(own, [str(path), "-c", str(tmp_path / "pytest.ini")])
+    checks.run_tests(own, [str(tmp_path), "-c", str(tmp_path / "pytest.ini")])
     result = own.result
-    assert (result["passed"], result["failed"], result["skipped"]) == (2, 2, 1)
-    wrong, crash = result["failures"]
-    assert "assert 1 == 2" in wrong["message"] and "ended with status -6" in crash["message"]
+    assert (result["passed"], result["failed"], result["skipped"]) == (2, 4, 1)
+    broken, wrong, crash, stuck = result["failures"]
+    assert "no_such_library" in broken["message"] and "assert 1 == 2" in wrong["message"]
+    assert "ended with status -6" in crash["message"]
+    assert stuck["message"].startswith("no end after")
     assert list(result["skips"].values()) == ["Skipped: no such library"]
     assert result["ended"] == "the time was up" and [name[-9:] for name in result["unfinished"]] == ["test_slow"]
+    assert [name[-10:] for name in result["not_begun"]] == ["test_never"]
     table = gpu_table.gpu_table({"tests_telling": {**result, "status": "done", "took_seconds": 1.0}})
-    assert "| tests_telling | 2 | 2 | 1 | 1 | the time was up |" in table and "test_wrong`: assert 1 == 2" in table
+    assert "| tests_telling | 2 | 4 | 1 | 2 | the time was up |" in table and "test_wrong`: assert 1 == 2" in table
 
 
 def test_telling_tests_exist() -> None:
