@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pytest
 
 _POLL_SECONDS = 1.0
-# A test that takes longer is taken to hang; so is a process that begins none.
+# A test that takes longer is taken to hang.
 _STUCK_SECONDS = 25.0
 _MESSAGE_CHARACTERS = 1500
 # Exit statuses of pytest: all passed, some failed, no tests were chosen.
@@ -53,7 +53,8 @@ def run_tests(context: Context, arguments: Sequence[str]) -> None:
 def _run_process(context: Context, outcomes: Path, output: Path, arguments: Sequence[str]) -> str | None:
     """Run the tests that have not begun; returns how they have ended, or None if another process has to go on."""
     command = [sys.executable, "-m", "benchmarks.gpu.checks", str(outcomes), *arguments]
-    lines, since, stuck = read_lines(outcomes), time.monotonic(), False
+    # Starting the process may take long, so a test is waited for only when a line has come.
+    lines, since, stuck = read_lines(outcomes), float("inf"), False
     with output.open("wb") as stream, process_group(command, stdout=stream, stderr=stream) as process:
         while (status := process.poll()) is None and not context.clock.expired() and not stuck:
             time.sleep(_POLL_SECONDS)
