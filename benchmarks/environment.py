@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -25,6 +26,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache  # some benchmarks save often
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     try:

@@ -14,6 +14,7 @@ from .timing import median, quantile
 from .variants import FIRST_CLOSE
 
 Row = Sequence[str]
+GPU_PARTS = ("gpu_one", "gpu_two")
 
 
 class Results:
@@ -28,6 +29,11 @@ class Results:
         if name not in self._loaded:
             self._loaded[name] = load(name, self.folder)
         return self._loaded[name]
+
+    def gpu(self) -> dict[str, dict[str, Any]]:
+        """What is known of each measurement of the GPU benchmark, by name, from the files of both parts."""
+        found = [(self.get(part) or {}).get("measurements", {}) for part in GPU_PARTS]
+        return {name: entry for measurements in found for name, entry in measurements.items()}
 
     def starting(self, prefix: str) -> dict[str, dict[str, Any]]:
         """Results whose names begin with a prefix, by name; smaller batches and budgets first."""

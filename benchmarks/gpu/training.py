@@ -1,17 +1,22 @@
-"""Parts of the GPU benchmark that train: slices of a few decoder layers for time, whole models for memory."""
+"""Measurements of the GPU benchmark that train: slices of a few decoder layers, and models of full depth."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+import spiel_peft
+from spiel_peft import SpIELConfig, delta
 
 from .. import layer
 from ..bases import LLAMA_2_7B, LLAMA_2_13B, TINY, BaseSpec, LlamaShape
-from ..environment import failure
 from ..index_sets import ProfileSampler
 from ..stepping import (
     LORA,
@@ -26,9 +31,10 @@ from ..stepping import (
     step_seconds,
     warm_up,
 )
-from ..timing import wall_seconds
-from ..variants import FIRST_CLOSE, Budget, TrainingRun, build, cycling_run, place_deltas
-from .parts import Context
+from ..timing import Clock, median, synchronize, wall_seconds
+from ..variants import FIRST_CLOSE, Budget, build, cycling_run, place_deltas
+from .kernel_times import kernel_times
+from .running import Context
 
 AG, MA = "SpIEL-AG, profile indices", "SpIEL-MA, SM3, profile indices"
 UNIFORM = "SpIEL-AG, uniform indices"
@@ -83,7 +89,8 @@ def _slice(
     """Time steps of a model with few decoder layers; adds one entry per setting to `entries` and saves it at once."""
     base = spec.sliced(layers).build()
     failures: Failures = {}
-    runs = set_up(lambda: copy.deepcopy(base), names, Budget.of_rank(r), failures)
+    with _first_positions_on(context.device):
+        runs = set_up(lambda: copy.deepcopy(base), names, Budget.of_rank(r), failures)
     for number, setting in enumerate(settings):
         # Without time for its warm-up, a setting is left out.
         if number and context.clock.expired():
@@ -130,65 +137,97 @@ def steps_13b_nf4(context: Context) -> None:
     _slices(context, LLAMA_2_13B, True, (64,), (LOWER_BOUND, LORA, AG, MA, UNIFORM))
 
 
-def _whole(context: Context, nf4: bool) -> None:
-    """Measure peak memory and step times of one model of full depth, adapted by one method after the other."""
-    spec = _base(context, LLAMA_2_7B, nf4)
-    device, r, setting = context.device, 2 if context.tiny else 64, _settings(context)[0]
-    base = spec.build()
-    batches = spec.batches(setting.batch_size, setting.tokens)
-    entries: dict[str, dict[str, Any]] = {}
-    context.keep(base=asdict(spec), r=r, **asdict(setting))
-    for name in (LORA, "SpIEL-MA, SM3", "SpIEL-AG"):
-        if entries and context.clock.expired():
-            context.keep(variants_left_out=name)
-            return
-        loaded = begin_device_peak(device)
+@functools.lru_cache(maxsize=1)
+def _kept_base(spec: BaseSpec) -> Any:
+    """The model of full depth, for one variant after the other."""
+    return spec.build()
+
+
+def whole(model: str, variant: str) -> Callable[[Context], None]:
+    """A measurement of one variant on LLaMA-2-7B at full depth: peak memory, first steps, step times, kernels.
+
+    Args:
+        model: "7b_nf4" or "7b_bf16".
+    """
+
+    def measure(context: Context) -> None:
+        spec = _base(context, LLAMA_2_7B, model == "7b_nf4")
+        r, setting = 2 if context.tiny else 64, _settings(context)[0]
+        context.keep(model=model, variant=variant, base=asdict(spec), r=r, **asdict(setting))
         try:
-            run = build(name, base, Budget.of_rank(r))
-            entries[name] = {"loaded_mib": loaded, **_measure_whole(context, run, batches, setting)}
-            run.model.unload()
-            del run
-        except Exception as error:
-            entries[name] = {"failed": failure(error)}
-            context.keep(variants=entries)
-            # The failed adapter may still be in the base model, so no other method can use it.
-            return
-        context.keep(variants=entries)
-        print(f"{name}: {entries[name]}"[:200], flush=True)
-        free_memory()
+            _measure_whole(context, spec, variant, r, setting)
+        except Exception:
+            _kept_base.cache_clear()  # the adapter may still be in it
+            raise
+
+    return measure
 
 
-def _measure_whole(
-    context: Context, run: TrainingRun, batches: list[torch.Tensor], setting: StepSetting
-) -> dict[str, Any]:
+def _measure_whole(context: Context, spec: BaseSpec, variant: str, r: int, setting: StepSetting) -> None:
+    device, clock = context.device, Clock()
+    base = _kept_base(spec)
+    synchronize(device)
+    context.keep(build_seconds=clock.elapsed(), loaded_mib=begin_device_peak(device))
+    clock = Clock()
+    with _first_positions_on(device):
+        run = build(variant, base, Budget.of_rank(r))
     run.use_checkpointing(setting.checkpointing)
+    context.keep(set_up_seconds=clock.elapsed(), trainable=run.trainable)
+    batches = spec.batches(setting.batch_size, setting.tokens)
     # SpIEL's first window and close are among these steps; LoRA takes as many.
-    for number in range(FIRST_CLOSE + 1):
-        run.step(batches[number % len(batches)])
-    peak = device_peak(context.device)
-    begin_device_peak(context.device)
+    first = [
+        wall_seconds(lambda number=number: run.step(batches[number % len(batches)]), device)
+        for number in range(FIRST_CLOSE + 1)
+    ]
+    context.keep(first_seconds=first, peak_mib=device_peak(device))
+    begin_device_peak(device)
     if run.warmup_steps > FIRST_CLOSE:
         # Gradients of random weights are not concentrated: move the deltas to where a trained model's would be.
         place_deltas(run.model, ProfileSampler.measured())
     run.step(batches[0])
     repetitions = 2 if context.tiny else _FULL_REPETITIONS
-    seconds = [wall_seconds(lambda: run.step(batches[-1]), context.device) for _ in range(repetitions)]
-    return {
-        "peak_mib": peak,
-        "peak_between_windows_mib": device_peak(context.device),
-        "seconds": seconds,
-        "trainable": run.trainable,
-    }
+    seconds = [wall_seconds(lambda: run.step(batches[-1]), device) for _ in range(repetitions)]
+    context.keep(peak_between_windows_mib=device_peak(device), seconds=seconds)
+    print(f"{variant}: {median(seconds) * 1e3:.0f} ms, peak {context.result['peak_mib']:.0f} MiB", flush=True)
+    context.keep(profile=kernel_times(lambda: run.step(batches[-1]), device))
+    run.model.unload()
 
 
-def whole_7b_nf4(context: Context) -> None:
-    """LLaMA-2-7B at full depth, NF4: SpIEL and QLoRA."""
-    _whole(context, True)
+@contextmanager
+def _first_positions_on(device: torch.device) -> Iterator[None]:
+    """Draw the first positions of new deltas on a device; a CPU core takes 20 s for LLaMA-2-7B.
+
+    Positions differ from those of a user's run. The first close replaces them all.
+    """
+    drawn_on_cpu = delta.first_positions
+
+    def draw(config: SpIELConfig, module_name: str, numel: int, k: int) -> Tensor:
+        positions = torch.randint(numel, (k + k // 4 + 16,), device=device).unique()
+        if positions.numel() < k:  # a dense delta
+            return drawn_on_cpu(config, module_name, numel, k)
+        kept = torch.randperm(positions.numel(), device=device)[:k]
+        return positions[kept].sort().values.cpu()
+
+    delta.first_positions = draw
+    try:
+        yield
+    finally:
+        delta.first_positions = drawn_on_cpu
 
 
-def whole_7b_bf16(context: Context) -> None:
-    """LLaMA-2-7B at full depth, bfloat16: SpIEL and LoRA."""
-    _whole(context, False)
+def compile_kernels(context: Context) -> None:
+    """What `spiel_peft.warm_up` compiles for LLaMA-2-7B, of which one layer has every kind of matrix."""
+    entries = {}
+    for nf4 in (True, False):
+        if entries and context.clock.expired():
+            return
+        base = _base(context, LLAMA_2_7B, nf4).sliced(1).build()
+        run = build("SpIEL-AG", base, Budget.of_rank(2 if context.tiny else 64))
+        clock = Clock()
+        kernels = spiel_peft.warm_up(run.model, torch.bfloat16)
+        entries["nf4" if nf4 else "bf16"] = {"kernels": kernels, "seconds": clock.elapsed()}
+        context.keep(compiled=entries)
+        del base, run
 
 
 def share(context: Context) -> None:
@@ -197,15 +236,16 @@ def share(context: Context) -> None:
     The weights are random, so the index sets that regrowing chooses are spread evenly.
     """
     growths: dict[str, Any] = {}
-    for nf4 in (True, False):
+    for nf4 in (True,) if context.tiny else (True, False):
         spec = _base(context, LLAMA_2_7B, nf4)
         base = spec.sliced(_depths(context)[0]).build()
         setting = _settings(context)[0]
         batches = spec.batches(setting.batch_size, setting.tokens)
-        for growth in ("accumulated_gradient", "momentum"):
+        for growth in ("accumulated_gradient",) if context.tiny else ("accumulated_gradient", "momentum"):
             if growths and context.clock.expired():
                 return
-            run = cycling_run(growth, copy.deepcopy(base), Budget.of_rank(2 if context.tiny else 64))
+            with _first_positions_on(context.device):
+                run = cycling_run(growth, copy.deepcopy(base), Budget.of_rank(2 if context.tiny else 64))
             run.use_checkpointing(setting.checkpointing)
             measured = measure_cycles(run, growth, batches, 1 if context.tiny else 2, context.clock)
             growths[f"{growth}, {'nf4' if nf4 else 'bf16'}"] = measured

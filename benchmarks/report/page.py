@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import memory
-from ..gpu import PARTS
 from ..gpu.compiled import RESULT as COMPILED
 from ..gpu.compiled import compiled_table
-from ..gpu.table import gpu_table
+from ..gpu.table import gpu_table, whole_variants
 from ..gpu.training import AG, MA, UNIFORM
 from ..layer import FROZEN
 from ..stepping import LORA, LOWER_BOUND
 from ..tables import (
+    GPU_PARTS,
     Results,
     alone_rounds_table,
     alone_seconds,
@@ -89,25 +89,25 @@ def gpu_slice(result: dict[str, Any] | None, r: int, checkpointing: bool) -> dic
 
 
 def _gpu_step(part: str, name: str, checkpointing: bool) -> Value:
-    return lambda results: ratio(gpu_slice(results.get(f"gpu_{part}"), 64, checkpointing), name, LORA)
-
-
-def whole_values(result: dict[str, Any] | None, key: str) -> dict[str, float]:
-    """One entry of the results at full depth, by variant; the median if it is a list."""
-    variants = (result or {}).get("variants", {})
-    found = {name: entry[key] for name, entry in variants.items() if key in entry}
-    return {name: median(value) if isinstance(value, list) else value for name, value in found.items()}
+    return lambda results: ratio(gpu_slice(results.gpu().get(part), 64, checkpointing), name, LORA)
 
 
 def _gpu_whole(name: str, key: str) -> Value:
-    return lambda results: ratio(whole_values(results.get("gpu_whole_7b_nf4"), key), name, LORA)
+    """One number of a variant over LoRA's, LLaMA-2-7B NF4 at full depth; of a list the median."""
+
+    def value(results: Results) -> float | None:
+        variants = whole_variants(results.gpu(), "7b_nf4")
+        found = {variant: entry[key] for variant, entry in variants.items() if key in entry}
+        return ratio({v: median(x) if isinstance(x, list) else x for v, x in found.items()}, name, LORA)
+
+    return value
 
 
 def _gpu_fold(rows: int, cols: int) -> Value:
     """Time of the NF4 fold over the floor: the largest over all densities and kinds of index sets."""
 
     def value(results: Results) -> float | None:
-        entries = (results.get("gpu_dequantize") or {}).get("results", [])
+        entries = results.gpu().get("fold_nf4", {}).get("results", [])
         found = [
             median(entry["seconds"]) / entry["floor_seconds"]
             for entry in entries
@@ -135,9 +135,9 @@ def _alone(r: int, part: str) -> Value:
 
 _ALONE = "CPU, SmolLM2-135M, fp32, 4x128, as users run it: step, SpIEL / LoRA"
 _STEP = "CPU, SmolLM2-135M, fp32, 4x128, many models in one process: step"
-_NF4 = "H100, 7B NF4, r=64, checkpointing, 1x2048"
+_NF4 = "GPU, 7B NF4, r=64, checkpointing, 1x2048"
 _COUNTED = "counted bytes, 7B NF4, r=64, checkpointing, 1x2048: peak"
-_BF16 = "H100, 7B bf16, r=64, 1x2048"
+_BF16 = "GPU, 7B bf16, r=64, 1x2048"
 TARGETS = (
     Target(f"{_ALONE}, whole cycle, r=16", 1.0, _alone(16, "cycle")),
     Target(f"{_ALONE}, between windows, r=16", 0.97, _alone(16, "between windows")),
@@ -169,8 +169,8 @@ TARGETS = (
     Target(f"{_COUNTED}, SpIEL-AG + AdamW / QLoRA, between windows", 1.10, _counted(memory.BETWEEN, SPIEL)),
     Target(f"{_COUNTED}, SpIEL-AG + AdamW / QLoRA, window open", 1.20, _counted(memory.OPEN, SPIEL)),
     Target(f"{_COUNTED}, the same with candidates=2", 1.20, _counted(memory.OPEN, SPIEL, 2.0)),
-    Target("H100: NF4 dequantize + scatter-add over its byte floor, 4096x4096", 1.3, _gpu_fold(4096, 4096)),
-    Target("H100: NF4 dequantize + scatter-add over its byte floor, 11008x4096", 1.3, _gpu_fold(11008, 4096)),
+    Target("GPU: NF4 dequantize + scatter-add over its byte floor, 4096x4096", 1.3, _gpu_fold(4096, 4096)),
+    Target("GPU: NF4 dequantize + scatter-add over its byte floor, 11008x4096", 1.3, _gpu_fold(11008, 4096)),
 )
 
 
@@ -304,10 +304,9 @@ def _counts(results: Results) -> Iterator[str]:
 
 
 def _gpu(results: Results) -> Iterator[str]:
-    found = {part.name: results.get(f"gpu_{part.name}") for part in PARTS}
-    measured = [result for result in found.values() if result is not None]
+    measured = [result for result in (results.get(name) for name in GPU_PARTS) if result is not None]
     if measured:
-        yield from _section("GPU", measured[0], gpu_table(found), _plot(results, "gpu_gather"))
+        yield from _section("GPU", measured[0], gpu_table(results.gpu()), _plot(results, "gpu_gather"))
 
 
 def _compiled(results: Results) -> Iterator[str]:

@@ -91,7 +91,7 @@ def _draw_gather(axes: Sequence[Any], results: Results) -> None:
 
 
 def _gpu_gather(results: Results) -> list[dict[str, Any]]:
-    return (results.get("gpu_gather") or {}).get("results", [])
+    return results.gpu().get("gather", {}).get("results", [])
 
 
 def _draw_gpu_gather(axes: Sequence[Any], results: Results) -> None:

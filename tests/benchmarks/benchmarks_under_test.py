@@ -41,7 +41,7 @@ try:
         timing,
         variants,
     )
-    from benchmarks.gpu import parts
+    from benchmarks.gpu import checks, kernel_times, measurements, running, worker
     from benchmarks.gpu import table as gpu_table
     from benchmarks.ops import cost_models, registry
     from benchmarks.ops import measure as ops_measure
@@ -57,21 +57,23 @@ __all__ = [
     "__main__",
     "bases",
     "cell",
+    "checks",
     "corpora",
     "environment",
     "cost_models",
     "gpu",
     "gpu_table",
     "index_sets",
+    "kernel_times",
     "layer",
     "ledger",
+    "measurements",
     "memory",
     "methods",
     "ops",
     "ops_measure",
     "overlap",
     "page",
-    "parts",
     "plan",
     "plots",
     "pretend_gpu",
@@ -82,6 +84,7 @@ __all__ = [
     "queue",
     "registry",
     "report",
+    "running",
     "scaling",
     "step",
     "stepping",
@@ -91,4 +94,5 @@ __all__ = [
     "tiny_lm",
     "training",
     "variants",
+    "worker",
 ]
