@@ -48,9 +48,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def as_text(examples: list[Example]) -> Dataset:
-    """Pairs as plain text, without the chat template."""
-    return Dataset.from_list([{"text": f"{example.question}\n{example.answer}"} for example in examples])
+def as_text(examples: list[Example], tokenizer: Any) -> Dataset:
+    """Pairs as tokens of plain text, without chat template and end of turn: the task learns where an answer ends."""
+    texts = [f"{example.question}\n{example.answer}" for example in examples]
+    return Dataset.from_dict({"input_ids": tokenizer(texts, add_special_tokens=False)["input_ids"]})
 
 
 class Run:
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     args, model = run.args, run.model
     for name in run.names:
         activate(model, [name], train=[name])
-        run.trainer(as_text(run.pairs[name][0]), args.language_steps).train()
+        run.trainer(as_text(run.pairs[name][0], run.tokenizer), args.language_steps).train()
     run.train_task()
     results = {language: run.measure(language) for language in args.languages}
     for name, losses in results.items():
