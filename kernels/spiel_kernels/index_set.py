@@ -96,6 +96,7 @@ def row_bounds(indices: Tensor, rows: int, cols: int, block_rows: int = 1) -> Te
 
 
 def _row_bounds_as(indices: Tensor, rows: int, cols: int, block_rows: int, dtype: torch.dtype) -> Tensor:
+    """`row_bounds` as int32 or int64."""
     step = block_rows * max(1, cols)
     blocks = -(-rows // block_rows)
     if blocks * step >= 2**31:  # int32 cannot hold the last start

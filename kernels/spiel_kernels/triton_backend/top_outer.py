@@ -38,6 +38,21 @@ def _score_of(key):
     return tl.where(key < 0, key ^ _MAGNITUDE, key).to(tl.float64, bitcast=True)
 
 
+@triton.jit
+def _entries_that_reach(log_col, outer, begin, end, threshold):
+    """How many entries of each row reach a threshold, between `begin` and `end` of them."""
+    span = tl.max(end - begin, axis=0)
+    while span > 0:
+        middle = (begin + end) >> 1
+        searching = begin < end
+        inner = tl.load(log_col + middle, mask=searching, other=0.0)
+        passes = outer + inner >= threshold
+        begin = tl.where(searching & passes, middle + 1, begin)
+        end = tl.where(passes, end, middle)
+        span = span >> 1
+    return begin
+
+
 @triton.jit(do_not_specialize=["rows", "cols", "wanted"])
 def _threshold_kernel(
     log_row,  # [rows] float64; -inf: no candidates
@@ -94,17 +109,9 @@ def _threshold_kernel(
             outer = tl.load(log_row + slots, mask=inside, other=0.0)
             begin = tl.load(reach + high_place + slots, mask=inside, other=0)
             end = tl.load(reach + low_place + slots, mask=inside, other=0)
-            span = tl.max(end - begin, axis=0)
-            while span > 0:
-                middle = (begin + end) >> 1
-                searching = begin < end
-                inner = tl.load(log_col + middle, mask=searching, other=0.0)
-                passes = outer + inner >= threshold
-                begin = tl.where(searching & passes, middle + 1, begin)
-                end = tl.where(passes, end, middle)
-                span = span >> 1
-            tl.store(reach + tried_place + slots, begin, mask=inside)
-            reached += begin
+            found = _entries_that_reach(log_col, outer, begin, end, threshold)
+            tl.store(reach + tried_place + slots, found, mask=inside)
+            reached += found
         total = tl.sum(reached.to(tl.int64), axis=0)
         enough = total >= wanted
         low = tl.where(enough, tried, low)
