@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from spiel_kernels.momentum import top_outer
 from spiel_kernels.workspace import release_workspaces
 
 _OURS = ("spiel_kernels", "spiel_peft", "benchmarks")
@@ -229,7 +230,7 @@ class _Autocast(torch.autocast):
 
 
 def _nothing(noise: Noise, launch: SimpleNamespace) -> None:
-    """For kernels whose results only matrix products read."""
+    """For kernels whose results only matrix products or other stand-ins would read."""
 
 
 def _gathered(noise: Noise, launch: SimpleNamespace) -> None:
@@ -258,6 +259,14 @@ def _accumulated(noise: Noise, launch: SimpleNamespace) -> None:
     launch.row.scatter_reduce_(0, rows, launch.nu, "amax")
 
 
+def _listed(noise: Noise, launch: SimpleNamespace) -> None:
+    log_col = torch.empty_like(launch.log_col).index_copy_(0, launch.order, launch.log_col)
+    best_first = top_outer(launch.log_row, log_col, launch.excluded, launch.room)
+    # Only the order of the scores matters.
+    launch.scores.fill_(-torch.inf)[: best_first.numel()] = -torch.arange(best_first.numel(), dtype=torch.float64)
+    launch.positions.fill_(-1)[: best_first.numel()] = best_first
+
+
 STAND_INS: dict[str, Callable[[Noise, SimpleNamespace], None]] = {
     "_fold_4bit_kernel": _nothing,
     "_fold_8bit_kernel": _nothing,
@@ -270,6 +279,8 @@ STAND_INS: dict[str, Callable[[Noise, SimpleNamespace], None]] = {
     "_count_kernel": _counted,
     "_append_kernel": _appended,
     "_accumulate_kernel": _accumulated,
+    "_threshold_kernel": _nothing,
+    "_list_kernel": _listed,
 }
 
 

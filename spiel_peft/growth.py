@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spiel_kernels import sample_positions, sorted_order, top_outer_positions, top_outer_positions_unwaited
+from spiel_kernels import sample_positions, sorted_order, top_outer_positions_padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,16 +211,12 @@ def accumulated_gradient(request: GrowthRequest) -> Tensor:
 def momentum(request: GrowthRequest) -> Tensor:
     """SpIEL-MA (Ansell et al., 2024, section 3.3): the inactive positions with the largest log row + log col.
 
-    `row` and `col` are SM3's accumulators. Positions where one of them is zero are left out.
+    `row` and `col` are SM3's accumulators. Positions where one of them is zero are left out: -1 stands in the places of
+    missing ones, at the end.
     """
     if request.row is None or request.col is None:
         return torch.empty(0, dtype=torch.int64, device=request.indices.device)
-    return top_outer_positions(request.row, request.col, request.indices, request.count)
-
-
-def momentum_unwaited(request: GrowthRequest) -> tuple[Tensor, Tensor]:
-    """`momentum` that does not wait for the device, and whether its answer holds: a bool on the device."""
-    return top_outer_positions_unwaited(request.row, request.col, request.indices, request.count)
+    return top_outer_positions_padded(request.row, request.col, request.indices, request.count)
 
 
 def random(request: GrowthRequest) -> Tensor:

@@ -26,7 +26,7 @@ from .gather import (
 )
 from .index_set import check_index_set, index_dtype, sample_positions, sorted_order
 from .matrix_kind import MatrixKind
-from .momentum import sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
+from .momentum import sm3_accumulate_, top_outer_positions, top_outer_positions_padded
 from .select import Largest, largest_outer, topk_conv, topk_dense, topk_embedding, topk_outer
 from .streaming import StreamingTopK, stable_topk
 from .warming import warm_up
@@ -59,7 +59,7 @@ __all__ = [
     "stable_topk",
     "sum_entries",
     "top_outer_positions",
-    "top_outer_positions_unwaited",
+    "top_outer_positions_padded",
     "topk_conv",
     "topk_dense",
     "topk_embedding",

@@ -92,16 +92,25 @@ def row_bounds(indices: Tensor, rows: int, cols: int, block_rows: int = 1) -> Te
         indices: ``[k]`` sorted flat positions in ``[rows, cols]``.
         block_rows: rows of a block; the last block may have fewer.
     """
-    starts = torch.arange(0, rows + block_rows, block_rows, device=indices.device).clamp_(max=rows) * cols
-    if rows * cols >= 2**31:  # int32 cannot hold the last start
+    return _row_bounds_as(indices, rows, cols, block_rows, torch.int64)
+
+
+def _row_bounds_as(indices: Tensor, rows: int, cols: int, block_rows: int, dtype: torch.dtype) -> Tensor:
+    """`row_bounds` as int32 or int64."""
+    step = block_rows * max(1, cols)
+    blocks = -(-rows // block_rows)
+    if blocks * step >= 2**31:  # int32 cannot hold the last start
         indices = indices.to(torch.int64)
-    return torch.searchsorted(indices, starts.to(indices.dtype))
+    starts = torch.arange(0, blocks * step + 1, step, dtype=indices.dtype, device=indices.device)
+    if rows % block_rows:
+        starts.clamp_(max=rows * cols)
+    return torch.searchsorted(indices, starts, out_int32=dtype == torch.int32)
 
 
 def row_bounds_of(indices: Tensor, rows: int, cols: int) -> Tensor:
     """int32 `row_bounds` of single rows, made once for an index set (int64 for 2**31 positions or more)."""
     dtype = index_dtype(indices.numel())
-    return _row_bounds.get(indices, (rows, cols), lambda: row_bounds(indices, rows, cols).to(dtype))
+    return _known_bounds.get(indices, (rows, cols), lambda: _row_bounds_as(indices, rows, cols, 1, dtype))
 
 
 class PerIndexSet(Generic[T]):
@@ -130,7 +139,7 @@ class PerIndexSet(Generic[T]):
         return known[1] if known is not None and known[0] == (indices._version, *key) else None
 
 
-_row_bounds: PerIndexSet[Tensor] = PerIndexSet()
+_known_bounds: PerIndexSet[Tensor] = PerIndexSet()
 
 
 def sample_positions(numel: int, k: int, generator: torch.Generator) -> Tensor:

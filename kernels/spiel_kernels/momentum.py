@@ -13,10 +13,8 @@ from .index_set import rows_and_columns, true_slots
 
 _MAGNITUDE = 0x7FFF_FFFF_FFFF_FFFF
 _INFINITY = float("inf")
-# Thresholds per round and (most) rounds of the search. On a CPU comparisons cost time. On a GPU launches and waits do:
-# it tries many thresholds per round, in a fixed number of rounds.
-_CPU_SEARCH = (1, 64)
-_GPU_SEARCH = (63, 4)
+# Most rounds of the search by value.
+_ROUNDS = 64
 # So many candidates beyond those wanted are listed rather than left out by another round, which would cost more.
 _SPARE = 64
 
@@ -41,11 +39,13 @@ def _score_of(key: int) -> float:
 # of the vectors is sorted. The pairs that reach a threshold are then a prefix of it for every entry of the other, so
 # that one binary search per entry counts them. Two searches use this:
 #
-# - `_near_threshold` bisects by value, many thresholds at a time and without waiting for the device. Its binary search
-#   compares ``log_col[j]`` with ``threshold - log_row[i]``, which rounds otherwise than the score does. It therefore
-#   lowers the threshold that it found by a margin that covers the rounding.
+# - `_near_threshold` bisects by value. Its binary search compares ``log_col[j]`` with ``threshold - log_row[i]``, which
+#   rounds otherwise than the score does. It therefore lowers the threshold that it found by a margin that covers the
+#   rounding.
 # - `_exact_threshold` bisects over the bits of the score itself and ends at the score of the last position that is
 #   chosen. It is needed for more equal scores than can be listed, and for infinite accumulators.
+#
+# On a GPU kernels make the second search, see `triton_backend.top_outer`.
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,6 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
     reach = _near_threshold(scores, m)
     hidden = scores.reached(reach)
     infinite = (log_row.amax() == _INFINITY) | (log_col.amax() == _INFINITY)
-    # The only wait for the device, unless the scores are degenerate.
     total, left, degenerate = torch.stack([reach.sum(), hidden.sum(), infinite.long()]).tolist()
     if degenerate or total - left > _listable(scores, m):
         scores = OuterSum.build(log_row, log_col, left_out, by_rows=True)
@@ -137,31 +136,6 @@ def top_outer(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> Ten
     return positions[best_first[: min(m, total - left)]]
 
 
-def top_outer_unwaited(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """`top_outer` that does not wait for the device, for scores that are not degenerate.
-
-    Returns:
-        Positions, int64 ``[m]``, -1 where there are no more candidates; and whether they are right, a bool on the
-        device. They may be wrong where accumulators are infinite, and where more scores are equal than can be listed.
-    """
-    left_out = rows_and_columns(excluded, log_col.numel())
-    scores = OuterSum.build(log_row, log_col, left_out, by_rows=log_row.numel() <= log_col.numel())
-    reach = _near_threshold(scores, m)
-    infinite = (log_row.amax() == _INFINITY) | (log_col.amax() == _INFINITY)
-    # Room for all pairs that are reached and not left out, if there are not more than can be listed, and for those left
-    # out among them.
-    room = min(_listable(scores, m) + excluded.numel(), log_row.numel() * log_col.numel())
-    total = reach.sum()
-    positions, values = scores.pairs(reach.cumsum(0), room, scores.reached(reach))
-    positions, order = torch.sort(positions)
-    best_first = torch.sort(~ordered_bits(values[order]), stable=True).indices[:m]
-    best = positions.index_select(0, best_first)
-    found = values.index_select(0, order.index_select(0, best_first)) > -_INFINITY
-    short = m - best.numel()
-    best = torch.where(found, best, -1)
-    return torch.cat([best, best.new_full((short,), -1)]) if short else best, ~infinite & (total <= room)
-
-
 def _listable(scores: OuterSum, m: int) -> int:
     return 2 * (m + _SPARE) + scores.outer.numel() + scores.inner.numel()
 
@@ -171,36 +145,25 @@ def _near_threshold(scores: OuterSum, m: int) -> Tensor:
 
     They are not many more than m, unless many scores are equal. All scores must be below +inf.
     """
-    on_cpu = on_host(scores.outer)
-    thresholds, rounds = _CPU_SEARCH if on_cpu else _GPU_SEARCH
     low, high, slack = _score_range(scores)
-    number = torch.arange(thresholds + 1, device=low.device)
     descending = -scores.inner
-    left_out = torch.sort(scores.left_out_scores).values if thresholds > 1 else scores.left_out_scores
-    for _ in range(rounds):
-        trial = low + (high - low) * (number[1:] / number.numel())
+    for _ in range(_ROUNDS):
+        trial = low + (high - low) / 2
         # Of the pairs left out too many may be subtracted, never too few: a threshold that passes has m candidates.
-        surplus = _prefixes(scores.outer, descending, trial[:, None]).sum(1) - m - _count(left_out, trial - slack)
-        best = number[1:].where(surplus >= 0, 0).amax(0, keepdim=True)
-        low, high = torch.cat([low, trial])[best], torch.cat([trial, high])[best]
-        if on_cpu and (0 <= int(surplus.amin()) <= m // 16 + _SPARE or bool(high - low <= slack)):
+        left_out = torch.count_nonzero(scores.left_out_scores >= trial - slack)
+        surplus = int(_prefixes(scores.outer, descending, trial).sum() - left_out) - m
+        low, high = (trial, high) if surplus >= 0 else (low, trial)
+        if 0 <= surplus <= m // 16 + _SPARE or bool(high - low <= slack):
             break
     return _prefixes(scores.outer, descending, low - 2 * slack)
 
 
-def _count(left_out: Tensor, thresholds: Tensor) -> Tensor:
-    """How many of the scores left out reach each threshold; the scores are sorted if there are several thresholds."""
-    if thresholds.numel() == 1:
-        return torch.count_nonzero(left_out >= thresholds)
-    return left_out.numel() - torch.searchsorted(left_out, thresholds)
-
-
-def _prefixes(outer: Tensor, descending: Tensor, thresholds: Tensor) -> Tensor:
+def _prefixes(outer: Tensor, descending: Tensor, threshold: Tensor) -> Tensor:
     """How many pairs of each entry of `outer` reach a threshold, up to rounding.
 
     `descending` is the negative of `OuterSum.inner`, and so ascends.
     """
-    return torch.searchsorted(descending, outer - thresholds, right=True)
+    return torch.searchsorted(descending, outer - threshold, right=True)
 
 
 def _score_range(scores: OuterSum) -> tuple[Tensor, Tensor, Tensor]:
@@ -335,7 +298,7 @@ def top_outer_positions(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> T
 
     Args:
         row: ``[rows]`` floating, nonnegative; col: ``[cols]``.
-        excluded: ``[k]`` unique flat positions in ``[rows, cols]`` that may not be chosen.
+        excluded: ``[k]`` sorted and unique flat positions in ``[rows, cols]`` that may not be chosen.
         m: how many, at least 0.
 
     Returns:
@@ -351,17 +314,29 @@ def top_outer_positions(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> T
         raise ValueError(f"m must be at least 0, got {m}")
     if m == 0 or row.numel() == 0 or col.numel() == 0:
         return torch.empty(0, dtype=torch.int64, device=row.device)
-    return top_outer(_candidate_logs(row), _candidate_logs(col), excluded, m)
+    if runs_triton(row, col, excluded):
+        padded = top_outer_positions_padded(row, col, excluded, m)
+        return padded[: int(torch.count_nonzero(padded >= 0))]
+    return top_outer(*_candidate_logs(row, col), excluded, m)
 
 
-def top_outer_positions_unwaited(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """`top_outer_positions` that does not wait for the device; see `top_outer_unwaited`. No tensor is empty, m >= 1."""
-    return top_outer_unwaited(_candidate_logs(row), _candidate_logs(col), excluded, m)
+def top_outer_positions_padded(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> Tensor:
+    """`top_outer_positions` as int64 ``[m]``, -1 where there are no more candidates.
+
+    Its Triton implementation does not wait for the device.
+    """
+    if m > 0 and row.numel() and col.numel() and runs_triton(row, col, excluded):
+        from .triton_backend import top_outer
+
+        return top_outer.top_outer(*_candidate_logs(row, col), excluded, m)
+    found = top_outer_positions(row, col, excluded, m)
+    return torch.cat([found, found.new_full((m - found.numel(),), -1)]) if found.numel() < m else found
 
 
 def top_outer_positions_dense(row: Tensor, col: Tensor, excluded: Tensor, m: int) -> Tensor:
     """`top_outer_positions` computed from the whole matrix of scores; tests and benchmarks compare with it."""
-    scores = (_candidate_logs(row)[:, None] + _candidate_logs(col)).flatten()
+    log_row, log_col = _candidate_logs(row, col)
+    scores = (log_row[:, None] + log_col).flatten()
     scores[excluded.to(torch.int64)] = float("-inf")
     # The sum of +inf and -inf is NaN, and no candidate either.
     scores.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
@@ -369,7 +344,8 @@ def top_outer_positions_dense(row: Tensor, col: Tensor, excluded: Tensor, m: int
     return best_first[: min(m, int(torch.count_nonzero(values > float("-inf"))))]
 
 
-def _candidate_logs(accumulator: Tensor) -> Tensor:
-    """Logs in float64; -inf, no candidate, for accumulators that are zero, negative or NaN."""
-    logs = accumulator.to(torch.float64).log()
-    return logs.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+def _candidate_logs(row: Tensor, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Logs in float64 of both; -inf, no candidate, for accumulators that are zero, negative or NaN."""
+    logs = torch.cat([row, col]).to(torch.float64).log_()
+    logs.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    return logs[: row.numel()], logs[row.numel() :]

@@ -17,14 +17,15 @@ the matrix, twice for rows (`OuterPlan.nbytes`; about 0.2 bytes per position at 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .index_set import PerIndexSet, row_bounds, rows_and_columns
+from .index_set import PerIndexSet, row_bounds_of
 
 # Rows and columns of a tile. A wide tile reads fewer bytes per product, a narrow one leaves fewer products unused.
 TILE_SHAPES = ((64, 64), (64, 128), (128, 128))
@@ -158,9 +159,9 @@ def choose_method(problem: Problem, tiles: Mapping[tuple[int, int], int], model:
 
 
 PLANNED_METHODS = ("compact", "dense", "entries")
-# Rows of the finest block; the others are multiples.
-_FINE = min(high for high, _ in TILE_SHAPES)
-_COARSE = max(high for high, _ in TILE_SHAPES)
+# Rows of a block, ascending; all are multiples of the first.
+_HEIGHTS = sorted({high for high, _ in TILE_SHAPES})
+_FINE, _COARSE = _HEIGHTS[0], _HEIGHTS[-1]
 
 
 class Tiles(NamedTuple):
@@ -258,11 +259,11 @@ def plan_outer(
         ValueError: an argument does not fit; the message names it.
     """
     draft = _Draft(indices, rows, cols, tokens, dtype, method, tile_shape, model)
-    return draft.plan(draft.tile_counts().tolist() if draft.needs_counts else [])
+    return draft.plan(iter(draft.active_counts().tolist() if draft.needs_counts else []))
 
 
 class _Draft:
-    """A plan in the making: the number of tiles is known to the device before it is known to the host.
+    """A plan in the making: how many columns are active is known to the device before it is known to the host.
 
     Args: see `plan_outer`.
     """
@@ -288,14 +289,14 @@ class _Draft:
     def needs_counts(self) -> bool:
         return self.method in ("auto", "compact")
 
-    def tile_counts(self) -> Tensor:
-        """int64, on the device: how many tiles of each shape hold all positions."""
+    def active_counts(self) -> Tensor:
+        """int64, on the device: active columns of each row block, for the heights of tiles in turn."""
         blocks = _RowBlocks.build(self.indices, self.rows, self.cols)
-        return torch.stack([blocks.count_tiles(shape) for shape in self.shapes])
+        return torch.cat([blocks.active_columns(high).sum(1) for high in _HEIGHTS])
 
-    def plan(self, host: Sequence[int]) -> OuterPlan:
-        """The plan, given the `tile_counts`. Does not wait for the device."""
-        counts = dict(zip(self.shapes, host, strict=False))
+    def plan(self, host: Iterator[int]) -> OuterPlan:
+        """The plan, given the `active_counts` if it needs them. Does not wait for the device."""
+        counts = self._tile_counts(host) if self.needs_counts else {}
         method = choose_method(self.problem, counts, self.model) if self.method == "auto" else self.method
         if method != "compact":
             return OuterPlan(method, self.rows, self.cols, self.problem.k)
@@ -303,6 +304,11 @@ class _Draft:
         # Built again, as drafts of many matrices would hold too much until their counts are known.
         tiles = _RowBlocks.build(self.indices, self.rows, self.cols).tiles(shape, counts[shape])
         return OuterPlan(method, self.rows, self.cols, self.problem.k, shape, tuple(tiles))
+
+    def _tile_counts(self, host: Iterator[int]) -> dict[tuple[int, int], int]:
+        """How many tiles of each shape hold all positions."""
+        by_height = {high: list(islice(host, _blocks(self.rows, high))) for high in _HEIGHTS}
+        return {(high, wide): sum(-(-count // wide) for count in by_height[high]) for high, wide in self.shapes}
 
 
 # The number of tokens that plans are made for. It does not depend on the batch: a resumed run must choose as the run
@@ -340,16 +346,20 @@ def plan_together(matrices: Sequence[tuple[Tensor, int, int]], dtype: torch.dtyp
     """
     missing = [matrix for matrix in matrices if known_plan(*matrix, dtype) is None and not matrix[0].is_inference()]
     drafts = [_Draft(indices, rows, cols, NOMINAL_TOKENS, dtype) for indices, rows, cols in missing]
-    counted = [draft.tile_counts() for draft in drafts if draft.needs_counts]
-    counts = iter(torch.stack(counted).tolist() if counted else [])
+    counted = [draft.active_counts() for draft in drafts if draft.needs_counts]
+    host = iter(torch.cat(counted).tolist() if counted else [])
     for draft in drafts:
-        plan = draft.plan(next(counts) if draft.needs_counts else [])
-        _plans.keep(draft.indices, (draft.rows, draft.cols, dtype, "auto"), plan)
+        _plans.keep(draft.indices, (draft.rows, draft.cols, dtype, "auto"), draft.plan(host))
 
 
 def narrow_dtype(count: int) -> torch.dtype:
     """The narrowest of int16 and int32 for numbers below `count`."""
     return torch.int16 if count <= 2**15 else torch.int32
+
+
+def _blocks(rows: int, high: int) -> int:
+    """Blocks of `high` rows, of which a matrix of `rows` rows is given as many as its coarsest blocks hold."""
+    return math.ceil(rows / _COARSE) * (_COARSE // high)
 
 
 @dataclass(frozen=True)
@@ -358,63 +368,56 @@ class _RowBlocks:
 
     Args:
         order: int64 ``[rows]``, row numbers by falling count; rank: its inverse.
-        row, col: int64 ``[k]``, of each position.
         active: bool ``[blocks of the finest size, cols]``, the columns that a block's positions touch.
     """
 
     order: Tensor
     rank: Tensor
-    row: Tensor
-    col: Tensor
     active: Tensor
 
     @staticmethod
     def build(positions: Tensor, rows: int, cols: int) -> _RowBlocks:
         device = positions.device
-        counts = row_bounds(positions, rows, cols).diff()
+        counts = row_bounds_of(positions, rows, cols).diff()
         # Stable, so that equal index sets make equal plans on every device.
         order = torch.argsort(counts, descending=True, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(rows, device=device)
-        row, col = rows_and_columns(positions, cols)
-        blocks = math.ceil(rows / _COARSE) * (_COARSE // _FINE)
-        active = torch.zeros(blocks * cols, dtype=torch.bool, device=device)
-        active.index_fill_(0, torch.div(rank[row], _FINE, rounding_mode="floor") * cols + col, True)
-        return _RowBlocks(order, rank, row, col, active.view(blocks, cols))
+        number = torch.arange(rows, device=device)
+        rank = torch.empty_like(order).scatter_(0, order, number)
+        # The entries of a row move together, from the row to its block.
+        moved = torch.div(rank, _FINE, rounding_mode="floor").sub_(number).mul_(cols)
+        places = torch.repeat_interleave(moved, counts, output_size=positions.numel()).add_(positions)
+        active = torch.zeros(_blocks(rows, _FINE) * cols, dtype=torch.bool, device=device)
+        active.index_fill_(0, places, True)
+        return _RowBlocks(order, rank, active.view(-1, cols))
 
     def active_columns(self, high: int) -> Tensor:
         """bool ``[blocks of `high` rows, cols]``."""
-        return self.active.view(-1, high // _FINE, self.active.shape[1]).any(1)
-
-    def count_tiles(self, shape: tuple[int, int]) -> Tensor:
-        """int64 scalar: how many tiles of a shape hold all positions."""
-        return self._tiles_per_block(self.active_columns(shape[0]), shape[1]).sum()
-
-    @staticmethod
-    def _tiles_per_block(active: Tensor, wide: int) -> Tensor:
-        return torch.div(active.sum(1) + (wide - 1), wide, rounding_mode="floor")
+        return self.active if high == _FINE else self.active.view(-1, high // _FINE, self.active.shape[1]).any(1)
 
     def tiles(self, shape: tuple[int, int], total: int) -> Tiles:
         """The `total` tiles of a shape."""
         high, wide = shape
         rows, cols, device = self.order.numel(), self.active.shape[1], self.order.device
         active = self.active_columns(high)
-        per_block = self._tiles_per_block(active, wide)
+        # The place of every active column among the active columns of its block.
+        lane = active.cumsum(1, dtype=torch.int32)
+        per_block = torch.div(lane[:, -1] + (wide - 1), wide, rounding_mode="floor")
         blocks = per_block.numel()
         first = torch.zeros(blocks + 1, dtype=torch.int64, device=device)
         torch.cumsum(per_block, 0, out=first[1:])
-        # The place of every active column among the active columns of its block; only these are read.
-        lane = active.cumsum(1, dtype=torch.int32).sub_(1)
-        block = torch.div(self.rank[self.row], high, rounding_mode="floor")
-        slot = first[block] * wide + lane[block, self.col]
-        columns = torch.full((total * wide,), cols - 1, dtype=narrow_dtype(cols), device=device)
-        columns[slot] = self.col.to(columns.dtype)
+        slots = torch.add(lane, first[:-1, None], alpha=wide).sub_(1)
+        # The last entry takes the columns that are not active.
+        slots = torch.where(active, slots, total * wide)
+        columns = torch.full((total * wide + 1,), cols - 1, dtype=narrow_dtype(cols), device=device)
+        numbers = torch.arange(cols, dtype=columns.dtype, device=device)
+        columns.scatter_(0, slots.view(-1), numbers.repeat(blocks))
         filler = self.order[-1:].expand(blocks * high - rows)
-        numbers = torch.arange(blocks, device=device)
         return Tiles(
             row_order=torch.cat([self.order, filler]).to(narrow_dtype(rows)),
             row_rank=self.rank.to(narrow_dtype(rows)),
             first_tile=first.to(torch.int32),
-            block=torch.repeat_interleave(numbers, per_block, output_size=total).to(narrow_dtype(blocks)),
-            columns=columns,
+            block=torch.repeat_interleave(
+                torch.arange(blocks, dtype=narrow_dtype(blocks), device=device), per_block, output_size=total
+            ),
+            columns=columns[: total * wide],
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..delta import SparseDelta
 from ..growth import GrowthCriterion
 from ..state import FRESH_CODES
-from .close import Doubts, propose, prune_scores
+from .close import propose, prune_scores
 from .exchange import exchanges, joinable
 
 logger = logging.getLogger(__name__)
@@ -233,27 +233,12 @@ def decide(
     if ranks is not None:
         return _decide_together(ranks, criterion, deltas, counts)
     decided: list[Tensor] = []
-    doubts: Doubts = []
     for group in joinable(deltas):
         numbers = counts[len(decided) : len(decided) + len(group)]
         scores = prune_scores(criterion, group, numbers)
-        proposed = [propose(criterion, *of_delta, doubts) for of_delta in zip(group, numbers, strict=True)]
+        proposed = [propose(criterion, *of_delta) for of_delta in zip(group, numbers, strict=True)]
         decided += _exchanges(group, scores, proposed, numbers)
-    wrong = _wrong(doubts)
-    for place, (delta, count) in enumerate(zip(deltas, counts, strict=True)):
-        if delta in wrong:
-            scores, proposed = prune_scores(criterion, [delta], [count]), [propose(criterion, delta, count)]
-            decided[place] = _exchanges([delta], scores, proposed, [count])[0]
     return decided
-
-
-def _wrong(doubts: Doubts) -> set[SparseDelta]:
-    """The deltas about which an answer was wrong; one wait for the device."""
-    if not doubts:
-        return set()
-    device = doubts[0][1].device
-    held = torch.stack([holds.to(device).view(()) for _, holds in doubts]).tolist()
-    return {delta for (delta, _), holds in zip(doubts, held, strict=True) if not holds}
 
 
 def _exchanges(
@@ -269,18 +254,16 @@ def _decide_together(
     scores, rows, error = [], [], None
     for group in joinable(deltas):
         numbers = counts[len(decided) : len(decided) + len(group)]
-        proposed, doubts = [], []
+        proposed = []
         for delta, count in zip(group, numbers, strict=True):
             try:
                 of_delta = prune_scores(criterion, [delta], [count])[0]
-                positions = propose(criterion, delta, count, doubts)
+                positions = propose(criterion, delta, count)
             except Exception as failure:  # of any kind: the other ranks have to be told
                 of_delta, positions = delta.values.detach().abs(), delta.indices[:0].to(torch.int64)
                 error = error or failure
             scores.append(of_delta)
             proposed.append(positions)
-        for place in (group.index(delta) for delta in _wrong(doubts)):
-            proposed[place] = propose(criterion, group[place], numbers[place])
         of_group = _exchanges(group, scores[len(decided) :], proposed, numbers)
         for delta, count, incoming, positions in zip(group, numbers, of_group, proposed, strict=True):
             rows.append([*_row(delta, count, incoming), checksum(positions)])

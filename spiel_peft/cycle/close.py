@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from spiel_kernels import sorted_order
-from spiel_kernels.dispatch import on_host
 from spiel_kernels.index_set import seeded_generator
 
 from ..adapter_format import not_finite
 from ..checks import listed
 from ..delta import SparseDelta
-from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest, momentum, momentum_unwaited
+from ..growth import BUILT_IN, GrowthCriterion, GrowthRequest, PruneRequest
 from .exchange import NO_POSITION, Joined, joinable
 
 # Schedule. Steps are optimizer steps of one run, counted from 1. With S = regrow_every and g = accumulation_steps the
@@ -70,29 +69,17 @@ def lr_following_rate(initial: float, lr: float, max_lr: float) -> float:
 # Questions to a growth criterion, with checks of its answers
 
 
-# Answers of a criterion that may turn out wrong: the delta, and a bool on the device, whether the answer holds.
-Doubts = list[tuple[SparseDelta, Tensor]]
-
-
-def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int, doubts: Doubts | None = None) -> Tensor:
+def propose(criterion: GrowthCriterion, delta: SparseDelta, count: int) -> Tensor:
     """The positions that the criterion proposes to grow: distinct, in range, best first; -1 stands for none.
 
     Only a criterion that a user has registered is checked, as a check waits for the device.
-
-    Args:
-        doubts: takes an answer that was made without waiting for the device and may be wrong. None: it waits.
 
     Raises:
         ValueError: the criterion, which a user may have registered, proposes something else.
     """
     if criterion.propose is None or count == 0:
         return delta.indices[:0].to(torch.int64)
-    request = _request(criterion, delta, count)
-    if criterion.propose is momentum and doubts is not None and not on_host(delta.indices):
-        proposed, holds = momentum_unwaited(request)
-        doubts.append((delta, holds))
-        return proposed
-    proposed = criterion.propose(request)
+    proposed = criterion.propose(_request(criterion, delta, count))
     problem = None if criterion.propose in BUILT_IN else _problem_with(proposed, delta.numel)
     if problem is not None:
         raise ValueError(

@@ -117,11 +117,16 @@ def test_waits_do_not_depend_on_the_number_of_matrices_and_micro_batches(
         assert step.waits <= 8, (number, step.counts.waits)
 
 
-def test_launches() -> None:
-    """Launches for each linear layer, those of its own products among them."""
-    steps = training("accumulated_gradient", 2, 1, BETWEEN + 1)
-    assert per_linear(steps[BETWEEN], 2, 1) <= 10, steps[BETWEEN].counts.launches
+@pytest.mark.parametrize(("growth", "between"), [("accumulated_gradient", 10), ("momentum", 14)])
+def test_launches(growth: str, between: int) -> None:
+    """Launches for each linear layer, those of its own products and of the optimizer among them.
+
+    After a close the gathers are planned anew.
+    """
+    steps = training(growth, 2, 1, BETWEEN + 1)
+    assert per_linear(steps[BETWEEN], 2, 1) <= between, steps[BETWEEN].counts.launches
     assert per_linear(steps[CLOSE], 2, 1) <= 40, steps[CLOSE].counts.launches
+    assert per_linear(steps[AFTER], 2, 1) <= between + 20, steps[AFTER].counts.launches
     assert steps[BETWEEN].counts.launches["_fold_4bit_kernel"] == 2 * 14
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spiel_kernels.dispatch import use_backend
 from spiel_kernels.triton_backend import select
-from spiel_peft import SpIELConfig, growth
+from spiel_peft import SpIELConfig
 
 STEPS = 7  # windows of two steps; closes after steps 2 and 6
 
@@ -102,16 +102,6 @@ def test_gradients_that_were_zeroed_in_place_do_not_count() -> None:
         assert torch.equal(deltas_of(got)[name].indices, delta.indices), name
         # The search for candidates and a gather round otherwise.
         torch.testing.assert_close(deltas_of(got)[name].values, delta.values, rtol=1e-4, atol=1e-6)
-
-
-def test_momentum_that_was_answered_wrongly_is_asked_again() -> None:
-    def wrong(request: growth.GrowthRequest) -> tuple[Tensor, Tensor]:
-        return torch.zeros(request.count, dtype=torch.int64), torch.tensor(False)
-
-    expected = trained("triton", growth="momentum")
-    with mock.patch("spiel_peft.cycle.close.momentum_unwaited", wrong):
-        got = trained("triton", growth="momentum")
-    assert_same_run(expected, got)
 
 
 def test_a_counter_of_operations_changes_nothing() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tensors import OpRecorder, assert_close
 
-from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions, top_outer_positions_unwaited
+from spiel_kernels import momentum, sm3_accumulate_, top_outer_positions, top_outer_positions_padded
 from spiel_kernels.momentum import top_outer_positions_dense
 
 from .oracle import draw_indices, property_test
@@ -146,19 +146,18 @@ def test_growth_equals_sorting_everything(row: list[float], col: list[float], da
 
 
 @contextmanager
-def search(thresholds: int, rounds: int, spare: int, listable: int | None) -> Iterator[None]:
-    """Searches with other settings: thresholds per round, the surplus that ends the search, how many may be listed."""
+def search(rounds: int, spare: int, listable: int | None) -> Iterator[None]:
+    """Searches with other settings: most rounds, the surplus that ends the search, how many may be listed."""
     limits = {} if listable is None else {"_listable": lambda scores, m: listable}
-    with patch.multiple(momentum, _CPU_SEARCH=(thresholds, rounds), _SPARE=spare, **limits):
+    with patch.multiple(momentum, _ROUNDS=rounds, _SPARE=spare, **limits):
         yield
 
 
 WAYS = {
-    "plain": (1, 64, 64, None),
-    "to the last candidate": (1, 64, 0, 10**9),
-    "too few rounds": (1, 3, 0, None),
-    "as on a GPU": (63, 4, 0, 10**9),
-    "exact": (1, 64, 0, -1),
+    "plain": (64, 64, None),
+    "to the last candidate": (64, 0, 10**9),
+    "too few rounds": (3, 0, None),
+    "exact": (64, 0, -1),
 }
 
 
@@ -225,34 +224,18 @@ def test_growth_in_larger_matrices(way: str, rows: int, cols: int, share: float,
     assert torch.equal(got, top_outer_positions_dense(row, col, excluded, m))
 
 
-def padded(positions: torch.Tensor, size: int) -> list[int]:
-    return positions.tolist() + [-1] * (size - positions.numel())
+@pytest.mark.parametrize("share, m", [(0.0, 0), (0.5, 7), (0.5, 12), (0.5, 40), (1.0, 3)])
+def test_missing_positions_are_padded(share: float, m: int) -> None:
+    row, col = torch.rand(4), torch.rand(6)
+    excluded = draw_indices(24, int(24 * share), torch.int32)
+    expected = top_outer_positions(row, col, excluded, m).tolist()
+    got = top_outer_positions_padded(row, col, excluded, m)
+    assert got.dtype == torch.int64 and got.tolist() == expected + [-1] * (m - len(expected))
 
 
-@property_test
-@given(row=accumulators(), col=accumulators(), spare=st.sampled_from([0, 64]), data=st.data())
-def test_growth_without_waiting_is_right_or_says_that_it_may_not_be(
-    row: list[float], col: list[float], spare: int, data: st.DataObject
-) -> None:
-    numel = len(row) * len(col)
-    excluded = torch.tensor(sorted(data.draw(st.sets(st.integers(0, numel - 1))))).int()
-    m = data.draw(st.integers(1, numel + 3))
-    arguments = torch.tensor(row).double(), torch.tensor(col).double(), excluded, m
-    with patch.multiple(momentum, _SPARE=spare):
-        got, holds = top_outer_positions_unwaited(*arguments)
-    assert got.shape == (m,)
-    if holds:
-        assert got.tolist() == padded(top_outer_positions_dense(*arguments), m)
-
-
-@pytest.mark.parametrize("rows, cols", [(1, 400), (400, 1), (60, 41), (23, 97)])
-@pytest.mark.parametrize("share, wanted", [(0.0, 0.002), (0.1, 0.1), (0.9, 0.2), (1.0, 0.5)])
-def test_growth_without_waiting_holds_in_larger_matrices(rows: int, cols: int, share: float, wanted: float) -> None:
-    row, col = torch.randn(rows).mul(4).exp(), torch.randn(cols).mul(4).exp()
-    excluded = draw_indices(rows * cols, int(share * rows * cols), torch.int32)
-    m = max(1, int(wanted * rows * cols))
-    got, holds = top_outer_positions_unwaited(row, col, excluded, m)
-    assert holds and got.tolist() == padded(top_outer_positions_dense(row, col, excluded, m), m)
+def test_all_positions_of_an_empty_matrix_are_missing() -> None:
+    got = top_outer_positions_padded(torch.ones(0), torch.ones(3), torch.empty(0, dtype=torch.int32), 2)
+    assert got.tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("way", WAYS)

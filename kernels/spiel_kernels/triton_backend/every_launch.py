@@ -13,7 +13,7 @@ from ..index_set import index_dtype, sample_positions
 from ..matrix_kind import MatrixKind
 from ..outer_plan import TILE_SHAPES, plan_outer
 from ..quantized_layout import NestedScales, Packed4bit
-from . import fold, momentum, outer, quantized, select
+from . import fold, momentum, outer, quantized, select, top_outer
 
 # Tokens of the operands of a gather, and of a selection, whose products are computed on the CPU.
 _TOKENS = 2048
@@ -71,9 +71,11 @@ def launch_selection(kind: MatrixKind) -> None:
 
 
 def launch_momentum(kind: MatrixKind) -> None:
-    """Take the gradient into SM3's accumulators."""
+    """Take the gradient into SM3's accumulators, and list the best positions by them."""
     indices = _index_set(kind)
     momentum.sm3_accumulate_(torch.empty(kind.rows), torch.empty(kind.cols), indices, torch.empty(indices.numel()))
+    logs = (torch.empty(size, dtype=torch.float64) for size in (kind.rows, kind.cols))
+    top_outer.list_candidates(*logs, indices, indices.numel())
 
 
 def launch_all(kind: MatrixKind) -> None:
