@@ -168,7 +168,7 @@ def _gather_dense(a: Tensor, b: Tensor, indices: Tensor, plan: OuterPlan, out: T
         # Triton's interpreter multiplies the bits of bfloat16 operands.
         WIDEN=interpreting() and dtype == torch.bfloat16,
         num_warps=8,
-        num_stages=3 if units else 2,
+        num_stages=3,
     )
 
 
