@@ -223,7 +223,9 @@ def _cpu_alone(results: Results) -> Iterator[str]:
             found[0],
             "SmolLM2-135M, float32, packed text; each run in a process of its own, the methods in turn, SpIEL with its "
             "default cycle. The whole cycle is the one after the first close (steps 6 to 25); its steps 6 to 20 are "
-            "those between windows. Seconds and MiB are medians over rounds, ratios medians of the rounds' ratios.",
+            "those between windows. The table says by how much the first 5 steps, the last of them with SpIEL's first "
+            "close, take longer than 5 steps between windows. Seconds and MiB are medians over rounds, "
+            "ratios medians of the rounds' ratios.",
             alone_table(results),
             *(f"{setting_name(r['settings'])}:\n\n{alone_rounds_table(r)}" for r in found),
         )

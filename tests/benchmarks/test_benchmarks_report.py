@@ -177,8 +177,8 @@ def test_page_and_plots_of_every_benchmark(tmp_path: Path) -> None:
 def test_what_users_see_is_compared_round_by_round(tmp_path: Path) -> None:
     results = write_cpu_results(tmp_path)
     table = tables.alone_table(results)
-    assert "| r=16, 4x128 | LoRA | 1.00 s (1.00) | 1.00 s (1.00) | 1000 MiB (1.00) |" in table
-    assert "| r=16, 4x128 | SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in table
+    assert "| r=16, 4x128 | LoRA | 1.00 s (1.00) | 1.00 s (1.00) | +0.0 s | 1000 MiB (1.00) |" in table
+    assert "| r=16, 4x128 | SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | +5.0 s | 990 MiB (0.99) |" in table
     text = page.results_page(results)
     assert table in text and "## As users run it, on a CPU" in text
     assert "| SpIEL-AG | 3.3, 1.1, 1.1 | 4.05, 1.35, 1.35 | 990, 990, 990 |" in text
@@ -216,7 +216,7 @@ def test_report_command(tmp_path: Path) -> None:
     readme.write_text("<!-- benchmarks: alone -->\n<!-- end -->\n")
     argv = ["--output", str(tmp_path), "--page", str(tmp_path / "page.md"), "--readme", str(readme)]
     report.run(parser.parse_args(argv))
-    assert "| SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | 990 MiB (0.99) |" in readme.read_text()
+    assert "| SpIEL-AG | 1.10 s (1.10) | 1.35 s (1.35) | +5.0 s | 990 MiB (0.99) |" in readme.read_text()
     assert (tmp_path / "page.md").read_text() == page.results_page(tables.Results(tmp_path))
     assert (tmp_path / "plots" / "steps.png").is_file()
 
