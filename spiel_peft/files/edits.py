@@ -290,7 +290,7 @@ def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
     )
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, apply_renamings, dot_natural_key
+        from transformers.core_model_loading import WeightRenaming, dot_natural_key
 
         transforms = get_model_conversion_mapping(base.names.model)
     except (ImportError, AttributeError, TypeError) as error:
@@ -299,7 +299,9 @@ def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
     keys = sorted(keys, key=dot_natural_key)
     used = None
     for number, key in enumerate(keys):
-        name = apply_renamings(key, renamings)
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
         matches = ((t, t.rename_source_key(name)[1]) for t in transforms if t not in renamings)
         converter, pattern = next(((t, pattern) for t, pattern in matches if pattern is not None), (None, None))
         if converter is None:

@@ -20,6 +20,7 @@ from support.quantized import (
     everything_held,
     linear_4bit,
     linear_8bit,
+    needs_bitsandbytes_050,
 )
 from support.tensors import assert_close, assert_same_bits
 from torch import nn
@@ -80,6 +81,7 @@ def test_evaluation_never_changes_what_is_read(make: Callable[[], nn.Module]) ->
         assert_close(disabled, x @ dequantized(layer).T + layer.bias, tolerance)
 
 
+@needs_bitsandbytes_050
 @pytest.mark.parametrize("name", ["nf4", "nf4-double", "fp4", "fp4-double", "nf4-bf16"])
 def test_weight_repacked_by_an_earlier_evaluation_is_read_rightly(name: str) -> None:
     """Undoing a repacking loses nothing beyond the scales' rounding to bfloat16, which repacking did."""

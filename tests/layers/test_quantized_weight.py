@@ -8,7 +8,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft.utils.quantization_utils import resolve_quantization_backend
-from support.quantized import QUANTIZED, assert_holds_the_same, everything_held, linear_4bit, linear_8bit
+from support.quantized import (
+    QUANTIZED,
+    assert_holds_the_same,
+    everything_held,
+    linear_4bit,
+    linear_8bit,
+    quantized_on_cpu,
+)
 from support.tensors import OpRecorder, assert_same_bits
 from torch import Tensor, nn
 
@@ -32,7 +39,7 @@ def empty_workspaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def layer_4bit(shape: tuple[int, int], dtype: torch.dtype, **options: object) -> nn.Module:
     layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.float32, **options)
-    return layer.to(dtype).to("cpu")
+    return quantized_on_cpu(layer.to(dtype))
 
 
 def layer_8bit(shape: tuple[int, int]) -> nn.Module:
@@ -130,7 +137,7 @@ def test_4bit_bytes_stored_as_another_dtype(storage: torch.dtype) -> None:
 def test_4bit_block_sizes(blocksize: int) -> None:
     layer = bnb.nn.Linear4bit(1024, 5, bias=False)
     layer.weight.blocksize = blocksize
-    layer = layer.to("cpu")
+    layer = quantized_on_cpu(layer)
     assert layer.weight.quant_state.blocksize == blocksize
     check(layer, draw_deltas(5 * 1024, 700), torch.float32)
 
@@ -170,6 +177,8 @@ def test_nothing_as_large_as_the_weight_is_made_besides_the_workspace(name: str)
 
 
 def repacked() -> nn.Module:
+    if not hasattr(bnb.functional, "_convert_weight_packed_for_cpu"):
+        pytest.skip("this version of bitsandbytes does not repack weights for CPUs")
     layer = linear_4bit()
     layer.weight.data, _ = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
     return layer
@@ -190,7 +199,7 @@ OTHERS = {
     "4bit-meta": lambda: bnb.nn.Linear4bit(64, 64, device="meta"),
     "4bit-repacked": repacked,
     "4bit-transposed": transposed,
-    "4bit-embedding": lambda: bnb.nn.Embedding4bit(64, 64).to("cpu"),
+    "4bit-embedding": lambda: quantized_on_cpu(bnb.nn.Embedding4bit(64, 64)),
 }
 
 

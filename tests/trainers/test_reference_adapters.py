@@ -14,9 +14,9 @@ from support.runs import assert_same_run, moved
 from torch import Tensor, nn
 
 from .helpers import Watch, adapted, assert_reloads, outputs
-from .trl_runs import KINDS
+from .trl_runs import KINDS, OLD_KTO
 
-STAGES = ["DPO", "KTO", "GRPO", "RLOO"]
+STAGES = ["DPO", "GRPO", "RLOO"] if OLD_KTO else ["DPO", "KTO", "GRPO", "RLOO"]
 
 
 def first_stage(folder: Path, base: nn.Module | None = None) -> PeftModel:

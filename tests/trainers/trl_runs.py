@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from support.models import tiny_llama
 from support.text import WORDS, sentences, texts, tokenizer, words
 from support.trainer_runs import QUIET
@@ -32,6 +34,9 @@ from trl import (
 from .helpers import evaluate, outputs
 
 WANTED = WORDS[3:20]
+
+# TRL 1.0 keeps no reference adapter in KTO, and does not cast its deltas to bfloat16.
+OLD_KTO = Version(trl.__version__) < Version("1.1")
 
 
 def counting(start: int, step: int, count: int) -> list[int]:
