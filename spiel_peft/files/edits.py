@@ -314,6 +314,8 @@ def _find_rows(parameter: str, source: str, base: Checkpoint) -> FusedRows:
     if not row_wise or any(len(base.tensors[key].shape) != 2 for key in keys):
         raise refusal
     converted = used.convert(parameter, model=base.names.model, config=base.names.model.config)
+    if isinstance(converted, tuple):  # with errors, in transformers 5.0
+        converted = converted[0]
     codes = next(iter(converted.values()))
     shape = tuple(base.names.parameters[parameter])
     if tuple(codes.shape) != (*shape[:-1], 1) or any(base.tensors[key].shape[-1] != shape[-1] for key in keys):

@@ -13,6 +13,7 @@ import torch
 from peft import get_peft_model
 from support.layers import Single, adapt, dense_formula, spiel_layer, values_of
 from support.quantized import (
+    BITSANDBYTES_NEEDS_GPU,
     COLS,
     QUANTIZED,
     assert_holds_the_same,
@@ -122,6 +123,8 @@ def test_merge_then_unmerge_restores_every_bit(make: Callable[[], nn.Module], us
 @every_kind
 def test_layer_can_be_moved_and_copied_after_unmerge(make: Callable[[], nn.Module]) -> None:
     """Moving the layer does not quantize its packed bytes again."""
+    if make is linear_8bit and BITSANDBYTES_NEEDS_GPU:
+        pytest.skip("before 0.50 bitsandbytes moves an 8-bit layer to the CPU, where it is, with another result")
     layer, x = make(), torch.randn(3, COLS)
     model = adapt(layer, 500)
     expected = model(x).detach()

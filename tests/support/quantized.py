@@ -10,10 +10,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
-# Before 0.50 bitsandbytes' optimizers need a GPU, and so do FP4 layers and those whose size is no multiple of the block.
-_NEEDS_GPU = Version(bnb.__version__) < Version("0.50") and not torch.cuda.is_available()
+# Before 0.50 bitsandbytes' optimizers need a GPU, as do FP4 layers and sizes that are no multiple of the block.
+BITSANDBYTES_NEEDS_GPU = Version(bnb.__version__) < Version("0.50") and not torch.cuda.is_available()
 _REASON = "this part of bitsandbytes runs on a CPU from version 0.50 on"
-needs_bitsandbytes_050 = pytest.mark.skipif(_NEEDS_GPU, reason=_REASON)
+needs_bitsandbytes_050 = pytest.mark.skipif(BITSANDBYTES_NEEDS_GPU, reason=_REASON)
 # COLS is a multiple of the block size 64, as bitsandbytes misreads blocks that straddle rows on a CPU.
 ROWS, COLS = 64, 128
 
@@ -28,7 +28,7 @@ def linear_4bit(
 
 def quantized_on_cpu(layer: nn.Module) -> nn.Module:
     """Quantize a 4-bit layer; skips the test where bitsandbytes needs a GPU for that."""
-    if _NEEDS_GPU and (layer.weight.quant_type == "fp4" or layer.weight.numel() % layer.weight.blocksize):
+    if BITSANDBYTES_NEEDS_GPU and (layer.weight.quant_type == "fp4" or layer.weight.numel() % layer.weight.blocksize):
         pytest.skip(_REASON)
     return layer.to("cpu")
 
