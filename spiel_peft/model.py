@@ -24,7 +24,7 @@ from .cycle.window import WindowCollector
 from .delta import AdapterRun
 from .files.loading import ModelStructure, refuse_more_than_file
 from .layers import SpIELConv, SpIELEmbedding, SpIELLayer, SpIELLinear
-from .layers.merging import report_merge_loss, used_by_others
+from .layers.merging import check_finite, report_merge_loss, used_by_others
 from .saving import AdapterLoading, check_live_state_dict, saved_entries
 from .targets import (
     BYPASSED,
@@ -370,7 +370,7 @@ class SpIELModel(BaseTuner):
         if merge:
             report_merge_loss(layers)
             for layer in layers:
-                layer.keep_merged()
+                layer.merging.forget_originals()
             if tied:
                 untie_weights(model)
         return model
@@ -387,9 +387,7 @@ class SpIELModel(BaseTuner):
                 if layer.merged_adapters == names:
                     continue
                 if isinstance(layer, SpIELLayer):
-                    layer._restore_originals()
-                    if names:
-                        layer._write_merged(names)
+                    layer.merging.reset(layer, names)
                 elif not names:  # trained tokens, LoRA
                     layer.unmerge()
             raise
@@ -399,7 +397,7 @@ class SpIELModel(BaseTuner):
         shared = used_by_others([layer for layer in layers if not layer.merged], self.model)
         for layer in layers:
             if not layer.merged:
-                layer.used_by_others = layer in shared
+                layer.merging.used_by_others = layer in shared
         names = self.active_adapters if adapter_names is None else adapter_names
         if isinstance(names, str):
             return  # PEFT raises its own TypeError
@@ -410,7 +408,7 @@ class SpIELModel(BaseTuner):
             return
         for layer in self._spiel_layers():
             if not layer.merged:
-                layer.check_finite(list(names))
+                check_finite(layer, list(names))
 
     # Saving and loading
 

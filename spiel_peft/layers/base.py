@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import quantization_extra_repr
 from torch import Tensor, nn
+
+from spiel_kernels import write_entries
 
 from ..autograd.compiled import adapted_operator, number_of
 from ..autograd.functions import adapted_forward, folded_weight
@@ -22,19 +25,17 @@ from ..sharding import ManagedFlag, gathered, is_managed, note_sharded
 from ..weights.base_weight import (
     FLOAT_DTYPES,
     BaseInfo,
-    WeightBackup,
     keep_readable,
     offload_hook,
     onloaded,
     run_with_hooks,
 )
 from ..weights.folding import WEIGHT_CHANGED, WeightSource, WholeWeights, call_with, undo_swap
-from ..weights.merge_report import MergeLoss
 from ..weights.quantized import adapted_in_workspace
-from .merging import MergingMixin
+from .merging import Merging
 
 
-class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
+class SpIELLayer(WholeWeights, nn.Module, BaseTunerLayer):
     """A frozen base layer and the sparse deltas of any number of adapters (SpIEL: Ansell et al., 2024, section 3).
 
     Args:
@@ -61,17 +62,13 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         self.spiel_delta = nn.ModuleDict()
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
         # Names of modules that share the base weight; merging must not change theirs.
         self.shared_with: tuple[str, ...] = ()
-        # Whether another model uses it, as the merge of a whole model has found; None: `merge` looks for itself.
-        self.used_by_others: bool | None = None
         # The layer whose delta this one shares (`ensure_weight_tying`); in a tuple, so that it is no child module.
         self.tied_to: tuple[SpIELLayer, ...] = ()
-        self._backup: WeightBackup | None = None
+        self.merging = Merging()
         self.weight_source = WeightSource(self, quantized=info.backend is not None)
         self._number = number_of(self)
-        self.merge_loss: MergeLoss | None = None
 
     # Adapters
 
@@ -291,9 +288,40 @@ class SpIELLayer(WholeWeights, MergingMixin, nn.Module, BaseTunerLayer):
         if self.merged_adapters:
             raise RuntimeError(WEIGHT_CHANGED)
 
-    def _read_base_weight(self) -> Tensor:
-        with onloaded(self.get_base_layer()):
-            return self.get_base_weight()
+    # Merging
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base weight."""
+        return self.merging.adapters
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor: the shape of the stored weight, the dtype of the values."""
+        delta = self.spiel_delta[adapter]
+        dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
+        indices, values = delta()
+        return write_entries(dense, indices.to(torch.int64), values.detach())
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
+
+        Args:
+            safe_merge: raise an error, and leave the base as it is, if the result is not finite.
+            adapter_names: adapters to merge on top of those merged already; the active ones by default.
+
+        Raises:
+            ValueError: a result is not finite (only with `safe_merge`).
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_delta]
+        if names:
+            self.merging.add(self, names, safe_merge)
+
+    def unmerge(self) -> None:
+        """Undo `merge`: every overwritten weight gets its original bits back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merging.reset(self, [])
 
     # Every use of the weight first takes out deltas that an interrupted operation has left in it.
 

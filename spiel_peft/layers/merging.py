@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from spiel_kernels import adapted_entries, apply_deltas, read_entries, write_entries
@@ -20,6 +19,7 @@ from ..weights.base_weight import (
     QuantizedBackup,
     WeightBackup,
     memory_of,
+    onloaded,
     repeats_memory,
     writable,
 )
@@ -48,150 +48,160 @@ def used_by_others(layers: Sequence[Any], model: nn.Module | None = None) -> set
         if id(module) in own:
             continue
         tensors = [*vars(module).get("_parameters", {}).values(), *vars(module).get("_buffers", {}).values()]
-        backup = vars(module).get("_backup")
-        if isinstance(backup, ParameterBackup):  # of a layer that is merged into a weight of its own
-            tensors.append(backup.parameter)
+        merging = vars(module).get("merging")
+        if isinstance(merging, Merging) and isinstance(merging._backup, ParameterBackup):
+            tensors.append(merging._backup.parameter)  # the layer is merged into a weight of its own
         for memory, begin, end in (memory_of(tensor) for tensor in tensors if tensor is not None):
             found.update(layer for first, last, layer in places.get(memory, ()) if first < end and begin < last)
     return found
 
 
-class MergingMixin:
-    """Merging and unmerging for `SpIELLayer`."""
+class Merging:
+    """What is merged into the base weight of a layer, and the originals that unmerging puts back.
 
-    _backup: WeightBackup | None
-    used_by_others: bool | None
-    merge_loss: MergeLoss | None
-    merged_adapters: list[str]
+    Each layer owns one and hands itself in with every request: nothing here refers to it, so copies need no care.
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's delta as a dense tensor: the shape of the stored weight, the dtype of the values."""
-        delta = self.spiel_delta[adapter]
-        dense = torch.zeros(self.info.weight_shape, dtype=delta.values.dtype, device=delta.values.device)
-        indices, values = delta()
-        return write_entries(dense, indices.to(torch.int64), values.detach())
+    Attributes:
+        adapters: names of the merged adapters; after each change another list.
+        loss: how many deltas the last merge lost to rounding; None where that is not counted.
+        used_by_others: whether another model uses the weight, as the merge of a whole model has found; None: `add`
+            looks for itself.
+    """
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the adapted weight into the base layer; `unmerge` restores the originals bit for bit.
+    def __init__(self) -> None:
+        self.adapters: list[str] = []
+        self.loss: MergeLoss | None = None
+        self.used_by_others: bool | None = None
+        self._backup: WeightBackup | None = None
+
+    def add(self, layer: Any, adapter_names: list[str], safe: bool) -> None:
+        """Merge adapters on top of those merged already. After an error, Ctrl-C too, all is as before.
 
         Args:
-            safe_merge: raise an error, and leave the base as it is, if the result is not finite.
-            adapter_names: adapters to merge on top of those merged already; the active ones by default.
-
-        Raises:
-            ValueError: a result is not finite (only with `safe_merge`).
+            layer: the `SpIELLayer` that owns this.
+            adapter_names: of adapters that the layer has and that are not merged.
+            safe: raise a ValueError if the result is not finite.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.spiel_delta]
-        if not names:
-            return
-        self._check_whole()
-        before = list(self.merged_adapters)
-        self.undo_interrupted()
+        _refuse_sharded(layer)
+        before, after = self.adapters, self.adapters + adapter_names
+        layer.undo_interrupted()
         if self.used_by_others is None:
-            self.used_by_others = bool(used_by_others([self]))
-        with writable(self):
+            self.used_by_others = bool(used_by_others([layer]))
+        with writable(layer):
             try:
                 # Deltas are always added to the originals, so that the result does not depend on earlier merges.
-                self._restore_originals()
-                if safe_merge:
-                    self.check_finite(before + names)
-                self._write_merged(before + names)
-            except BaseException:  # Ctrl-C too
-                self._restore_originals()
-                if before:
-                    self._write_merged(before)
-                else:
-                    self.used_by_others = None
+                self._restore(layer)
+                if safe:
+                    check_finite(layer, after)
+                self._write(layer, after)
+            except BaseException:
+                self.reset(layer, before)
                 raise
 
-    def check_finite(self, adapter_names: list[str]) -> None:
-        """Raise a ValueError if adding these adapters gives a value that is not finite in the base's dtype."""
-        pairs = self._pairs(adapter_names)
-        if not pairs:
-            return
-        self._check_whole()
-        _, sums = adapted_entries(self._read_base_weight(), pairs)
-        if not torch.isfinite(sums.to(self._base_dtype())).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken")
+    def reset(self, layer: Any, adapter_names: list[str]) -> None:
+        """Put the originals back, bit for bit, and merge these adapters alone, if there are any."""
+        with writable(layer):
+            self._restore(layer)
+            if adapter_names:
+                self._write(layer, adapter_names)
+            else:
+                self.used_by_others = None
 
-    def _check_whole(self) -> None:
-        refuse_merge(getattr(self.get_base_layer(), "weight", None), self.module_name)
+    def forget_originals(self) -> None:
+        """Keep the merged weight as the base weight from now on."""
+        self._backup = None
 
-    def _pairs(self, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        pairs = [self.spiel_delta[name]() for name in adapter_names if name in self.spiel_delta]
-        return [(indices, values.detach()) for indices, values in pairs]
+    def _restore(self, layer: Any) -> None:
+        if self._backup is not None:
+            self._backup.restore(layer)
+            self._backup = None
+        self.adapters = []
 
-    def _write_merged(self, adapter_names: list[str]) -> None:
-        base = self.get_base_layer()
-        self.undo_interrupted()
-        if self.quantization_backend is not None:
-            self._write_quantized(base, adapter_names)
-        elif self.shared_with or self.used_by_others or repeats_memory(base.weight):
-            self._write_shared(base, adapter_names)
+    def _write(self, layer: Any, adapter_names: list[str]) -> None:
+        if layer.quantization_backend is not None:
+            self.loss = self._write_quantized(layer, adapter_names)
+        elif layer.shared_with or self.used_by_others or repeats_memory(layer.get_base_layer().weight):
+            self.loss = self._write_copy(layer, adapter_names)
         else:
-            weight = base.weight.detach()
-            positions, sums = adapted_entries(weight, self._pairs(adapter_names))
-            originals, rounded = read_entries(weight, positions), sums.to(weight.dtype)
-            self._backup = EntryBackup(positions, originals)
-            write_entries(weight, positions, rounded)
-            self._count_loss(originals, sums, rounded)
-        self.merged_adapters = list(adapter_names)
+            self.loss = self._write_in_place(layer, adapter_names)
+        self.adapters = list(adapter_names)
 
-    def _count_loss(self, originals: Tensor, sums: Tensor, rounded: Tensor) -> None:
-        """Count the deltas that rounding to a half-precision weight has lost; in float32 hardly any are."""
-        half = rounded.dtype in (torch.bfloat16, torch.float16) and not rounded.is_meta
-        self.merge_loss = count_lost(originals, sums, rounded) if half else None
+    # Each way to write notes the originals before it changes anything, and counts the deltas that rounding loses.
 
-    def _write_shared(self, base: nn.Module, adapter_names: list[str]) -> None:
-        original = base.weight
-        partner = next((layer for layer in self.tied_to if layer.merged_adapters == adapter_names), None)
+    def _write_in_place(self, layer: Any, adapter_names: list[str]) -> MergeLoss | None:
+        weight = layer.get_base_layer().weight.detach()
+        positions, sums = adapted_entries(weight, _pairs(layer, adapter_names))
+        originals, rounded = read_entries(weight, positions), sums.to(weight.dtype)
+        self._backup = EntryBackup(positions, originals)
+        write_entries(weight, positions, rounded)
+        return _loss_in_half(originals, sums, rounded)
+
+    def _write_copy(self, layer: Any, adapter_names: list[str]) -> MergeLoss | None:
+        """Give the layer a parameter of its own, or that of the layer it is tied to if the same is merged there."""
+        base = layer.get_base_layer()
+        original, loss = base.weight, None
+        partner = next((other for other in layer.tied_to if other.merged_adapters == adapter_names), None)
         if partner is not None:
             merged = partner.get_base_layer().weight
         else:
-            pairs = self._pairs(adapter_names)
-            positions, sums = adapted_entries(original.detach(), pairs)
-            data = apply_deltas(original.detach(), pairs)
-            self._count_loss(original.detach().take(positions), sums, data.take(positions))
+            weight, pairs = original.detach(), _pairs(layer, adapter_names)
+            positions, sums = adapted_entries(weight, pairs)
+            data = apply_deltas(weight, pairs)
+            loss = _loss_in_half(weight.take(positions), sums, data.take(positions))
             merged = nn.Parameter(data, requires_grad=original.requires_grad)
         self._backup = ParameterBackup(original)
         base.weight = merged
+        return loss
 
-    def _write_quantized(self, base: nn.Module, adapter_names: list[str]) -> None:
-        backend = self.quantization_backend
+    def _write_quantized(self, layer: Any, adapter_names: list[str]) -> MergeLoss:
         warnings.warn(
-            f"Merging a SpIEL adapter into {backend.backend_name} weights rounds the result to the quantization grid: "
-            "small deltas are lost and other entries may move. The packed weights are kept in CPU memory until "
-            "unmerge, which restores them exactly. For deployment, merge into the unquantized base model instead.",
-            stacklevel=4,
+            f"Merging a SpIEL adapter into {layer.quantization_backend.backend_name} weights rounds the result to the "
+            "quantization grid: small deltas are lost and other entries may move. The packed weights are kept in CPU "
+            "memory until unmerge, which restores them exactly. For deployment, merge into the unquantized base model "
+            "instead.",
+            stacklevel=5,  # at the line that calls the layer's `merge`
         )
         # Before the weight is read: PEFT's reading of an 8-bit weight changes attributes of the layer.
-        backup = QuantizedBackup(base)
-        original = self.get_base_weight()
-        positions, sums = adapted_entries(original, self._pairs(adapter_names))
+        backup = QuantizedBackup(layer.get_base_layer())
+        original = layer.get_base_weight()
+        positions, sums = adapted_entries(original, _pairs(layer, adapter_names))
         before = read_entries(original, positions)
         self._backup = backup
-        self.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
+        layer.set_base_weight(write_entries(original.clone(), positions, sums.to(original.dtype)))
         backup.pack_away()
-        self.merge_loss = count_lost(before, sums, read_entries(self.get_base_weight(), positions))
+        return count_lost(before, sums, read_entries(layer.get_base_weight(), positions))
 
-    def _restore_originals(self) -> None:
-        if self._backup is not None:
-            with writable(self):
-                self._backup.restore(self)
-            self._backup = None
-        self.merged_adapters = []
 
-    def keep_merged(self) -> None:
-        """Forget the originals: the merged weight is the base weight from now on."""
-        self._backup = None
+def check_finite(layer: Any, adapter_names: list[str]) -> None:
+    """Raise a ValueError if adding these adapters to the base weight of a layer gives a value that is not finite.
 
-    def unmerge(self) -> None:
-        """Undo `merge`: every overwritten weight gets its original bits back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._restore_originals()
-        self.used_by_others = None
+    Args:
+        layer: a `SpIELLayer` with nothing merged.
+        adapter_names: those that the layer does not have are left out.
+    """
+    pairs = _pairs(layer, adapter_names)
+    if not pairs:
+        return
+    _refuse_sharded(layer)
+    with onloaded(layer.get_base_layer()):
+        _, sums = adapted_entries(layer.get_base_weight(), pairs)
+    if not torch.isfinite(sums.to(layer.rounding_dtype(None))).all():
+        raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_names[-1]} seems to be broken")
+
+
+def _refuse_sharded(layer: Any) -> None:
+    refuse_merge(getattr(layer.get_base_layer(), "weight", None), layer.module_name)
+
+
+def _pairs(layer: Any, adapter_names: list[str]) -> list[tuple[Tensor, Tensor]]:
+    pairs = [layer.spiel_delta[name]() for name in adapter_names if name in layer.spiel_delta]
+    return [(indices, values.detach()) for indices, values in pairs]
+
+
+def _loss_in_half(originals: Tensor, sums: Tensor, rounded: Tensor) -> MergeLoss | None:
+    """Count the deltas that rounding to a half-precision weight has lost; in float32 hardly any are."""
+    half = rounded.dtype in (torch.bfloat16, torch.float16) and not rounded.is_meta
+    return count_lost(originals, sums, rounded) if half else None
 
 
 def report_merge_loss(layers: Sequence[Any]) -> None:
@@ -199,12 +209,13 @@ def report_merge_loss(layers: Sequence[Any]) -> None:
     quantized, rounded = MergeLoss(), MergeLoss()
     dtypes: set[str] = set()
     for layer in layers:
-        if layer.merge_loss is None or not layer.merged:
+        loss = layer.merging.loss
+        if loss is None or not layer.merged:
             continue
         if layer.quantization_backend is not None:
-            quantized += layer.merge_loss
+            quantized += loss
         else:
-            rounded += layer.merge_loss
+            rounded += loss
             dtypes.add(str(layer.get_base_layer().weight.dtype).removeprefix("torch."))
     if quantized.total:
         warnings.warn(

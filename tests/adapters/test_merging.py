@@ -128,10 +128,10 @@ def test_an_error_in_the_third_layer_leaves_nothing_merged(monkeypatch: pytest.M
     before = snapshot(model)
     third = layers_of(model)[2]
 
-    def fail(adapter_names: list[str]) -> None:
+    def fail(layer: SpIELLayer, adapter_names: list[str]) -> None:
         raise OSError("disk")
 
-    monkeypatch.setattr(third, "_write_merged", fail)
+    monkeypatch.setattr(third.merging, "_write", fail)
     with pytest.raises(OSError, match="disk"):
         model.merge_adapter()
     assert_unchanged(model, before)

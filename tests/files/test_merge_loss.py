@@ -89,8 +89,8 @@ def test_a_merge_in_memory_says_so_in_the_log_only(
     name = str(dtype).removeprefix("torch.")
     assert record.message.startswith(f"Rounding to {name} lost") and "Load the base in float32" in record.message
     if not unload:
-        lost = sum(layer.merge_loss.lost for layer in layers_of(model))
-        total = sum(layer.merge_loss.total for layer in layers_of(model))
+        lost = sum(layer.merging.loss.lost for layer in layers_of(model))
+        total = sum(layer.merging.loss.total for layer in layers_of(model))
         assert total > 0.99 * sum(delta.k for delta in deltas_of(model).values())
         assert f"lost {lost} of {total}" in record.message and lost > 0.5 * total * (dtype == torch.bfloat16)
 
