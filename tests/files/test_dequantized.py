@@ -52,7 +52,8 @@ def test_the_merged_weights_are_those_of_training(tmp_path: Path, base: Path, ca
     merged = loaded(tmp_path / "out")
     quantized = 0
     for layer in layers_of(model):
-        own, pairs = layer.get_base_layer(), layer._pairs(["default"])
+        own, (indices, values) = layer.get_base_layer(), layer.spiel_delta["default"]()
+        pairs = [(indices, values.detach())]
         if layer.quantization_backend is None:
             plain = loaded(base).get_submodule(layer.module_name).weight.detach()
         else:
