@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import gpu, memory, ops, overlap, plan, profile, quality, report, scaling, step
+from . import gpu, memory, ops, overlap, peft_metamathqa, plan, profile, quality, report, scaling, step
 from .gpu import compiled
 
 
@@ -14,7 +14,7 @@ def main() -> None:
         description="Measure SpIEL against PEFT's LoRA in one process; results are kept as JSON in benchmarks/results.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (step, memory, ops, scaling, gpu, compiled, profile, overlap, quality, plan, report):
+    for module in (step, memory, ops, scaling, gpu, compiled, profile, overlap, quality, peft_metamathqa, plan, report):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,
