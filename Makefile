@@ -1,6 +1,7 @@
-# make demo    fine-tune SmolLM2-135M-Instruct with SpIEL and plot what happened (under 5 minutes)
-# make test    lint, formatting, tests
-# Both make their environment in .venv first; later calls reuse it until the pins change.
+# make demo      fine-tune SmolLM2-135M-Instruct with SpIEL and plot what happened (under 5 minutes)
+# make test      lint, formatting, tests
+# make test-all  these, and what takes longer: slow tests, every kernel compiled for three GPUs
+# They make their environment in .venv first; later calls reuse it until the pins change.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +14,7 @@ PYTEST_ARGS ?=
 SOURCES := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-all lint format clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
@@ -48,10 +49,14 @@ demo: $(VENV)/.demo-installed
 # the folder kernels/ for the package of that name. Triton's interpreter is chosen for a whole process,
 # so its tests have one of their own.
 test: lint $(VENV)/.quantizers-installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow" $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_kernels/triton tests/gpu_path $(PYTEST_ARGS)
 	HF_HUB_OFFLINE=1 PYTHONPATH=$(VENV)/quantizers OMP_NUM_THREADS=1 $(BIN)/pytest tests/optimizers/test_low_bit.py \
 		tests/layers/test_other_quantizers.py $(PYTEST_ARGS)
+
+test-all: test
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks compiled --output build/compiled
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def without_tests(part: running.Part) -> running.Part:
     return dataclasses.replace(part, measurements=tuple(changed(m) for m in part.measurements))
 
 
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", ["one", pytest.param("two", marks=pytest.mark.slow)])
 def test_a_whole_part(name: str, tmp_path: Path) -> None:
     record = running.Record(tmp_path, without_tests(measurements.PARTS[name]), True)
     record.begin()

@@ -52,6 +52,7 @@ def test_parts_are_as_large_as_the_design_says(ag: dict[str, Any]) -> None:
     assert largest["workspace"] >= 2 * 96 * 64
 
 
+@pytest.mark.slow
 def test_sm3_keeps_a_number_per_row_and_column_and_momentum_no_window() -> None:
     result = counted(MA)
     assert result["largest"]["optimizer state"] == 4 * SIDES
@@ -84,6 +85,7 @@ def test_base_weights_are_those_of_a_real_model(base: str) -> None:
     assert exact <= found <= exact + 6 * 7 * (256 + 16) * 4 + 4096
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [AG, LORA])
 def test_what_layers_add_is_linear(variant: str) -> None:
     """Counts of three and four layers say what all six take, moment by moment."""
@@ -112,11 +114,13 @@ def test_few_candidates_make_small_windows(ag: dict[str, Any]) -> None:
     assert few["phases"][memory.FIRST_OPEN] == ag["phases"][memory.FIRST_OPEN]
 
 
+@pytest.mark.slow
 def test_checkpointing_saves_activations() -> None:
     kept = {on: counted(MA, checkpointing=on)["largest"]["activations"] for on in (True, False)}
     assert kept[True] < kept[False] / 2
 
 
+@pytest.mark.slow
 def test_stand_ins_allocate_what_kernels_do() -> None:
     """With Triton's interpreter in the place of stand-ins, and numbers in all tensors, the same is counted."""
     script = (
@@ -183,6 +187,7 @@ def test_models_by_folder(tmp_path: Path) -> None:
     assert memory.count(memory.model_config(str(tmp_path)), setting(LORA)) == counted(LORA)
 
 
+@pytest.mark.slow
 def test_the_command_keeps_what_it_counts_and_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     memory.add_arguments(parser)
