@@ -79,7 +79,8 @@ def test_the_commands_run_one_after_the_other(folder: Path, capsys: pytest.Captu
     ids = torch.tensor([[3, 4, 5, 6, 20, 8]])
     model = PeftModel.from_pretrained(loaded(folder / "llama-2-7b").to(torch.bfloat16), "runs/7b-ag/adapter")
     merged = loaded(folder / "runs/7b-ag/merged").to(torch.bfloat16)  # as it was saved
-    assert torch.equal(merged(ids).logits, model(ids).logits)
+    # Merging rounds the sum of the float32 base and the deltas, training that of the rounded base and the deltas.
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=0.1, rtol=0.05)
 
 
 def test_an_adapter_and_its_merged_model_have_the_same_score(folder: Path) -> None:
