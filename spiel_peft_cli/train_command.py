@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import typer
 
 from . import tables
 from .commands import OK, command, writing
+from .option_file import other_fields, use_option_file
 from .options import BudgetCount, BudgetDensity, BudgetR, Targets, one_budget
 from .output import Output
 
@@ -68,7 +70,7 @@ def train(
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", "--lr", help="Peak, after warm-up; falls linearly.")
     ] = 5e-4,
-    warmup_steps: Annotated[int, typer.Option("--warmup-steps", min=0)] = 10,
+    warmup_steps: Annotated[float, typer.Option("--warmup-steps", min=0, help="Below 1: a share of the run.")] = 10,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Examples in a forward pass.")] = 4,
     grad_accum: Annotated[int, typer.Option("--grad-accum", min=1, help="Forward passes per step.")] = 1,
     save_every: Annotated[
@@ -89,7 +91,13 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew over an earlier run.")] = False,
     config: Annotated[
         Path | None,
-        typer.Option("--config", help="YAML file of further arguments of TRL's SFTConfig, such as weight_decay: 0.01."),
+        typer.Option(
+            "--config",
+            help="YAML file of options, such as r: 16, and of further fields of TRL's SFTConfig, such as "
+            "weight_decay: 0.01. Options on the command line win.",
+            is_eager=True,
+            callback=use_option_file,
+        ),
     ] = None,
     ask: Annotated[
         list[str] | None,
@@ -104,7 +112,11 @@ def train(
     Answers are learnt, and plain texts as a whole. The adapter is saved in OUTPUT_DIR/adapter.
     """
     one_budget(r, density, num_deltas, needed=False)
-    counts = {"regrow_every": regrow_every, "accumulation_steps": accumulation_steps, "max_length": max_length}
+    counts: dict[str, float] = {
+        "regrow_every": regrow_every,
+        "accumulation_steps": accumulation_steps,
+        "max_length": max_length,
+    }
     counts |= {"warmup_steps": warmup_steps, "batch_size": batch_size, "grad_accum": grad_accum}
     counts |= {"save_every": save_every, "eval_every": eval_every}
     _check(max_steps, epochs, learning_rate, resume, overwrite, counts, seed)
@@ -147,13 +159,17 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         overwrite=overwrite,
-        arguments=config,
+        arguments=other_fields(config, inspect.signature(train).parameters),
+        config_file=config,
         questions=ask or (),
         merge=merge,
     )
     with writing(output_dir), _quiet_libraries(), output.progress("Training") as progress:
         result = finetune(settings, progress)
-    data = {**vars(result), "answers": [vars(answers) for answers in result.answers]}
+    if not result.writes:
+        return OK
+    found = {name: value for name, value in vars(result).items() if name != "writes"}
+    data = {**found, "answers": [vars(answers) for answers in result.answers]}
     output.result(data, lambda console: tables.show_run(console, result))
     return OK
 
@@ -164,7 +180,7 @@ def _check(
     learning_rate: float,
     resume: bool,
     overwrite: bool,
-    counts: dict[str, int],
+    counts: dict[str, float],
     seed: int,
 ) -> None:
     counts = counts | ({} if max_steps is None else {"max_steps": max_steps})

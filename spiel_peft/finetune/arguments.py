@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from trl import SFTConfig
 
 from ..config import SpIELConfig
+from ..optimizers import SM3
 from .data import InputError
 
 
@@ -30,12 +30,14 @@ class RunSettings:
         eval_data: file to evaluate on; None: the held-out share of `data`.
         held_out: share of the questions or texts that is held out for evaluation; 0: none.
         max_length: tokens of an example; longer answers are cut, longer texts become several examples.
+        warmup_steps: steps in which the learning rate rises; below 1: a share of the run.
         max_steps: length of the run; None: `epochs` passes over the data.
         save_every: steps between checkpoints; 0: no checkpoints.
         eval_every: steps between evaluations; 0: only before and after the run.
         resume: resume the run in `output_dir` from its last checkpoint.
         overwrite: replace the run in `output_dir`.
-        arguments: YAML file with further fields of TRL's `SFTConfig`.
+        arguments: further fields of TRL's `SFTConfig`; as `optim` also "sm3", the SM3 of this package.
+        config_file: the file that `arguments` were read from, if any.
         questions: questions that the model answers after the run, with and without the adapter.
         merge: save the merged model too, in ``merged`` of `output_dir`.
     """
@@ -50,7 +52,7 @@ class RunSettings:
     max_steps: int | None = None
     epochs: float = 1.0
     learning_rate: float = 5e-4
-    warmup_steps: int = 10
+    warmup_steps: float = 10
     batch_size: int = 4
     grad_accum: int = 1
     save_every: int = 100
@@ -61,10 +63,19 @@ class RunSettings:
     gradient_checkpointing: bool = False
     resume: bool = False
     overwrite: bool = False
-    arguments: Path | None = None
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config_file: Path | None = None
     questions: Sequence[str] = ()
     merge: bool = False
 
+    @property
+    def source(self) -> str:
+        """How errors call the place that `arguments` are from."""
+        return "arguments" if self.config_file is None else f"--config {self.config_file}"
+
+
+# The `optim` that is no name of transformers': the optimizer SM3 of this package.
+SM3_NAME = "sm3"
 
 # Fields of SFTConfig that a --config file must not set, and what sets them instead.
 TAKEN = {
@@ -91,39 +102,38 @@ TAKEN = {
 }
 
 
-def read_arguments(path: Path) -> dict[str, Any]:
-    """Read fields of `SFTConfig` from a YAML file.
+def check_arguments(settings: RunSettings) -> dict[str, Any]:
+    """Check the names of the further fields of `SFTConfig`, and make numbers of strings.
 
     Raises:
-        InputError: the file cannot be read, or a field is unknown, of the wrong type, or set by an option.
+        InputError: a field is unknown, of the wrong type, or set by an option.
     """
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"--config {path}: expected lines of 'field: value', got {type(found).__name__}")
     fields = {field.name: field for field in dataclasses.fields(SFTConfig) if field.init}
-    for name in found:
+    for name in settings.arguments:
         if name in TAKEN:
-            raise InputError(f"--config {path}: {name} is set by {TAKEN[name]}; remove it from the file")
+            raise InputError(f"{settings.source}: {name} is set by {TAKEN[name]}; remove it from the file")
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"--config {path}: SFTConfig of TRL has no field {name!r}{hint}")
-    return {name: _number(value, fields[name], path) for name, value in found.items()}
+            raise InputError(f"{settings.source}: SFTConfig of TRL has no field {name!r}{hint}")
+    return {name: _number(value, fields[name], settings.source) for name, value in settings.arguments.items()}
 
 
-def _number(value: Any, field: dataclasses.Field[Any], path: Path) -> Any:
+def _number(value: Any, field: dataclasses.Field[Any], source: str) -> Any:
     """Convert a string to a float if the field is one: YAML reads 1e-4, without a point, as a string."""
     if not isinstance(field.default, float) or not isinstance(value, str):
         return value
     try:
         return float(value)
     except ValueError:
-        raise InputError(f"--config {path}: {field.name} must be a number, got {value!r}") from None
+        raise InputError(f"{source}: {field.name} must be a number, got {value!r}") from None
+
+
+def optimizer_of(settings: RunSettings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
+    """The class and settings of the optimizer if `optim` is "sm3"; None if transformers is to make it."""
+    if settings.arguments.get("optim") != SM3_NAME:
+        return None
+    return SM3, {"lr": settings.learning_rate}
 
 
 def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, more: Mapping[str, Any]) -> SFTConfig:
@@ -136,7 +146,7 @@ def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, m
         settings: the settings of the run.
         texts: whether the data are plain texts.
         evaluated: whether there are evaluation data.
-        more: fields from `read_arguments`; they replace the defaults made here.
+        more: fields from `check_arguments`; they replace the defaults made here.
 
     Raises:
         InputError: SFTConfig refuses the fields in `more`.
@@ -156,6 +166,8 @@ def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, m
         "packing_strategy": "wrapped",
     }
     arguments.update(more)
+    if arguments.get("optim") == SM3_NAME:
+        del arguments["optim"]  # transformers does not know it; see `optimizer_of`
     try:
         return SFTConfig(
             output_dir=os.fspath(settings.output_dir),
@@ -183,4 +195,4 @@ def training_arguments(settings: RunSettings, *, texts: bool, evaluated: bool, m
     except (TypeError, ValueError) as error:
         if not more:
             raise
-        raise InputError(f"--config {settings.arguments}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{settings.source}: {' '.join(str(error).split())}") from error

@@ -98,16 +98,18 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def load_base(source: ModelSource, *, bf16: bool, load_in_4bit: bool) -> Any:
-    """Load the base model onto the GPU if there is one, else onto the CPU.
+def load_base(source: ModelSource, *, bf16: bool, load_in_4bit: bool, device: torch.device | None = None) -> Any:
+    """Load the base model.
 
     Args:
         source: where the model is.
         bf16: load and compute in bfloat16 instead of float32.
         load_in_4bit: quantize the weights with bitsandbytes (NF4, double quantization).
+        device: where to load it; None: onto the GPU if there is one, else onto the CPU.
     """
     dtype = torch.bfloat16 if bf16 else torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kwargs: dict[str, Any] = dict(source.kwargs, dtype=dtype)
     if load_in_4bit:
         kwargs["device_map"] = {"": device}

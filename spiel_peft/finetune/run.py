@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ except ModuleNotFoundError as error:
 
 from ..callback import SpIELCallback
 from ..files.folder import refuse_inputs
-from .arguments import RunSettings, read_arguments, training_arguments
+from .arguments import RunSettings, check_arguments, optimizer_of, training_arguments
 from .base_model import ModelSource, find_model, load_base, load_tokenizer
 from .data import Corpus, InputError, Row, prompt_ids, read_corpus, rows_that_fit, split_examples
 from .run_folder import (
+    ADAPTER,
+    MERGED,
     STATE,
     Checkpoints,
     find_checkpoint,
@@ -55,6 +58,7 @@ class RunResult:
     """The results of a run.
 
     Attributes:
+        writes: whether this process is the one of several that has written the results; always so if it is alone.
         adapter: folder of the adapter.
         deltas: number of deltas.
         weights: number of parameters of the base model.
@@ -66,10 +70,11 @@ class RunResult:
         eval_loss_before, eval_loss: loss on the evaluation data before the first and after the last step, in nats per
             learnt token, averaged over batches; None without evaluation data.
         closes: number of closes of the cycle in the log of the whole run.
-        answers: answers to the questions of the settings, in their order.
+        answers: answers to the questions of the settings, in their order; only of the process that writes.
         merged: folder of the merged checkpoint; None if it was not asked for.
     """
 
+    writes: bool
     adapter: Path
     deltas: int
     weights: int
@@ -112,6 +117,9 @@ class _Inputs:
 def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResult:
     """Train an adapter and save it in ``adapter`` of the output folder.
 
+    In processes that ``accelerate launch`` or ``torchrun`` has started, all of them call it and train together; the
+    first one writes.
+
     Input errors are found before anything is written. Only what the loaded model shows, such as target modules that it
     does not have, is found later; such an error leaves nothing that was not there before.
 
@@ -126,26 +134,31 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
     """
     inputs = _read_inputs(settings)
     set_seed(settings.seed)
-    base = load_base(inputs.source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit)
+    base = load_base(
+        inputs.source, bf16=settings.bf16, load_in_4bit=settings.load_in_4bit, device=inputs.arguments.device
+    )
     with made_folder(settings.output_dir):
         trainer = _make_trainer(settings, inputs, base, progress)
+        _refuse_sharding(trainer)
         if settings.save_every:
             trainer.checkpoints.refuse_foreign(_planned_steps(trainer), settings.save_every)
         train_loss = _train(trainer, inputs.checkpoint)
         before, after = _eval_losses(trainer) if inputs.eval_rows else (None, None)
         model: Any = trainer.model
         trainable, total = model.get_nb_trainable_parameters()
-        adapter = save_adapter(model, inputs.tokenizer, settings.output_dir)
-        trainer.checkpoints.remove_replaced()
-        trainer.save_state()
-        answers = [_answers(model, inputs.tokenizer, question) for question in settings.questions]
-        merged = None
-        if settings.merge:
-            merged = save_merged(model, inputs.tokenizer, settings.output_dir)
-        else:
+        writes = trainer.is_world_process_zero()
+        if writes:
+            save_adapter(model, inputs.tokenizer, settings.output_dir)
+            trainer.checkpoints.remove_replaced()
+            trainer.save_state()
+        answers = [_answers(model, inputs.tokenizer, question) for question in settings.questions] if writes else []
+        if writes and settings.merge:
+            save_merged(model, inputs.tokenizer, settings.output_dir)
+        elif writes:
             remove_merged(settings.output_dir)
     return RunResult(
-        adapter=adapter,
+        writes=writes,
+        adapter=settings.output_dir / ADAPTER,
         deltas=trainable,
         weights=total - trainable,
         steps=trainer.state.global_step,
@@ -159,7 +172,7 @@ def finetune(settings: RunSettings, progress: Progress | None = None) -> RunResu
         eval_loss=after,
         closes=sum("spiel/churn" in entry for entry in trainer.state.log_history),
         answers=answers,
-        merged=merged,
+        merged=settings.output_dir / MERGED if settings.merge else None,
     )
 
 
@@ -169,13 +182,14 @@ def _read_inputs(settings: RunSettings) -> _Inputs:
         raise InputError(f"--output-dir {settings.output_dir}: it is a file")
     source = find_model(settings.model)
     _refuse_inputs(settings, source)
-    more = read_arguments(settings.arguments) if settings.arguments is not None else {}
-    weights_only = bool(more.get("save_only_model"))
-    checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite, weights_only)
+    more = check_arguments(settings)
     _refuse_4bit(settings, source)
     corpus, held_out = _read_data(settings)
     evaluated = bool(held_out.examples)
     arguments = training_arguments(settings, texts=corpus.kind == "texts", evaluated=evaluated, more=more)
+    with arguments.main_process_first(local=False):  # it removes what killed runs left
+        weights_only = bool(arguments.save_only_model)
+        checkpoint = find_checkpoint(settings.output_dir, settings.resume, settings.overwrite, weights_only)
     tokenizer = load_tokenizer(source)
     rows = rows_that_fit(corpus.examples, tokenizer, settings.max_length, "training")
     eval_rows = rows_that_fit(held_out.examples, tokenizer, settings.max_length, "held-out") if evaluated else []
@@ -189,7 +203,7 @@ def _refuse_inputs(settings: RunSettings, source: ModelSource) -> None:
         "--model": model,
         "--data": settings.data,
         "--eval-data": settings.eval_data,
-        "--config": settings.arguments,
+        "--config": settings.config_file,
     }
     refuse_inputs(settings.output_dir, read, "--output-dir")
 
@@ -204,12 +218,13 @@ def _make_trainer(settings: RunSettings, inputs: _Inputs, base: Any, progress: P
         eval_dataset=Dataset.from_list(inputs.eval_rows) if inputs.eval_rows else None,
         processing_class=inputs.tokenizer,
         peft_config=settings.config,
+        optimizer_cls_and_kwargs=optimizer_of(settings),
         checkpoints=checkpoints,
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     trainer.add_callback(SpIELCallback())
-    if progress is not None:
+    if progress is not None and trainer.is_world_process_zero():
         trainer.add_callback(_Report(progress))
     return trainer
 
@@ -228,15 +243,29 @@ class AdapterTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The Trainer would remove the oldest of all folders named checkpoint-*, whosever they are.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        writes = self.is_world_process_zero()
         try:
-            with self.checkpoints.saving(self.state.global_step):
+            with self.checkpoints.saving(self.state.global_step) if writes else nullcontext():
+                # All processes write a file of their own into the folder that the first one makes and finishes.
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
         finally:
             self.args.save_total_limit = limit
-        self.checkpoints.keep(limit, self.state.best_model_checkpoint)
+        if writes:
+            self.checkpoints.keep(limit, self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card."""
+
+
+def _refuse_sharding(trainer: SFTTrainer) -> None:
+    """Raise InputError if the base model is to be spread over several processes."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InputError(
+            "spiel-peft train keeps the whole base model on every GPU; launch it with distributed_type: MULTI_GPU, or "
+            "shard the model with a script such as examples/accelerate/train.py"
+        )
 
 
 def _refuse_4bit(settings: RunSettings, source: ModelSource) -> None:

@@ -160,8 +160,46 @@ def test_further_arguments_of_trl(shell: Shell, folders: Path) -> None:
     assert arguments.weight_decay == 0.1
 
 
+def test_options_in_a_file(shell: Shell, folders: Path) -> None:
+    options = {
+        "model": "base",
+        "data": "train.jsonl",
+        "output_dir": "run",
+        "r": 2,
+        "max_steps": 9,
+        "learning_rate": "1e-2",
+    }
+    options |= {"warmup_steps": 0.5, "held_out": 0, "target_module": "q_proj", "bf16": False, "accumulation_steps": 2}
+    (folders / "run.yaml").write_text(
+        "".join(f"{name}: {value}\n" for name, value in options.items()) + "adam_beta2: 0.9"
+    )
+    assert shell.json("train", "--config", "run.yaml")["steps"] == 9
+    log = json.loads(Path("run/trainer_state.json").read_text())["log_history"]
+    # Half of the run is warm-up: the rate rises until the sixth step.
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert rates[5] == max(rates) == 0.01
+    assert {name.rpartition(".")[2] for name in read_adapter("run/adapter").deltas} == {"q_proj"}
+    assert torch.load("run/checkpoint-9/training_args.bin", weights_only=False).adam_beta2 == 0.9
+    # The command line wins.
+    again = ["--max-steps", "2", "--target-module", "up_proj", "--overwrite"]
+    assert shell.json("train", "--config", "run.yaml", *again)["steps"] == 2
+    assert {name.rpartition(".")[2] for name in read_adapter("run/adapter").deltas} == {"up_proj"}
+    (folders / "run.yaml").write_text("r: many")
+    assert "--r" in shell.fails(*RUN, "-o", "bad", "--config", "run.yaml", code=2)
+    (folders / "run.yaml").write_text("json: true")
+    assert "no field 'json'" in shell.fails(*RUN, "-o", "bad", "--config", "run.yaml", code=3)
+
+
+def test_sm3_by_name(shell: Shell, folders: Path) -> None:
+    (folders / "more.yaml").write_text("optim: sm3\nweight_decay: 0.1\n")
+    shell(*RUN, *SHORT, "--growth", "momentum", "--max-steps", "4", "--output-dir", "run", "--config", "more.yaml")
+    state = torch.load("run/checkpoint-4/optimizer.pt", weights_only=False)
+    assert state["state"] == {} and [group["weight_decay"] for group in state["param_groups"]] == [0.1, 0.0]
+    assert "momentum" in state["param_groups"][0] and "betas" not in state["param_groups"][0]
+
+
 BAD_CONFIGS = {
-    "an option's": ("learning_rate: 0.1", "learning_rate is set by --learning-rate; remove it from the file"),
+    "an option's": ("num_train_epochs: 2", "num_train_epochs is set by --epochs; remove it from the file"),
     "unknown": ("wieght_decay: 0.1", "no field 'wieght_decay'; did you mean weight_decay?"),
     "no number": ("weight_decay: much", "weight_decay must be a number, got 'much'"),
     "a list": ("- weight_decay", "expected lines of 'field: value', got list"),
