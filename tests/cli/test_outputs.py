@@ -33,9 +33,11 @@ COMMANDS: dict[str, tuple[list[str], list[str]]] = {
 @pytest.fixture
 def inputs(folders: Path) -> Path:
     """The working directory, with the data of `TRAIN` in folders of their own."""
-    for name, file in (("data", "train.jsonl"), ("more", "eval.jsonl"), ("yaml", "a.yaml")):
+    for name, file in (("data", "train.jsonl"), ("more", "eval.jsonl")):
         (folders / name).mkdir()
         shutil.copyfile(folders / "train.jsonl", folders / name / file)
+    (folders / "yaml").mkdir()
+    (folders / "yaml" / "a.yaml").write_text("weight_decay: 0.1\n")
     return folders
 
 
