@@ -10,6 +10,23 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def first_at_least(
+    values,  # ascending integers
+    low,  # [n]: the first slot to look at
+    high,  # [n]: exclusive; not above low where there is nothing to look at
+    wanted,  # [n]
+    steps,  # halvings that single out one slot
+):
+    """The first slot whose value is not below `wanted`, `high` if there is none."""
+    for _ in range(steps):
+        middle = (low + high) // 2
+        below = (tl.load(values + middle, mask=low < high, other=0) < wanted) & (low < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def token_major_kernel(
     x,  # [tokens, width] any strides
@@ -104,12 +121,7 @@ def pick_entries_kernel(
     low = tl.load(first_tile + block, mask=inside, other=0) * WIDE
     high = tl.load(first_tile + block + 1, mask=inside, other=0) * WIDE
     # The first of the block's columns that is not below col, which is col itself.
-    for _ in range(steps):
-        middle = (low + high) // 2
-        below = tl.load(columns + middle, mask=inside & (middle < high), other=0).to(tl.int32) < col
-        below = below & (low < high)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
+    low = first_at_least(columns, low, high, col, steps)
     tile = low // WIDE - first
     here = inside & (tile >= 0) & (tile < count)
     place = (tile.to(tl.int64) * HIGH + rank % HIGH) * WIDE + low % WIDE
@@ -153,23 +165,6 @@ def entry_dots_kernel(
     tl.store(out + slots, tl.sum(total, axis=1), mask=inside)
 
 
-@triton.jit
-def _first_at_least(
-    indices,  # [k], sorted
-    low,  # [n]: the first slot to look at
-    high,  # [n]: exclusive
-    wanted,  # [n] int64
-    steps,  # halvings that single out one slot
-):
-    for _ in range(steps):
-        middle = (low + high) // 2
-        below = tl.load(indices + middle, mask=low < high, other=0).to(tl.int64) < wanted
-        below = below & (low < high)
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
 @triton.jit(do_not_specialize=["tokens", "rows", "cols", "across", "tiles", "steps"])
 def dense_entries_kernel(
     a,  # [tokens, rows] any strides
@@ -206,8 +201,8 @@ def dense_entries_kernel(
         begin = tl.load(bounds + row, mask=here, other=0)
         end = tl.load(bounds + row + 1, mask=here, other=0)
         left = row.to(tl.int64) * cols + first_col  # position of the row's first entry in the tile
-        low = _first_at_least(indices, begin, end, left, steps)
-        high = _first_at_least(indices, low, end, left + tl.minimum(WIDE, cols - first_col), steps)
+        low = first_at_least(indices, begin, end, left, steps)
+        high = first_at_least(indices, low, end, left + tl.minimum(WIDE, cols - first_col), steps)
         most = tl.max(high - low, axis=0)
         if most > 0:
             total = tl.zeros([HIGH, WIDE], dtype=tl.float32)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .outer_kernels import first_at_least
+
 # Rows that the one program of the search looks at together, on as many threads as a program can have.
 _SEARCH_BLOCK = 2048
 _SEARCH_WARPS = 16
@@ -142,7 +144,7 @@ def _threshold_kernel(
         listed += tl.sum(taken, axis=0)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "k", "room"])
+@triton.jit(do_not_specialize=["rows", "cols", "k", "room", "row_steps", "excluded_steps"])
 def _list_kernel(
     log_row,  # [rows] float64
     log_col,  # [cols] float64, descending
@@ -155,36 +157,21 @@ def _list_kernel(
     cols,
     k,
     room,
+    row_steps,  # halvings that single out one row
+    excluded_steps,  # and one excluded position
     BLOCK: tl.constexpr,
 ):
     slots = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     listed = slots < tl.load(ends + rows)
+    none = tl.zeros([BLOCK], dtype=tl.int32)
     # The row of a slot: so many rows end before it.
-    row = tl.zeros([BLOCK], dtype=tl.int32)
-    last = row + rows
-    span = rows
-    while span > 0:
-        middle = (row + last) >> 1
-        searching = listed & (row < last)
-        passed = tl.load(ends + 1 + middle, mask=searching, other=0) <= slots
-        last = tl.where(passed, last, middle)
-        row = tl.where(searching & passed, middle + 1, row)
-        span = span >> 1
+    row = first_at_least(ends + 1, none, tl.where(listed, rows, 0), slots + 1, row_steps)
     rank = slots - tl.load(ends + row, mask=listed, other=0)
     column = tl.load(order + rank, mask=listed, other=0)
     position = row.to(tl.int64) * cols + column
     score = tl.load(log_row + row, mask=listed, other=0.0) + tl.load(log_col + rank, mask=listed, other=0.0)
     # So many excluded positions are lower.
-    lower = tl.zeros([BLOCK], dtype=tl.int64)
-    last = lower + k
-    span = k
-    while span > 0:
-        middle = (lower + last) >> 1
-        searching = listed & (lower < last)
-        passed = tl.load(excluded + middle, mask=searching, other=0) < position
-        last = tl.where(passed, last, middle)
-        lower = tl.where(searching & passed, middle + 1, lower)
-        span = span >> 1
+    lower = first_at_least(excluded, none.to(tl.int64), tl.where(listed, k, 0).to(tl.int64), position, excluded_steps)
     listed = listed & (tl.load(excluded + lower, mask=listed & (lower < k), other=-1) != position)
     tl.store(scores + slots, tl.where(listed, score, float("-inf")), mask=slots < room)
     tl.store(positions + slots, tl.where(listed, position, -1), mask=slots < room)
@@ -220,6 +207,8 @@ def list_candidates(log_row: Tensor, log_col: Tensor, excluded: Tensor, m: int) 
             cols,
             k,
             room,
+            rows.bit_length(),
+            k.bit_length(),
             BLOCK=_LIST_BLOCK,
             num_warps=4,
         )
