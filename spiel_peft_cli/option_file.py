@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +13,34 @@ import typer
 _NOT_IN_A_FILE = frozenset({"config", "json", "debug", "help"})
 
 
-def use_option_file(context: typer.Context, path: Path | None) -> Path | None:
+@dataclass(frozen=True)
+class OptionFile:
+    """A file that was read: its path, and its entries that are no options of the command."""
+
+    path: Path
+    other_fields: dict[str, Any]
+
+
+def use_option_file(context: typer.Context, path: Path | None) -> OptionFile | None:
     """Take what a file says about the command's options as their defaults; the command line wins over them.
 
-    It is the callback of an eager option, hence called before the other options are read.
+    It is the callback of an eager option, hence called before the other options are read, and its result is the value
+    of that option. The file is read once, so it can be a pipe.
 
     Raises:
         ValueError: the file cannot be read, or is not a YAML mapping.
     """
-    if path is not None:
-        parameters = {parameter.name: parameter for parameter in context.command.params}
-        found = {name: value for name, value in read_yaml(path).items() if name in parameters and value is not None}
-        context.default_map = {
-            name: [value] if parameters[name].multiple and not isinstance(value, list) else value
-            for name, value in found.items()
-            if name not in _NOT_IN_A_FILE
-        }
-    return path
-
-
-def other_fields(path: Path | None, options: Collection[str]) -> dict[str, Any]:
-    """The entries of the file that are no options of the command.
-
-    Args:
-        path: the file of `--config`, if one was given.
-        options: names of the command's options, with underscores.
-    """
     if path is None:
-        return {}
-    return {name: value for name, value in read_yaml(path).items() if name not in set(options) - _NOT_IN_A_FILE}
+        return None
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    options = parameters.keys() - _NOT_IN_A_FILE
+    found = read_yaml(path)
+    context.default_map = {
+        name: [value] if parameters[name].multiple and not isinstance(value, list) else value
+        for name, value in found.items()
+        if name in options and value is not None
+    }
+    return OptionFile(path, {name: value for name, value in found.items() if name not in options})
 
 
 def read_yaml(path: Path) -> Mapping[Any, Any]:

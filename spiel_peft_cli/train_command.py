@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 
 from . import tables
 from .commands import OK, command, writing
-from .option_file import other_fields, use_option_file
+from .option_file import OptionFile, use_option_file
 from .options import BudgetCount, BudgetDensity, BudgetR, Targets, one_budget
 from .output import Output
 
@@ -137,6 +136,7 @@ def train(
         initial_regrow_rate=initial_regrow_rate,
         seed=seed,
     )
+    file: OptionFile | None = config  # type: ignore[assignment]  # the callback's result
     settings = RunSettings(
         model=model,
         data=data,
@@ -159,8 +159,8 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         overwrite=overwrite,
-        arguments=other_fields(config, inspect.signature(train).parameters),
-        config_file=config,
+        arguments={} if file is None else file.other_fields,
+        config_file=None if file is None else file.path,
         questions=ask or (),
         merge=merge,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -293,3 +295,11 @@ def test_bad_input_changes_nothing(name: str, shell: Shell, folders: Path, monke
     before = contents(folders)
     assert message in shell.fails(*RUN, "--output-dir", "run", *arguments, code=code)
     assert contents(folders) == before
+
+
+def test_the_option_file_can_be_a_pipe(shell: Shell) -> None:
+    os.mkfifo("options")
+    writer = threading.Thread(target=Path("options").write_text, args=("no_such_field: 1\n",), daemon=True)
+    writer.start()
+    message = shell.fails(*RUN, "--output-dir", "run", "--config", "options", code=3)
+    assert "--config options: SFTConfig of TRL has no field 'no_such_field'" in message
